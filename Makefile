@@ -1,0 +1,33 @@
+# Everything here makes its own .venv first; nothing has to be installed by hand but Python 3.11 or newer.
+PYTHON ?= python3
+RUN := .venv/bin
+
+.PHONY: demo test check slow format clean
+
+demo: .venv/installed
+	$(RUN)/midskip demo
+
+test: .venv/installed
+	$(RUN)/python -m pytest
+
+slow: .venv/installed
+	$(RUN)/python -m pytest -m slow
+
+check: .venv/installed
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/pyright
+
+format: .venv/installed
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+clean:
+	rm -rf .venv runs
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "midskip needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,15 @@
+"""midskip: Transformers whose tokens skip layers, with what is skipped really absent."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from midskip.config import MidskipConfig
+from midskip.controllers import build_controller
+from midskip.cost import Meter
+from midskip.model import MidskipForCausalLM, MidskipModel
+
+AutoConfig.register("midskip", MidskipConfig)
+AutoModel.register(MidskipConfig, MidskipModel)
+AutoModelForCausalLM.register(MidskipConfig, MidskipForCausalLM)
+
+__version__ = "0.1.0"
+__all__ = ["Meter", "MidskipConfig", "MidskipForCausalLM", "MidskipModel", "build_controller"]

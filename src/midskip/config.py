@@ -1,0 +1,151 @@
+"""The shape of a model and who may skip in it. Strict: what is unknown or impossible is refused."""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from transformers import PretrainedConfig
+
+NORMS = ("sandwich", "pre")
+KEYS = ("gated", "all")
+
+# What transformers itself hands to a configuration beside its declared fields.
+_FROM_TRANSFORMERS = {
+    "model_type", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash", "rope_theta", "rope_scaling",
+    "attn_implementation", "output_attentions", "experts_implementation", "per_layer_config", "num_labels",
+}  # fmt: skip
+_ROPE_KEYS = {
+    "default": {"rope_theta"},
+    "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+
+
+class MidskipConfig(PretrainedConfig):
+    """Configuration of a Transformer whose tokens skip layers.
+
+    Field names follow transformers' `LlamaConfig`; those of our own are:
+
+    Attributes:
+        norms: `"sandwich"` (RMSNorm before and after both branches, after the embedding and before the head, as in
+            the paper) or `"pre"` (before both branches and before the head, as in Llama).
+        keys: `"gated"`, a token that skips a layer has no key and value there and others see it scaled by its gate
+            (the paper's equations), or `"all"`, every valid token makes keys and values at every layer and no key is
+            gated (what the paper's released code computes).
+        policy: who skips: a name in `midskip.policies` (`"middle_out"`, `"dense"`) or `"package.module:Class"`.
+        policy_settings: keyword arguments of that policy.
+
+    The defaults are the shape of the paper's 12-layer model with GPT-2's vocabulary (arXiv 2506.21103).
+
+    Raises:
+        ValueError: an unknown key, or a value that cannot be built; the message names it, what it was and what is
+            accepted.
+    """
+
+    model_type = "midskip"
+    keys_to_ignore_at_inference = ["past_key_values", "gates", "depth_scores"]
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int = None  # pyright: ignore[reportAssignmentType]
+    head_dim: int = None  # pyright: ignore[reportAssignmentType]
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    rope_parameters: dict = None  # pyright: ignore[reportAssignmentType]
+    tie_word_embeddings: bool = False
+    use_cache: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    norms: str = "sandwich"
+    keys: str = "gated"
+    policy: str = "middle_out"
+    policy_settings: dict = None  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self, **kwargs: Any):
+        _refuse_unknown(kwargs, {field.name for field in fields(self)})
+        for name in ("policy_settings", "rope_parameters"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a dictionary")
+        self.policy_settings = dict(self.policy_settings or {})
+        self.rope_parameters = dict(self.rope_parameters or {})
+        _check_positive_integers(self)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                    f"({self.num_attention_heads}): change one of them, or set head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        _one_of("norms", self.norms, NORMS)
+        _one_of("keys", self.keys, KEYS)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads}); each key head serves an equal number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embedding turns pairs of features: make it even")
+        for name in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{name} is {value!r}; expected a number above 0")
+        if not isinstance(self.policy, str) or not self.policy:
+            raise ValueError(f"policy is {self.policy!r}; expected a name or 'package.module:Class'")
+        if self._attn_implementation not in (None, "sdpa"):
+            raise ValueError(
+                f"attn_implementation is {self._attn_implementation!r}; midskip chooses its own packed attention: "
+                "leave it out"
+            )
+        if self.use_cache:
+            raise ValueError("use_cache is True; midskip has no key-value cache yet: leave use_cache out")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        kind = rope.get("rope_type", "default")
+        _one_of("rope_parameters['rope_type']", kind, tuple(_ROPE_KEYS))
+        expected = _ROPE_KEYS[kind]
+        given = set(rope) - {"rope_type", "type"}
+        if given != expected:
+            raise ValueError(
+                f"rope_parameters of type {kind!r} has the keys {sorted(given)}; expected exactly {sorted(expected)}"
+            )
+        for name in expected:
+            if not isinstance(rope[name], int | float) or rope[name] <= 0:
+                raise ValueError(f"rope_parameters[{name!r}] is {rope[name]!r}; expected a number above 0")
+
+
+def _refuse_unknown(kwargs: dict[str, Any], known: set[str]) -> None:
+    for name in kwargs:
+        if name in _FROM_TRANSFORMERS:
+            continue
+        close = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known settings: {', '.join(sorted(known))}"
+        raise ValueError(f"MidskipConfig does not know the setting {name!r}; {hint}")
+
+
+def _check_positive_integers(config: MidskipConfig) -> None:
+    names = [
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "max_position_embeddings",
+    ]  # fmt: skip
+    names += [name for name in ("num_key_value_heads", "head_dim") if getattr(config, name) is not None]
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,132 @@
+"""`midskip demo`: a gated model and its dense twin, trained on the same text for equally long, side by side."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.panel import Panel
+from torch import Tensor
+
+from midskip.cost import Meter
+from midskip.evaluate import depth_of_tokens
+from midskip.generate import generate
+from midskip.model import MidskipForCausalLM
+from midskip.report import comparison_table, depth_text, legend
+from midskip.runs import PAGE_FILE, PICTURE_FILE, REPORT_FILE, load_run
+from midskip.train.recipe import ControllerSettings, DataSettings, ModelSettings, Recipe, TrainingSettings
+from midskip.train.run import prepare_data, train
+
+PROMPT = "The function returns"
+
+
+def demo_recipe(output: str, steps: int = 400, gated: bool = True, source: str = "pydocs") -> Recipe:
+    """The recipe of the demo's gated model, or of its dense twin."""
+    policy: dict[str, Any] = (
+        {"policy": "middle_out", "policy_settings": {"start": "spread"}} if gated else {"policy": "dense"}
+    )
+    return Recipe(
+        output=output,
+        data=DataSettings(source=source),
+        model=ModelSettings(**policy),
+        controller=ControllerSettings("budget", {"target_share": 0.5}) if gated else ControllerSettings("none"),
+        training=TrainingSettings(steps=steps, save_steps=0, report_to=[]),
+    )
+
+
+def demo(output: str = "runs/demo", steps: int = 400, source: str = "pydocs", console: Console | None = None) -> dict:
+    """Train both, compare them, write `report.json`, a picture and a page; returns the report.
+
+    Raises:
+        ValueError: the text cannot be used, or the folder holds something else.
+    """
+    console = console or Console()
+    folder = Path(output)
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "gated" / "recipe.yaml").is_file():
+            raise ValueError(f"output is {output!r}, which holds other files; give a new or empty folder")
+        shutil.rmtree(folder)  # an earlier demo
+    recipes = {name: demo_recipe(str(folder / name), steps, name == "gated", source) for name in ("gated", "dense")}
+    data = prepare_data(recipes["gated"].data)
+    reports = {
+        name: train(recipe, data=data, title=f"{name} model", console=Console(stderr=True, width=console.width))
+        for name, recipe in recipes.items()
+    }
+    models = {name: load_run(folder / name)[0] for name in recipes}
+    ids = torch.stack([data.validation[i]["input_ids"] for i in range(min(8, max(1, len(data.validation) - 1)))])
+    prefill = time_prefill(models, ids)
+    ids_sample = generate(models["gated"], data.tokenizer, PROMPT, max_new_tokens=120)
+    report = {
+        "gated": reports["gated"],
+        "dense": reports["dense"],
+        "prefill": prefill,
+        "prefill_shape": list(ids.shape),
+        "sample": data.tokenizer.decode(ids_sample),
+    }
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name in (PICTURE_FILE, PAGE_FILE):
+        shutil.copyfile(folder / "gated" / name, folder / name)
+    num_layers = models["gated"].config.num_hidden_layers
+    tokens = depth_of_tokens(models["gated"], data.tokenizer, ids_sample)
+    title = f"a sample of the gated model, trained for {steps} steps, coloured by depth"
+    console.print(Panel(Group(depth_text(tokens, num_layers), legend(num_layers)), title=title))
+    console.print(_table(report))
+    console.print(f"run folder  {folder}", markup=False, highlight=False, soft_wrap=True)
+    for label, name in (("numbers", REPORT_FILE), ("picture", PICTURE_FILE), ("page", PAGE_FILE)):
+        console.print(f"{label:<11} {folder / name}", markup=False, highlight=False, soft_wrap=True)
+    return report
+
+
+@torch.no_grad()
+def time_prefill(models: dict[str, MidskipForCausalLM], ids_BT: Tensor, repeats: int = 9) -> dict[str, dict[str, Any]]:
+    """Median seconds of the same prefill (head at the last position) of each model, interleaved, and what ran."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    result: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        with Meter(model) as meter:
+            model(ids_BT.to(model.device), logits_to_keep=1)
+        result[name] = {"executed_share": meter.executed_share, "flops": meter.flops().total}
+    for _ in range(repeats):
+        for name in random.sample(list(models), len(models)):
+            start = time.perf_counter()
+            models[name](ids_BT.to(models[name].device), logits_to_keep=1)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    for name, values in seconds.items():
+        result[name]["seconds"] = statistics.median(values)
+    return result
+
+
+def _table(report: dict[str, Any]) -> Any:
+    gated, dense = report["gated"]["validation"], report["dense"]["validation"]
+    prefill = report["prefill"]
+
+    def row(label: str, pattern: str, name: str) -> tuple[str, str, str]:
+        return label, pattern.format(gated[name]), pattern.format(dense[name])
+
+    rows = [
+        row("held-out loss (nats a token)", "{:.4f}", "loss"),
+        row("bits per byte", "{:.4f}", "bits_per_byte"),
+        row("block-tokens that ran", "{:.1%}", "executed_share"),
+        ("  by layer, %", _percent(gated["share_by_layer"]), _percent(dense["share_by_layer"])),
+        ("tokens by blocks run, %", _percent(gated["tokens_by_blocks"]), _percent(dense["tokens_by_blocks"])),
+        row("FLOPs a token, executed", "{:,.0f}", "flops_per_token"),
+        (
+            f"prefill of {report['prefill_shape'][0]} x {report['prefill_shape'][1]} tokens",
+            *(f"{prefill[name]['seconds'] * 1e3:.1f} ms" for name in ("gated", "dense")),
+        ),
+        ("training", *(f"{report[name]['training']['seconds']:.0f} s" for name in ("gated", "dense"))),
+    ]
+    return comparison_table(rows, ("", "gated", "dense twin"), "the same text, the same number of steps")
+
+
+def _percent(shares: list[float]) -> str:
+    return " ".join(f"{100 * share:.0f}" for share in shares)

@@ -1,0 +1,50 @@
+"""Text from a trained model."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from midskip.model import MidskipForCausalLM
+
+
+def generate(
+    model: MidskipForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> list[int]:
+    """The token ids of the prompt and of what the model goes on with.
+
+    Args:
+        temperature: 0 for the most likely token each time; above, tokens are drawn, more freely the higher it is.
+        top_k: draw among that many most likely tokens; 0 for all.
+        seed: of the draw.
+
+    Raises:
+        ValueError: an empty prompt, one that leaves no room for `max_new_tokens`, or a setting out of range.
+    """
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}, temperature {temperature} and top_k {top_k}; expected at least 1, 0 "
+            "and 0"
+        )
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one character")
+    room = model.config.max_position_embeddings
+    if len(ids) + max_new_tokens > room:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens and {max_new_tokens} more were asked for, but the model takes at most "
+            f"{room} together: shorten the prompt or ask for at most {max(0, room - len(ids))}"
+        )
+    torch.manual_seed(seed)
+    draw = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    output = model.generate(
+        torch.tensor([ids], device=model.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=model.config.pad_token_id or 0,
+        **draw,
+    )
+    return output[0].tolist()

@@ -1,0 +1,325 @@
+"""The models: embed -> (decide -> keep -> block -> put back) for every layer -> head, over packed tokens.
+
+B sequences, T columns, N valid tokens, D width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization
+from transformers.generation.utils import GenerationMixin
+from transformers.utils.generic import ModelOutput, can_return_tuple
+
+from midskip.config import MidskipConfig
+from midskip.nn.layers import Block, RMSNorm, RotaryEmbedding
+from midskip.nn.layout import Layout
+from midskip.policies import Decision, Policy, build_policy
+
+
+@dataclass
+class MidskipModelOutput(ModelOutput):
+    """What `MidskipModel` gives.
+
+    Attributes:
+        last_hidden_state: [B, T, D], after the last norm; 0 at pads.
+        gates: float32 [L, B, T], the gate of each token in each layer; exactly 0 where it was not present.
+        depth_scores: float32 [ceil(L/2), B, T] with the policy `middle_out`, else None. A score grows until it
+            reaches 1 and then stays.
+        hidden_states: L + 1 tensors [B, T, D] if asked for: the embedding, then the output of each block (the last
+            one before the last norm); 0 at pads.
+    """
+
+    last_hidden_state: Tensor | None = None
+    gates: Tensor | None = None
+    depth_scores: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MidskipCausalLMOutput(ModelOutput):
+    """What `MidskipForCausalLM` gives; see `MidskipModelOutput` for the fields not named here.
+
+    Attributes:
+        loss: mean cross-entropy in nats of the next tokens, if labels were given.
+        logits: [B, T, V], or [B, k, V] with `logits_to_keep=k`; 0 at pads.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    gates: Tensor | None = None
+    depth_scores: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class _Packed:
+    """One pass through the layers, still packed."""
+
+    h_ND: Tensor
+    layout: Layout
+    decisions: list[Decision]
+    state: dict[str, Any]
+    hidden_states: list[Tensor] | None
+
+    def gates_LBT(self) -> Tensor:
+        ones_N = torch.ones(self.layout.num_tokens, device=self.h_ND.device)
+        gates = []
+        for decision in self.decisions:
+            gate_N = ones_N if decision.output_gate_N is None else decision.output_gate_N
+            gates.append(gate_N if decision.keep_N is None else torch.where(decision.keep_N, gate_N, 0))
+        return self.layout.unpack(torch.stack(gates, 1)).movedim(-1, 0)
+
+    def outputs(self) -> dict[str, Any]:
+        scores, hidden = self.state.get("depth_scores"), self.hidden_states
+        return {
+            "gates": self.gates_LBT(),
+            "depth_scores": self.layout.unpack(torch.stack(scores, 1)).movedim(-1, 0) if scores else None,
+            "hidden_states": None if hidden is None else tuple(self.layout.unpack(h_ND) for h_ND in hidden),
+        }
+
+
+class MidskipPreTrainedModel(PreTrainedModel):
+    config: MidskipConfig
+    config_class = MidskipConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Policy):
+            module.reset_parameters(initialization)
+        elif isinstance(module, RotaryEmbedding):
+            initialization.copy_(module.inverse_wavelength, module.compute())
+        else:
+            super()._init_weights(module)
+
+
+class MidskipModel(MidskipPreTrainedModel):
+    """The Transformer without its head. Every pass runs on packed tokens: a pad, and a token that skips a layer, is
+    not there."""
+
+    def __init__(self, config: MidskipConfig):
+        super().__init__(config)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.embed_layernorm = RMSNorm(width, eps) if config.norms == "sandwich" else nn.Identity()
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters)
+        self.policy = build_policy(
+            config.policy, config.num_hidden_layers, width, config.initializer_range, config.policy_settings
+        )
+        self.layers = nn.ModuleList(
+            Block(
+                width, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
+                config.head_dim, eps, config.norms,
+            )
+            for _ in range(config.num_hidden_layers)
+        )  # fmt: skip
+        self.norm = RMSNorm(width, eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> MidskipModelOutput:
+        """Hidden states of every token.
+
+        Args:
+            input_ids: int64 [B, T], or `inputs_embeds` [B, T, D] instead.
+            attention_mask: bool or int [B, T], 0 for pads, which may stand left or right; none by default.
+            position_ids: int64 [B or 1, T]; by default each sequence counts its valid tokens from 0.
+            output_hidden_states: also give the hidden states between the blocks.
+
+        Raises:
+            ValueError: shapes that do not fit, ids outside the vocabulary, more columns or positions than
+                `max_position_embeddings`.
+        """
+        packed = self.run(input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states)
+        return MidskipModelOutput(last_hidden_state=packed.layout.unpack(packed.h_ND), **packed.outputs())
+
+    def run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> _Packed:
+        """The pass of `forward`, its results still packed."""
+        layout = self._layout(input_ids, attention_mask, position_ids, inputs_embeds)
+        if inputs_embeds is not None:
+            h_ND = layout.pack(inputs_embeds)
+        else:
+            assert input_ids is not None
+            h_ND = self.embed_tokens(layout.pack(input_ids))
+        h_ND = self.embed_layernorm(h_ND)
+        layout.rotary = self.rotary(layout.position_N, h_ND.dtype)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states = [h_ND] if output_hidden_states else None
+        in_place = hidden_states is None and not torch.is_grad_enabled()
+        if in_place and inputs_embeds is not None:
+            h_ND = h_ND.clone()  # it may still be the caller's
+        decisions, state = [], {}
+        for layer, block in enumerate(self.layers):
+            decision = self.policy(layer, h_ND, state, layout)
+            decisions.append(decision)
+            h_ND = self._run_block(block, h_ND, decision, layout, in_place)
+            if hidden_states is not None:
+                hidden_states.append(h_ND)
+        return _Packed(self.norm(h_ND), layout, decisions, state, hidden_states)
+
+    def _run_block(self, block: nn.Module, h_ND: Tensor, decision: Decision, layout: Layout, in_place: bool) -> Tensor:
+        """Take the tokens present, run the block on them as if the others did not exist, put the results back."""
+        present = layout.keep(decision.keep_N)
+        rows_N = present.rows_N
+        gated = self.config.keys == "gated"
+        if not present.num_tokens and not self.training:
+            return h_ND
+        x_ND = h_ND if rows_N is None else h_ND.index_select(0, rows_N)
+        output_gate_N, key_gate_N = (
+            gate if gate is None or rows_N is None else gate.index_select(0, rows_N)
+            for gate in (decision.output_gate_N, decision.key_gate_N if gated else None)
+        )
+        others_MD = None if gated or rows_N is None or not present.num_tokens else h_ND
+        keys = present if others_MD is None else layout
+        arguments = (x_ND, others_MD, present, keys, output_gate_N, key_gate_N)
+        if self.gradient_checkpointing and self.training:
+            x_ND = self._gradient_checkpointing_func(block.__call__, *arguments)
+        else:
+            x_ND = block(*arguments)
+        if rows_N is None:
+            return x_ND
+        put_back = h_ND.index_copy_ if in_place else h_ND.index_copy
+        return put_back(0, rows_N, x_ND.to(h_ND.dtype))
+
+    def _layout(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Layout:  # fmt: skip
+        """Check the input and say who is where."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        wanted = "[B, T]" if inputs_embeds is None else f"[B, T, {self.config.hidden_size}]"
+        trailing = () if inputs_embeds is None else (self.config.hidden_size,)
+        if given.ndim != 2 + len(trailing) or given.shape[2:] != trailing or not given.numel():
+            raise ValueError(f"the input has the shape {list(given.shape)}; expected {wanted} with at least one token")
+        shape, limit = given.shape[:2], self.config.max_position_embeddings
+        if shape[1] > limit:
+            raise ValueError(
+                f"the input has {shape[1]} tokens and this model takes at most {limit} (max_position_embeddings): "
+                "shorten it, or train with a larger max_position_embeddings"
+            )
+        if input_ids is not None and input_ids.device.type == "cpu":
+            low, high = (int(x) for x in input_ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids reach from {low} to {high}; this model's vocabulary is 0 to "
+                    f"{self.config.vocab_size - 1}: is it the model's own tokenizer?"
+                )
+        if attention_mask is None:
+            valid_BT = torch.ones(shape, dtype=torch.bool, device=given.device)
+        elif attention_mask.shape != shape:
+            raise ValueError(f"attention_mask has the shape {list(attention_mask.shape)}; expected {list(shape)}")
+        else:
+            valid_BT = attention_mask.bool()
+        if position_ids is not None:
+            if (
+                position_ids.ndim != 2
+                or position_ids.shape[1] != shape[1]
+                or position_ids.shape[0] not in (1, shape[0])
+            ):
+                raise ValueError(f"position_ids has the shape {list(position_ids.shape)}; expected {list(shape)}")
+            low, high = (int(x) for x in position_ids.aminmax())
+            if low < 0 or high >= limit:
+                raise ValueError(f"position_ids reach from {low} to {high}; this model takes 0 to {limit - 1}")
+        return Layout.from_rectangle(valid_BT, position_ids)
+
+
+class MidskipForCausalLM(MidskipPreTrainedModel, GenerationMixin):
+    """A causal language model whose tokens skip layers."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MidskipConfig):
+        super().__init__(config)
+        self.model = MidskipModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        use_cache: bool | None = None,
+    ) -> MidskipCausalLMOutput:
+        """Logits of the next token, and their loss.
+
+        Args:
+            labels: int64 [B, T], the tokens themselves (they are shifted here); -100 is left out, and so is a token
+                that is a pad or follows one.
+            logits_to_keep: 0 for all columns, k > 0 for the last k, or an int64 tensor of columns; the head runs on
+                those only. With labels it must be 0.
+            use_cache: must not be True: there is no key-value cache yet.
+
+        The other arguments, and the errors, are those of `MidskipModel.forward`.
+        """
+        if use_cache:
+            raise ValueError("use_cache is True; midskip has no key-value cache yet: leave it out")
+        packed = self.model.run(input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states)
+        if labels is not None:
+            logits, loss = self._logits_and_loss(packed, labels, logits_to_keep)
+        else:
+            logits, loss = self._logits(packed, logits_to_keep), None
+        return MidskipCausalLMOutput(loss=loss, logits=logits, **packed.outputs())
+
+    def _logits(self, packed: _Packed, logits_to_keep: int | Tensor) -> Tensor:
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            return packed.layout.unpack(self.lm_head(packed.h_ND))
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return self.lm_head(packed.layout.unpack(packed.h_ND)[:, columns])
+
+    def _logits_and_loss(self, packed: _Packed, labels: Tensor, logits_to_keep: int | Tensor) -> tuple[Tensor, Tensor]:
+        layout = packed.layout
+        shape = (layout.batch_size, layout.num_columns)
+        if labels.shape != shape:
+            raise ValueError(f"labels has the shape {list(labels.shape)}; expected {list(shape)}")
+        if not isinstance(logits_to_keep, int) or logits_to_keep:
+            raise ValueError("labels need the logits of all columns: leave logits_to_keep out")
+        logits_NV = self.lm_head(packed.h_ND)
+        valid_BT = layout.unpack(torch.ones_like(layout.column_N))
+        next_BT = F.pad(torch.where(valid_BT.bool(), labels, -100)[:, 1:], (0, 1), value=-100)
+        target_N = layout.pack(next_BT)
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        total = F.cross_entropy(logits_NV.to(wide), target_N, ignore_index=-100, reduction="sum")
+        return layout.unpack(logits_NV), total / (target_N != -100).sum().clamp(min=1)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        """`generate()` runs without a cache: every step is a full forward pass."""
+        if generation_config.cache_implementation is not None or model_kwargs.get("past_key_values") is not None:
+            raise ValueError("midskip has no key-value cache yet: leave out past_key_values and cache_implementation")
+        if model_kwargs.get("inputs_embeds") is not None:  # without a cache, transformers drops them after one step
+            raise ValueError("give input_ids: midskip has no key-value cache yet to go on from inputs_embeds")
+        generation_config.use_cache = model_kwargs["use_cache"] = False

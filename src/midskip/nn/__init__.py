@@ -1,0 +1,1 @@
+"""Packed tokens: layouts, attention, layers. Knows nothing of Hugging Face, data or training."""

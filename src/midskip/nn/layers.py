@@ -1,0 +1,154 @@
+"""The block and its parts, over packed tokens.
+
+N queries (tokens that run), M keys, D width, H query heads, G key heads, K head width, F feed-forward.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from midskip.nn.attention import gated_attention
+from midskip.nn.fused import scaled_norm
+from midskip.nn.layout import Layout, Rotary
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, the mean square taken in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x_ND: Tensor, gate_N: Tensor | None = None, residual_ND: Tensor | None = None) -> Tensor:
+        """residual + gate * norm(x): a branch's last norm, its gate and the sum in one."""
+        if x_ND.ndim != 2 and gate_N is None and residual_ND is None:  # a user's, of any shape
+            return scaled_norm(x_ND.reshape(-1, x_ND.shape[-1]), self.weight, self.eps).view_as(x_ND)
+        return scaled_norm(x_ND, self.weight, self.eps, gate_N, residual_ND)
+
+
+class _GatedSum(nn.Module):
+    """Stands where a block has no norm after a branch: residual + gate * x."""
+
+    def forward(self, x_ND: Tensor, gate_N: Tensor | None, residual_ND: Tensor) -> Tensor:
+        if gate_N is None:
+            return residual_ND + x_ND
+        return torch.addcmul(residual_ND, x_ND, gate_N.to(x_ND.dtype)[:, None])
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of the angles by which each position turns each pair of features (i, i + K/2).
+
+    Args:
+        width: K, even.
+        rope: `rope_theta`, and for `rope_type` `"llama3"` also `factor`, `low_freq_factor`,
+            `high_freq_factor` and `original_max_position_embeddings` (Llama 3's stretching of long waves).
+    """
+
+    def __init__(self, width: int, rope: dict):
+        super().__init__()
+        self.width, self.rope = width, rope
+        self.inverse_wavelength = nn.Buffer(self.compute(), persistent=False)
+
+    def compute(self) -> Tensor:
+        """float32 [K/2], radians a position."""
+        rope = self.rope
+        radians = rope["rope_theta"] ** -(torch.arange(0, self.width, 2, dtype=torch.float64) / self.width)
+        if rope.get("rope_type") == "llama3":
+            turns = rope["original_max_position_embeddings"] * radians / (2 * math.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short waves stay, 0: long ones are stretched
+            radians = radians * (kept + (1 - kept) / rope["factor"])
+        return radians.float()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.inverse_wavelength = self.compute().to(self.inverse_wavelength.device)  # never rounded to half precision
+        return self
+
+    def forward(self, position_N: Tensor, dtype: torch.dtype) -> Rotary:
+        """Cosines [N, 1, K], one for each feature, and sines [N, 1, K/2], one for each pair."""
+        wide = torch.promote_types(dtype, torch.float32)
+        angle = position_N.to(wide)[:, None, None] * self.inverse_wavelength.to(wide)
+        return angle.cos().to(dtype).repeat(1, 1, 2), angle.sin().to(dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, num_heads: int, num_key_heads: int, head_width: int):
+        super().__init__()
+        self.head_width = head_width
+        self.q_proj = nn.Linear(width, num_heads * head_width, bias=False)
+        self.k_proj = nn.Linear(width, num_key_heads * head_width, bias=False)
+        self.v_proj = nn.Linear(width, num_key_heads * head_width, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_width, width, bias=False)
+
+    def forward(self, x_ND: Tensor, y_MD: Tensor, queries: Layout, keys: Layout, key_gate_M: Tensor | None) -> Tensor:
+        q_NHK = self.q_proj(x_ND).unflatten(-1, (-1, self.head_width))
+        k_MGK = self.k_proj(y_MD).unflatten(-1, (-1, self.head_width))
+        v_MGK = self.v_proj(y_MD).unflatten(-1, (-1, self.head_width))
+        return self.o_proj(gated_attention(q_NHK, k_MGK, v_MGK, queries, keys, key_gate_M))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        open_NF, up_NF = self.gate_proj(x_ND), self.up_proj(x_ND)
+        if open_NF.requires_grad:
+            return self.down_proj(F.silu(open_NF) * up_NF)
+        return self.down_proj(F.silu(open_NF, inplace=True).mul_(up_NF))  # fresh memory costs more than the product
+
+
+class Block(nn.Module):
+    """One layer on the tokens that are present, as if no others existed.
+
+    x = x + g post_norm(attention(pre_norm(x)));  x = x + g post_norm(swiglu(pre_norm(x)))
+
+    Names follow transformers' Llama; `post_*` norms exist only with `norms="sandwich"`.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, num_heads: int, num_key_heads: int, head_width: int, eps: float, norms: str
+    ):
+        super().__init__()
+        self.input_layernorm = RMSNorm(width, eps)
+        self.self_attn = Attention(width, num_heads, num_key_heads, head_width)
+        self.pre_feedforward_layernorm = RMSNorm(width, eps)
+        self.mlp = SwiGLU(width, hidden)
+        if norms == "sandwich":
+            self.post_attention_layernorm = RMSNorm(width, eps)
+            self.post_feedforward_layernorm = RMSNorm(width, eps)
+        else:
+            self.post_attention_layernorm = self.post_feedforward_layernorm = _GatedSum()
+
+    def forward(
+        self, x_ND: Tensor, others_MD: Tensor | None, queries: Layout, keys: Layout,
+        output_gate_N: Tensor | None = None, key_gate_M: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run the block.
+
+        Args:
+            x_ND: hidden states of the tokens present, which ask.
+            others_MD: hidden states of all tokens that own a key; None: those of `x_ND` do.
+            queries, keys: who the rows of both are, with their rotary angles.
+            output_gate_N, key_gate_M: float32, gates of what is added and of the keys; None means 1.
+
+        Returns:
+            [N, D], the new hidden states of the tokens present.
+        """
+        if others_MD is None:
+            normed = context = self.input_layernorm(x_ND)
+        else:
+            context = self.input_layernorm(others_MD)
+            normed = context.index_select(0, queries.rows_N)
+        attended = self.self_attn(normed, context, queries, keys, key_gate_M)
+        x_ND = self.post_attention_layernorm(attended, output_gate_N, x_ND)
+        ahead = self.mlp(self.pre_feedforward_layernorm(x_ND))
+        return self.post_feedforward_layernorm(ahead, output_gate_N, x_ND)

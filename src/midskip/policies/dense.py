@@ -1,0 +1,15 @@
+"""Nobody skips: the plain Transformer, on the same code."""
+
+from typing import Any
+
+from torch import Tensor
+
+from midskip.nn.layout import Layout
+from midskip.policies.base import Decision, Policy
+
+
+class Dense(Policy):
+    """Every token runs every layer with gate 1."""
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        return Decision()

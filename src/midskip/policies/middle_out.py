@@ -1,0 +1,78 @@
+"""The paper's policy: a token may leave for the rest of the first half and comes back at the mirrored layer.
+
+N packed tokens, D width, L layers.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from midskip.nn.layout import Layout
+from midskip.policies.base import Decision, Policy
+
+STARTS = ("open", "spread", "released")
+
+
+class MiddleOut(Policy):
+    """Scores add up over the first half of the layers; a token whose sum reaches 1 skips the middle.
+
+        score        s(i, l) = relu(w_l . h(i, l) + b_l)          for l < L/2
+        depth score  S(i, l) = sum of s(i, l') for l' <= l
+        gate         g(i, l) = 1 - min(S(i, l), 1)                for l < L/2;  g(i, l) = g(i, L-1-l) above
+
+    (arXiv 2506.21103.) For odd L the middle layer has a gate of its own. Scores are float32, also under autocast.
+    Where S >= 1 the gate is 0 and its slope 0, so that a token that left gives its gate no gradient and need not be
+    scored again.
+
+    Args:
+        start: `"open"`: w = 0 and b > 0 such that every gate starts between 1 and 0.9 (the middle one) and every
+            token gives every gate a gradient; `"spread"`: the same b and a normal w, so that tokens differ from the
+            first step, as a controller that moves b needs; `"released"`: as in the paper's code, w normal and b = 0,
+            which starts with about 42 % of the gates at 0.
+    """
+
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02, start: str = "open"):
+        super().__init__(num_layers, width, initializer_range)
+        if start not in STARTS:
+            raise ValueError(f"start is {start!r}; expected one of {', '.join(map(repr, STARTS))}")
+        self.start = start
+        self.num_gates = (num_layers + 1) // 2
+        self.weight = nn.Parameter(torch.empty(self.num_gates, width))
+        self.bias = nn.Parameter(torch.empty(self.num_gates))
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        if self.start == "open":
+            init.zeros_(self.weight)
+        else:
+            init.normal_(self.weight, std=self.initializer_range)
+        if self.start == "released":
+            init.zeros_(self.bias)
+        else:
+            init.constant_(self.bias, 0.1 / self.num_gates)
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        if layer == 0:
+            state.update(depth_scores=[], decisions=[])
+        decisions = state["decisions"]
+        if layer >= self.num_gates:
+            return decisions[self.num_layers - 1 - layer]
+        before_N = state["depth_scores"][-1] if layer else None
+        score_N = self._score(layer, h_ND)
+        depth_score_N = score_N if before_N is None else torch.where(before_N < 1, before_N + score_N, before_N)
+        state["depth_scores"].append(depth_score_N)
+        keep_N = depth_score_N < 1
+        gate_N = torch.where(keep_N, 1 - depth_score_N, 0)
+        decisions.append(Decision(keep_N, gate_N, gate_N))
+        return decisions[-1]
+
+    def _score(self, layer: int, h_ND: Tensor) -> Tensor:
+        wide = torch.promote_types(h_ND.dtype, torch.float32)
+        one = slice(layer, layer + 1)
+        with torch.autocast(h_ND.device.type, enabled=False):
+            score_N1 = F.relu(F.linear(h_ND.to(wide), self.weight[one].to(wide), self.bias[one].to(wide)))
+        return score_N1.squeeze(1)
+
+    def flops(self, layer: int, num_tokens: int) -> int:
+        return 2 * num_tokens * self.width if layer < self.num_gates else 0

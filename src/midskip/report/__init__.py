@@ -1,0 +1,17 @@
+"""Reports on where a model spends its depth: an HTML page, pictures, and text for a terminal."""
+
+from midskip.report.page import Shade, TokenDepth, palette, write_page
+from midskip.report.picture import write_idea, write_picture
+from midskip.report.terminal import comparison_table, depth_text, legend
+
+__all__ = [
+    "Shade",
+    "TokenDepth",
+    "comparison_table",
+    "depth_text",
+    "legend",
+    "palette",
+    "write_idea",
+    "write_page",
+    "write_picture",
+]

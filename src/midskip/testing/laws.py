@@ -1,0 +1,305 @@
+"""The laws that a policy must pass, whoever wrote it.
+
+B sequences, T columns, N packed tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from midskip.config import KEYS, MidskipConfig
+from midskip.model import MidskipCausalLMOutput, MidskipForCausalLM
+from midskip.policies import Decision
+from midskip.testing.naive import naive_forward
+
+TOLERANCE = 1e-6  # of the largest number of a tensor; wide enough for a policy that works in float32
+NUM_COLUMNS = 7
+# what each row of the batch holds: all, pads left, pads right, both, one token, none, a hole
+VALID_BT = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 1, 0],
+        [0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 1, 1],
+    ]
+).bool()
+
+
+def check_policy(
+    policy: str,
+    settings: dict[str, Any] | None = None,
+    *,
+    num_layers: int | None = None,
+    keys: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Run the laws on a policy, in tiny models in float64, as it starts and with its parameters moved at random.
+
+    The laws, in the order they are tried:
+
+    - *gates*: `decide` returns a `Decision` whose `keep_N` is bool [N] and whose gates are float32 or wider [N], in
+      [0, 1] where kept (a key's gate above 0), and what the model reports is 0 where a token was not kept;
+    - *repeatable*: in evaluation the same input gives the same output;
+    - *no future leak*: in evaluation, changing a token changes nothing before it;
+    - *batch*: a batch gives what its members give alone, in any order, with pads on any side;
+    - *prefix*: a sequence fed as growing prefixes gives what it gives at once;
+    - *finite gradients*: in training every parameter gets a gradient, and a finite one;
+    - *packed = naive*: the same values and gradients as `naive_forward`, which asks the policy about one sequence at
+      a time and multiplies gates in;
+    - *state*: a saved and loaded model gives the same outputs.
+
+    Args:
+        policy, settings: as `policy` and `policy_settings` in `MidskipConfig`.
+        num_layers: L; 1, 4 and 5 by default.
+        keys: as in `MidskipConfig`; both by default.
+        seed: of weights, tokens and the random move.
+
+    Raises:
+        AssertionError: the first law that is broken, by name, with where it was seen.
+        ValueError: the policy cannot be built.
+    """
+    for layers in (1, 4, 5) if num_layers is None else (num_layers,):
+        for key in KEYS if keys is None else (keys,):
+            for moved in (False, True):
+                trial = _Trial.make(policy, dict(settings or {}), layers, key, moved, seed)
+                for law in (_gates, _repeatable, _no_future_leak, _batch, _prefix, _finite, _packed_is_naive, _state):
+                    law(trial)
+
+
+@dataclass
+class _Trial:
+    model: MidskipForCausalLM
+    ids_BT: Tensor
+    generator: torch.Generator
+    where: str
+
+    @classmethod
+    def make(cls, policy: str, settings: dict, num_layers: int, keys: str, moved: bool, seed: int) -> _Trial:
+        config = MidskipConfig(
+            vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=num_layers, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=2 * NUM_COLUMNS, initializer_range=0.3, keys=keys,
+            policy=policy, policy_settings=settings,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = MidskipForCausalLM(config).double().eval()
+        generator = torch.Generator().manual_seed(seed)
+        if moved:
+            with torch.no_grad():
+                for parameter in model.model.policy.parameters():
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    parameter += noise.to(parameter) / config.hidden_size**0.5
+        ids_BT = torch.randint(config.vocab_size, VALID_BT.shape, generator=generator)
+        state = "with its parameters moved" if moved else "as it starts"
+        return cls(model, ids_BT, generator, f"{policy!r}, {num_layers} layers, keys={keys!r}, {state}")
+
+    def broken(self, law: str, what: str) -> AssertionError:
+        return AssertionError(f"law {law!r} broken: {what} ({self.where})")
+
+    @torch.no_grad()
+    def run(self, ids_BT: Tensor, valid_BT: Tensor | None = None) -> dict[str, Tensor]:
+        """The output's tensors as [B, T, ...], 0 at pads."""
+        return _by_token(self.model(ids_BT, attention_mask=valid_BT, output_hidden_states=True))
+
+    def same(self, law: str, got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+        if got.keys() != expected.keys():
+            raise self.broken(law, f"{what}: got {sorted(got)}, expected {sorted(expected)}")
+        for name, tensor in got.items():
+            if distance := _distance(tensor, expected[name]):
+                raise self.broken(law, f"{what}; {name} differ by {distance}")
+
+
+def _by_token(output: MidskipCausalLMOutput | Any) -> dict[str, Tensor]:
+    hidden = output.hidden_states
+    tensors = {
+        "gates": output.gates.movedim(0, -1),
+        "hidden states": (hidden if isinstance(hidden, Tensor) else torch.stack(hidden)).movedim(0, 2),
+        "logits": output.logits,
+    }
+    if output.depth_scores is not None:
+        tensors["depth scores"] = output.depth_scores.movedim(0, -1).clamp(max=1)
+    return tensors
+
+
+def _distance(got: Tensor, expected: Tensor) -> str:
+    """Empty if the two agree; NaN agrees with nothing."""
+    if not expected.numel():
+        return ""
+    largest = (got.double() - expected.double()).abs().max().item()
+    return "" if largest <= TOLERANCE * expected.abs().max().item() + 1e-9 else f"{largest:.3g}"
+
+
+def _gates(trial: _Trial) -> None:
+    decisions: list[Decision] = []
+
+    def look(module: torch.nn.Module, arguments: tuple[Any, ...], decision: Any) -> None:
+        layer, h_ND = arguments[:2]
+        if problem := _problem(decision, h_ND.shape[0]):
+            raise trial.broken("gates", f"{problem}, in layer {layer}")
+        decisions.append(decision)
+
+    hook = trial.model.model.policy.register_forward_hook(look)
+    try:
+        for training in (True, False):
+            decisions.clear()
+            trial.model.train(training)
+            gates_BTL = trial.run(trial.ids_BT, VALID_BT)["gates"]
+    finally:
+        trial.model.eval()
+        hook.remove()
+    for layer, decision in enumerate(decisions):
+        gate_N = gates_BTL[..., layer][VALID_BT]
+        present_N = torch.ones_like(gate_N, dtype=torch.bool) if decision.keep_N is None else decision.keep_N
+        if gate_N[~present_N].any() or gates_BTL[~VALID_BT].any():
+            raise trial.broken("gates", f"a gate is not 0 where no token is present, in layer {layer}")
+
+
+def _problem(decision: Any, num_tokens: int) -> str:
+    if not isinstance(decision, Decision):
+        return f"decide returned {type(decision).__name__}; expected a Decision"
+    keep_N = decision.keep_N
+    if keep_N is not None and (keep_N.dtype != torch.bool or keep_N.shape != (num_tokens,)):
+        return f"keep_N is {keep_N.dtype} {list(keep_N.shape)}; expected torch.bool [{num_tokens}]"
+    for name in ("output_gate_N", "key_gate_N"):
+        gate_N = getattr(decision, name)
+        if gate_N is None:
+            continue
+        if gate_N.dtype not in (torch.float32, torch.float64) or gate_N.shape != (num_tokens,):
+            return f"{name} is {gate_N.dtype} {list(gate_N.shape)}; expected torch.float32 or float64 [{num_tokens}]"
+        kept_N = gate_N if keep_N is None else gate_N[keep_N]
+        if not ((kept_N >= 0) & (kept_N <= 1)).all():
+            return f"{name} reaches from {kept_N.min():.4g} to {kept_N.max():.4g} where kept; expected 0 to 1"
+        if name == "key_gate_N" and not (kept_N > 0).all():
+            return "key_gate_N is 0 for a token that is kept; give it a gate above 0 or do not keep it"
+    return ""
+
+
+def _repeatable(trial: _Trial) -> None:
+    first = trial.run(trial.ids_BT, VALID_BT)
+    trial.same("repeatable", trial.run(trial.ids_BT, VALID_BT), first, "the same input twice in evaluation")
+
+
+def _no_future_leak(trial: _Trial) -> None:
+    before = trial.run(trial.ids_BT)
+    for column in range(1, NUM_COLUMNS):
+        changed_BT = trial.ids_BT.clone()
+        move_B = torch.randint(1, trial.model.config.vocab_size, (len(changed_BT),), generator=trial.generator)
+        changed_BT[:, column] = (changed_BT[:, column] + move_B) % trial.model.config.vocab_size
+        after = trial.run(changed_BT)
+        trial.same(
+            "no future leak",
+            {name: x[:, :column] for name, x in after.items()},
+            {name: x[:, :column] for name, x in before.items()},
+            f"token {column} was changed and the results before it changed",
+        )
+
+
+def _batch(trial: _Trial) -> None:
+    ids_BT, valid_BT = trial.ids_BT, VALID_BT
+    together = trial.run(ids_BT, valid_BT)
+    backwards = {name: x.flip(0) for name, x in trial.run(ids_BT.flip(0), valid_BT.flip(0)).items()}
+    trial.same("batch", backwards, together, "the same sequences in another order")
+    for pads in ((2, 0), (0, 3)):
+        wide_ids_BT, wide_valid_BT = (torch.nn.functional.pad(x, pads) for x in (ids_BT, valid_BT))
+        columns = slice(pads[0], pads[0] + NUM_COLUMNS)
+        padded = {name: x[:, columns] for name, x in trial.run(wide_ids_BT, wide_valid_BT).items()}
+        trial.same("batch", padded, together, f"{pads[0]} more pads on the left and {pads[1]} on the right")
+    for b in range(len(ids_BT)):
+        if valid_BT[b].any():
+            alone = trial.run(ids_BT[b : b + 1, valid_BT[b]])
+            members = {name: x[b : b + 1, valid_BT[b]] for name, x in together.items()}
+            trial.same("batch", members, alone, f"sequence {b} of a batch, and the same alone without pads")
+
+
+def _prefix(trial: _Trial) -> None:
+    at_once = trial.run(trial.ids_BT)
+    for length in range(1, NUM_COLUMNS):
+        prefix = trial.run(trial.ids_BT[:, :length])
+        expected = {name: x[:, :length] for name, x in at_once.items()}
+        trial.same("prefix", prefix, expected, f"the first {length} of {NUM_COLUMNS} tokens alone, and among all")
+
+
+def _gradients(trial: _Trial, forward: Callable[..., Any]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Results by token, and the gradient of every parameter of a sum that reaches all of them."""
+    labels_BT = trial.ids_BT
+    trial.model.zero_grad()
+    output = forward(labels_BT)
+    generator = torch.Generator().manual_seed(0)
+    tensors = _by_token(output)
+    total = output.loss + sum(
+        (tensors[name] * torch.randn(tensors[name].shape, generator=generator, dtype=torch.float64)).mean()
+        for name in ("gates", "hidden states", "logits")
+    )
+    total.backward()
+    parameters = {name: x for name, x in trial.model.named_parameters() if x.requires_grad}
+    results = {name: x.detach() for name, x in tensors.items()} | {"loss": output.loss.detach()}
+    return results, {name: x.grad for name, x in parameters.items()}
+
+
+def _packed(trial: _Trial) -> Callable[..., Any]:
+    return lambda ids_BT: trial.model(ids_BT, attention_mask=VALID_BT, labels=ids_BT, output_hidden_states=True)
+
+
+def _finite(trial: _Trial) -> None:
+    trial.model.train()
+    try:
+        _, gradients = _gradients(trial, _packed(trial))
+    finally:
+        trial.model.eval()
+    for name, gradient in gradients.items():
+        if gradient is None:
+            raise trial.broken("finite gradients", f"{name} gets no gradient in training, not even 0")
+        if not gradient.isfinite().all():
+            raise trial.broken("finite gradients", f"{name} gets a gradient that is not finite in training")
+
+
+def _packed_is_naive(trial: _Trial) -> None:
+    # in evaluation: in training a policy may draw at random
+    packed, packed_gradients = _gradients(trial, _packed(trial))
+    naive, naive_gradients = _gradients(
+        trial, lambda ids_BT: naive_forward(trial.model, ids_BT, VALID_BT, labels=ids_BT)
+    )
+    trial.same("packed = naive", packed, naive, "the packed pass and the plain one")
+    for name, expected in naive_gradients.items():
+        got = packed_gradients[name]
+        got, expected = (torch.zeros(()) if x is None else x for x in (got, expected))
+        if distance := _distance(got, expected):
+            raise trial.broken(
+                "packed = naive",
+                f"the gradients of {name} in the packed pass and in the plain one differ by {distance}",
+            )
+
+
+def _state(trial: _Trial) -> None:
+    before = trial.run(trial.ids_BT, VALID_BT)
+    with tempfile.TemporaryDirectory() as folder, _quiet(), torch.random.fork_rng():
+        torch.manual_seed(trial.generator.initial_seed() + 1)
+        try:
+            trial.model.save_pretrained(folder)
+            loaded = MidskipForCausalLM.from_pretrained(folder, dtype=torch.float64)
+            after = _Trial(loaded, trial.ids_BT, trial.generator, trial.where).run(trial.ids_BT, VALID_BT)
+        except Exception as error:
+            raise trial.broken("state", f"a saved and loaded model fails: {error}") from error
+    trial.same("state", after, before, "a model, and the same saved and loaded")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,148 @@
+"""The plain twin: the model's equations on full rectangles, gates multiplied in, nothing skipped. It is the truth.
+
+One sequence at a time: T valid tokens, D width, H query heads, G key heads, K head width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from midskip.model import MidskipForCausalLM
+from midskip.nn.layers import Block, RMSNorm
+from midskip.nn.layout import Layout
+from midskip.policies.middle_out import MiddleOut
+
+
+@dataclass
+class NaiveOutput:
+    """The fields of the model's own output, 0 at pads."""
+
+    loss: Tensor | None
+    logits: Tensor  # [B, T, V]
+    gates: Tensor  # [L, B, T]
+    depth_scores: Tensor | None  # [ceil(L/2), B, T]; scores go on growing past 1
+    hidden_states: Tensor  # [L + 1, B, T, D]
+
+
+def naive_forward(
+    model: MidskipForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+) -> NaiveOutput:
+    """The same results as `model(input_ids, attention_mask, labels=labels)`, gradients included, the slow way.
+
+    The policy `middle_out` is written out here again; any other is asked through `decide`, one sequence at a time.
+    """
+    valid_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    config = model.config
+    shape = input_ids.shape
+    dtype = model.lm_head.weight.dtype
+    logits = torch.zeros(*shape, config.vocab_size, dtype=dtype)
+    gates = torch.zeros(config.num_hidden_layers, *shape, dtype=dtype)
+    hidden = torch.zeros(config.num_hidden_layers + 1, *shape, config.hidden_size, dtype=dtype)
+    scores, losses = [], []
+    for b in range(shape[0]):
+        columns = valid_BT[b].nonzero().squeeze(1)
+        if not len(columns):
+            continue
+        run = _run_sequence(model, input_ids[b, columns])
+        put = torch.zeros(shape[1], len(columns), dtype=dtype)
+        put[columns, torch.arange(len(columns))] = 1
+        one_hot = torch.zeros(shape[0], dtype=dtype)
+        one_hot[b] = 1
+        logits = logits + torch.einsum("b,tc,cv->btv", one_hot, put, run.logits)
+        gates = gates + torch.einsum("b,tc,lc->lbt", one_hot, put, run.gates)
+        hidden = hidden + torch.einsum("b,tc,lcd->lbtd", one_hot, put, run.hidden_states)
+        if run.depth_scores is not None:
+            scores.append(torch.einsum("b,tc,lc->lbt", one_hot, put, run.depth_scores))
+        if labels is not None:
+            for here, after in zip(range(shape[1] - 1), range(1, shape[1]), strict=True):
+                if valid_BT[b, here] and valid_BT[b, after] and labels[b, after] != -100:
+                    row = run.logits[int((columns == here).nonzero())]
+                    losses.append(torch.logsumexp(row, 0) - row[labels[b, after]])
+    loss = None if labels is None else (torch.stack(losses).mean() if losses else logits.sum() * 0)
+    return NaiveOutput(loss, logits, gates, torch.stack(scores).sum(0) if scores else None, hidden)
+
+
+def _run_sequence(model: MidskipForCausalLM, ids_T: Tensor) -> NaiveOutput:
+    config, body = model.config, model.model
+    x_TD = body.embed_tokens.weight[ids_T]
+    if isinstance(body.embed_layernorm, RMSNorm):
+        x_TD = _rms_norm(x_TD, body.embed_layernorm)
+    length = len(ids_T)
+    turn_TK = torch.polar(
+        torch.ones(length, config.head_dim // 2, dtype=x_TD.dtype),
+        torch.arange(length, dtype=x_TD.dtype)[:, None] * body.rotary.inverse_wavelength.to(x_TD.dtype),
+    )
+    hidden, gates, scores, state = [x_TD], [], [], {}
+    layout = Layout.from_rectangle(torch.ones(1, length, dtype=torch.bool))
+    for layer, block in enumerate(body.layers):
+        if isinstance(body.policy, MiddleOut):
+            output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, scores, gates)
+        else:
+            decision = body.policy.decide(layer, x_TD, state, layout)
+            present_T = x_TD.new_ones(length) if decision.keep_N is None else decision.keep_N.to(x_TD.dtype)
+            output_gate_T, key_gate_T = (
+                present_T if gate is None else torch.where(present_T > 0, gate.to(x_TD.dtype), 0)
+                for gate in (decision.output_gate_N, decision.key_gate_N)
+            )
+        gates.append(output_gate_T)
+        if config.keys == "all":
+            key_gate_T = torch.ones_like(key_gate_T)
+        assert isinstance(block, Block)
+        x_TD = _block(block, x_TD, output_gate_T, key_gate_T, turn_TK, config.head_dim)
+        hidden.append(x_TD)
+    logits_TV = _rms_norm(x_TD, body.norm) @ model.lm_head.weight.T
+    depth_scores = torch.stack(scores) if scores else None
+    return NaiveOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden))
+
+
+def _middle_out_gate(policy: MiddleOut, layer: int, x_TD: Tensor, scores: list[Tensor], gates: list[Tensor]) -> Tensor:
+    """Appends the depth score of this layer to `scores` in the first half; the mirrored gate in the second."""
+    if layer >= policy.num_gates:
+        return gates[policy.num_layers - 1 - layer]
+    score_T = torch.relu(x_TD @ policy.weight[layer] + policy.bias[layer])
+    scores.append(score_T if layer == 0 else scores[-1] + score_T)
+    # 1 - clamp(S, 0, 1), with slope 0 at S = 1
+    return torch.where(scores[-1] < 1, 1 - scores[-1], 0)
+
+
+def _block(
+    block: Block, x_TD: Tensor, output_gate_T: Tensor, key_gate_T: Tensor, turn_TK: Tensor, head_width: int
+) -> Tensor:
+    attention, mlp = block.self_attn, block.mlp
+    y_TD = _rms_norm(x_TD, block.input_layernorm)
+    q, k, v = (
+        (y_TD @ projection.weight.T).unflatten(-1, (-1, head_width)).transpose(0, 1)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    repeats = q.shape[0] // k.shape[0]
+    q_HTK = _turn(q, turn_TK)
+    k_HTK, v_HTK = _turn(k, turn_TK).repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
+    score_HTT = q_HTK @ k_HTK.transpose(1, 2) / head_width**0.5
+    past_TT = torch.ones(x_TD.shape[0], x_TD.shape[0]).tril().bool()
+    weight_HTT = torch.where(past_TT, (score_HTT - score_HTT.amax(-1, keepdim=True).detach()).exp() * key_gate_T, 0)
+    total_HT1 = weight_HTT.sum(-1, keepdim=True)
+    # a token that sees nobody is not present itself: its row is multiplied by gate 0 below
+    mixed_HTK = torch.where(total_HT1 > 0, weight_HTT / torch.where(total_HT1 > 0, total_HT1, 1), 0) @ v_HTK
+    branch_TD = mixed_HTK.transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
+    if isinstance(block.post_attention_layernorm, RMSNorm):
+        branch_TD = _rms_norm(branch_TD, block.post_attention_layernorm)
+    x_TD = x_TD + output_gate_T[:, None] * branch_TD
+    y_TD = _rms_norm(x_TD, block.pre_feedforward_layernorm)
+    open_TF = y_TD @ mlp.gate_proj.weight.T
+    branch_TD = (open_TF * torch.sigmoid(open_TF) * (y_TD @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
+    if isinstance(block.post_feedforward_layernorm, RMSNorm):
+        branch_TD = _rms_norm(branch_TD, block.post_feedforward_layernorm)
+    return x_TD + output_gate_T[:, None] * branch_TD
+
+
+def _rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+
+def _turn(x_HTK: Tensor, turn_TK: Tensor) -> Tensor:
+    first, second = x_HTK.chunk(2, -1)
+    turned = torch.complex(first.contiguous(), second.contiguous()) * turn_TK
+    return torch.cat((turned.real, turned.imag), -1)

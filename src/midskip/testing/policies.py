@@ -1,0 +1,53 @@
+"""Policies for tests and benchmarks: a share of block-tokens that is skipped, imposed and not learned.
+
+N packed tokens, L layers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midskip.nn.layout import Layout
+from midskip.policies.base import Decision, Policy
+
+
+class FixedDepths(Policy):
+    """Random nested depths that depend on nothing but a token's position: a token runs the first d layers and the
+    last d, with d drawn so that `skip_share` of all block-tokens are skipped on average, evenly spread.
+
+    Args:
+        skip_share: share of block-tokens skipped, in [0, 1].
+        fractional: gates of the tokens present are drawn from (0.5, 1) and differ by layer; otherwise they are 1
+            and left out.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self, num_layers: int, width: int, initializer_range: float = 0.02, skip_share: float = 0.5,
+        fractional: bool = False, seed: int = 0,
+    ):  # fmt: skip
+        super().__init__(num_layers, width, initializer_range)
+        if not 0 <= skip_share <= 1:
+            raise ValueError(f"skip_share is {skip_share!r}; expected a number from 0 to 1")
+        self.skip_share, self.fractional, self.seed = skip_share, fractional, seed
+        self.num_gates = (num_layers + 1) // 2
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        if layer == 0:
+            state["decisions"] = [self._decision(gate, layout) for gate in range(self.num_gates)]
+        return state["decisions"][min(layer, self.num_layers - 1 - layer)]
+
+    def _decision(self, layer: int, layout: Layout) -> Decision:
+        # the layer that a token leaves at is spread evenly and has the mean that gives the share asked for
+        spread = self.num_gates * 2 * min(self.skip_share, 1 - self.skip_share)
+        leaves_N = self.num_gates * max(0, 1 - 2 * self.skip_share) + spread * self._uniform(0, layout)
+        keep_N = leaves_N.round() > layer
+        gate_N = 0.5 + 0.5 * self._uniform(layer + 1, layout) if self.fractional else None
+        return Decision(None if self.skip_share == 0 else keep_N, gate_N, gate_N)
+
+    def _uniform(self, stream: int, layout: Layout) -> Tensor:
+        """float32 [N] in [0, 1), the same for the same position."""
+        generator = torch.Generator().manual_seed(self.seed * 1000 + stream)
+        longest = int(layout.position_N.max()) + 1 if layout.num_tokens else 0
+        return torch.rand(longest, generator=generator).to(layout.position_N.device)[layout.position_N]

@@ -1,0 +1,6 @@
+"""Training on transformers.Trainer: a recipe, an objective with a gate regulariser, a run folder."""
+
+from midskip.train.recipe import Recipe, read_recipe
+from midskip.train.run import train
+
+__all__ = ["Recipe", "read_recipe", "train"]

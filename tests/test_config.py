@@ -1,0 +1,217 @@
+"""MidskipConfig: what is unknown or impossible is refused by name, and what is saved comes back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from midskip import MidskipConfig, MidskipForCausalLM, MidskipModel
+from midskip.nn.layout import Layout
+from midskip.plugins import load_class
+from midskip.policies import Decision, Policy
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+class EvenOnly(Policy):
+    """An outside author's: odd layers are skipped by all tokens after the first `spared`."""
+
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02, *, spared: int = 1) -> None:
+        super().__init__(num_layers, width, initializer_range)
+        self.spared = spared
+
+    def decide(self, layer: int, h_ND: torch.Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        return Decision(layout.position_N < self.spared if layer % 2 else None)
+
+
+def test_defaults_are_the_papers_model() -> None:
+    config = MidskipConfig()
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (12, 768, 3072)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (12, 12, 64)
+    assert (config.vocab_size, config.max_position_embeddings) == (50257, 1024)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert (config.norms, config.keys, config.policy) == ("sandwich", "gated", "middle_out")
+    assert config.tie_word_embeddings is False and config.policy_settings == {}
+    with torch.device("meta"):
+        assert round(MidskipForCausalLM(config).num_parameters() / 1e6, 1) == 190.5
+
+
+@pytest.mark.parametrize("num_layers, millions", [(2, 96.1), (4, 115.0), (6, 133.8), (8, 152.7), (10, 171.6)])
+def test_dense_baselines_have_the_papers_sizes(num_layers: int, millions: float) -> None:
+    with torch.device("meta"):
+        model = MidskipForCausalLM(MidskipConfig(num_hidden_layers=num_layers, policy="dense"))
+    assert round(model.num_parameters() / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("hiden_size", "did you mean 'hidden_size'"),
+        ("key", "did you mean 'keys'"),
+        ("num_layers", "num_hidden_layers|num_labels"),
+        ("zebra", "known settings: .*vocab_size"),
+    ],
+)
+def test_unknown_setting_is_refused_with_a_hint(tiny: Callable[..., MidskipConfig], name: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"does not know the setting '{name}'; .*({hint})"):
+        tiny(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected a whole number of at least 1"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"vocab_size": "31"}, "vocab_size is '31'"),
+        ({"hidden_size": -16}, "hidden_size is -16"),
+        ({"intermediate_size": None}, "intermediate_size is None"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"hidden_size": 18}, r"hidden_size \(18\) is not a multiple of num_attention_heads \(4\).*head_dim"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)"),
+        ({"num_key_value_heads": 8}, r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(8\)"),
+        ({"hidden_size": 12}, "head_dim is 3; .*make it even"),
+        ({"head_dim": 5}, "head_dim is 5; .*make it even"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; expected a number above 0"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'"),
+        ({"initializer_range": -0.1}, "initializer_range is -0.1"),
+        ({"norms": "post"}, "norms is 'post'; expected one of 'sandwich', 'pre'"),
+        ({"keys": "some"}, "keys is 'some'; expected one of 'gated', 'all'"),
+        ({"policy": ""}, "policy is ''; expected a name or"),
+        ({"policy": 3}, "policy is 3"),
+        ({"policy_settings": "start"}, "policy_settings is 'start'; expected a dictionary"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; expected a dictionary"),
+        (
+            {"rope_parameters": {"rope_theta": -1.0}},
+            r"rope_parameters\['rope_theta'\] is -1.0; expected a number above",
+        ),
+        ({"rope_parameters": {"rope_theta": "far"}}, r"rope_parameters\['rope_theta'\] is 'far'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, "type 'default' has the keys .*'factor'"),
+        ({"rope_parameters": LLAMA3 | {"beta": 1.0}}, "type 'llama3' has the keys .*'beta'.*expected exactly"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+            "expected exactly .*'low_freq_factor'",
+        ),
+        ({"use_cache": True}, "use_cache is True; .*leave use_cache out"),
+        ({"attn_implementation": "eager"}, "attn_implementation is 'eager'; .*leave it out"),
+    ],
+)
+def test_impossible_value_is_refused(tiny: Callable[..., MidskipConfig], changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+def test_unknown_rope_type_is_refused(tiny: Callable[..., MidskipConfig]) -> None:
+    for kind in ("yarn", "spiral"):
+        with pytest.raises(ValueError, match=f"rope_type'\\] is '{kind}'; expected one of 'default', 'llama3'"):
+            tiny(rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0})
+
+
+def test_heads_are_filled_in_and_old_rope_names_are_read(tiny: Callable[..., MidskipConfig]) -> None:
+    config = tiny(num_key_value_heads=None)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 4)
+    assert tiny(hidden_size=18, head_dim=6).head_dim == 6
+    assert tiny(rope_theta=500.0).rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
+    old = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
+    assert tiny(rope_theta=500000.0, rope_scaling=old).rope_parameters == LLAMA3
+
+
+def test_settings_given_are_not_shared(tiny: Callable[..., MidskipConfig]) -> None:
+    settings = {"start": "open"}
+    config = tiny(policy_settings=settings)
+    settings["start"] = "released"
+    assert config.policy_settings == {"start": "open"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norms": "pre", "keys": "all", "policy": "dense", "tie_word_embeddings": True, "head_dim": 6},
+        {
+            "policy_settings": {"start": "released"},
+            "rope_parameters": LLAMA3,
+            "pad_token_id": 0,
+            "eos_token_id": [1, 2],
+        },
+    ],
+)
+def test_saved_configuration_comes_back(tiny: Callable[..., MidskipConfig], tmp_path: Path, changes: dict) -> None:
+    config = tiny(**changes)
+    config.save_pretrained(tmp_path)
+    for loaded in (MidskipConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is MidskipConfig
+        assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
+    again = MidskipConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+
+
+def test_unknown_key_in_a_file_is_refused(tiny: Callable[..., MidskipConfig], tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"norms"', '"normz"'))
+    with pytest.raises(ValueError, match="does not know the setting 'normz'; did you mean 'norms'"):
+        MidskipConfig.from_pretrained(tmp_path)
+
+
+def test_auto_classes_build_the_models(tiny: Callable[..., MidskipConfig]) -> None:
+    assert type(AutoModel.from_config(tiny())) is MidskipModel
+    assert type(AutoModelForCausalLM.from_config(tiny())) is MidskipForCausalLM
+
+
+@pytest.mark.parametrize(
+    "policy, settings, message",
+    [
+        (
+            "middle_in",
+            {},
+            "unknown policy 'middle_in'; expected one of 'dense', 'middle_out' or 'package.module:Class'",
+        ),
+        (":Class", {}, "unknown policy ':Class'"),
+        ("no.such.module:Class", {}, "policy 'no.such.module:Class' cannot be loaded: No module"),
+        ("midskip.policies:Nobody", {}, "cannot be loaded: .*Nobody.*is its module installed"),
+        ("torch.nn:Linear", {}, "policy 'torch.nn:Linear' is .*expected a subclass of midskip.policies.base.Policy"),
+        ("torch:float32", {}, "policy 'torch:float32' is torch.float32; expected a subclass"),
+        ("middle_out", {"begin": 1}, "policy 'middle_out' does not know the setting 'begin'; it knows 'start'"),
+        ("middle_out", {"width": 1}, "policy 'middle_out' does not know the setting 'width'"),
+        ("middle_out", {"start": "shut"}, "start is 'shut'; expected one of 'open', .*'released'"),
+        ("dense", {"start": "open"}, "policy 'dense' does not know the setting 'start'; it knows none"),
+        (f"{__name__}:EvenOnly", {"saved": 1}, "does not know the setting 'saved'; it knows 'spared'"),
+    ],
+)
+def test_wrong_policy_or_setting_is_refused(
+    tiny: Callable[..., MidskipConfig], policy: str, settings: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        MidskipModel(tiny(policy=policy, policy_settings=settings))
+
+
+def test_outside_policy_by_import_path(tiny: Callable[..., MidskipConfig], tmp_path: Path) -> None:
+    model = MidskipForCausalLM(tiny(policy=f"{__name__}:EvenOnly", policy_settings={"spared": 3})).eval()
+    assert type(model.model.policy) is EvenOnly
+    ids_BT = torch.randint(31, (2, 5))
+    present = model(ids_BT).gates > 0
+    assert present[::2].all() and present[1::2, :, :3].all() and not present[1::2, :, 3:].any()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids_BT).logits, model(ids_BT).logits)
+
+
+def test_load_class_names_what_it_is_for() -> None:
+    assert load_class("torch.nn:Linear", nn.Module, "layer", ()) is nn.Linear
+    with pytest.raises(ValueError, match="unknown layer 'x'; expected one of 'a', 'b' or"):
+        load_class("x", nn.Module, "layer", ("a", "b"))

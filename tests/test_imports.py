@@ -1,0 +1,113 @@
+"""Imports run one way through the package, and its lowest layer knows nothing of those above."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import midskip
+
+PACKAGE = Path(midskip.__file__).parent
+ORDER = (
+    ("config", "plugins", "statistics", "nn"),
+    ("policies", "controllers"),
+    ("model",),
+    ("cost", "data", "convert", "testing", "report", "runs"),
+    ("evaluate", "generate", "bench"),
+    ("train",),  # a run ends with its own evaluation and report
+    ("demo",),
+    ("cli", "__main__"),
+)
+RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+
+
+def module_name(file: Path) -> str:
+    parts = ("midskip", *file.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name: str, source: str, is_package: bool) -> Iterator[str]:
+    """Every module that this one imports anywhere in its text."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = name.split(".")[: len(name.split(".")) - node.level + is_package]
+                base = ".".join(parents + ([base] if base else []))
+            submodules = [f"{base}.{alias.name}" for alias in node.names if f"{base}.{alias.name}" in MODULES]
+            yield from submodules or [base]
+
+
+FOUND = {
+    name: sorted(set(imports(name, file.read_text(encoding="utf-8"), file.name == "__init__.py")))
+    for name, file in MODULES.items()
+}
+
+
+def inner(name: str) -> list[str]:
+    return [other for other in FOUND[name] if other.split(".")[0] == "midskip"]
+
+
+def rank(name: str) -> int:
+    part = name.split(".")[1]
+    assert part in RANK, f"{part} has no place in the order of imports: give it one in this test"
+    return RANK[part]
+
+
+def test_the_reader_of_imports_sees_them_all() -> None:
+    source = "import a.b\nfrom c import d\nfrom . import e\nfrom .f import g\ndef h():\n    from ..i import j\n"
+    assert list(imports("midskip.x.y", source, False)) == ["a.b", "c", "midskip.x", "midskip.x.f", "midskip.i"]
+    assert list(imports("midskip.x", "from .f import g", True)) == ["midskip.x.f"]
+    assert "midskip.nn.layout" in FOUND["midskip.model"] and "midskip.config" in FOUND["midskip.model"]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "midskip"])
+def test_imports_run_one_way(name: str) -> None:
+    for other in inner(name):
+        assert other != "midskip", f"{name} imports the package itself, which imports it: name the module"
+        assert rank(other) <= rank(name), f"{name} imports {other}, which stands above it"
+
+
+def test_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for name in MODULES:
+        wanted = {other for other in inner(name) if other != name}
+        # a module of another package is loaded after that package itself
+        parents = {".".join(other.split(".")[:2]) for other in wanted}
+        graph[name] = wanted | {parent for parent in parents if not name.startswith(parent)}
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("midskip.nn")])
+def test_nn_knows_torch_alone(name: str) -> None:
+    for other in FOUND[name]:
+        assert other.split(".")[0] in ("torch", "math", "typing", "dataclasses", "__future__") or other.startswith(
+            "midskip.nn"
+        ), f"{name} imports {other}"
+
+
+def test_the_plain_twin_is_for_tests_only() -> None:
+    for name in MODULES:
+        if not name.startswith("midskip.testing"):
+            users = [other for other in inner(name) if other.startswith("midskip.testing")]
+            assert users in ([], ["midskip.testing.policies"]), f"{name} imports {users}"
+
+
+def test_nothing_heavy_is_loaded_by_the_model() -> None:
+    heavy = {"matplotlib", "rich", "jsonargparse", "tensorboard", "datasets", "accelerate"}
+    seen, todo = set(), ["midskip"]
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        assert not heavy & {other.split(".")[0] for other in FOUND[name]}, name
+        todo += [other for other in inner(name) if other in MODULES]
+    assert "midskip.model" in seen

@@ -1,0 +1,95 @@
+"""Layout: packing, keeping and putting back, against plain indexing."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from midskip.nn.layout import Layout
+
+
+def test_pack_and_unpack_are_inverse(ragged: tuple[Tensor, Tensor]) -> None:
+    valid_BT = ragged[1].bool()
+    layout = Layout.from_rectangle(valid_BT)
+    x_BTD = torch.randn(*valid_BT.shape, 3)
+    x_ND = layout.pack(x_BTD)
+    assert torch.equal(x_ND, x_BTD[valid_BT])
+    assert torch.equal(layout.unpack(x_ND), x_BTD * valid_BT[..., None])
+    assert torch.equal(layout.pack(layout.unpack(x_ND)), x_ND)
+    assert torch.equal(layout.unpack(layout.pack(ragged[0])), ragged[0] * valid_BT)
+    assert layout.unpack(x_ND[:, 0] > 0).dtype == torch.bool
+
+
+def test_who_is_where(ragged: tuple[Tensor, Tensor]) -> None:
+    valid_BT = ragged[1].bool()
+    layout = Layout.from_rectangle(valid_BT)
+    assert layout.num_tokens == valid_BT.sum() and (layout.batch_size, layout.num_columns) == valid_BT.shape
+    assert layout.lengths == valid_BT.sum(1).tolist() == [9, 6, 5, 4, 1, 0, 7]
+    rows = valid_BT.nonzero()
+    assert torch.equal(layout.sequence_N, rows[:, 0])
+    assert torch.equal(layout.column_N, rows[:, 0] * 9 + rows[:, 1])
+    assert layout.position_N.tolist() == [n for length in layout.lengths for n in range(length)]
+    given_BT = torch.randint(50, valid_BT.shape)
+    assert torch.equal(Layout.from_rectangle(valid_BT, given_BT).position_N, given_BT[valid_BT])
+    shared = Layout.from_rectangle(valid_BT, given_BT[:1])
+    assert torch.equal(shared.position_N, given_BT[:1].expand(7, 9)[valid_BT])
+
+
+def test_even_lengths_are_seen() -> None:
+    assert Layout.from_rectangle(torch.ones(3, 4).bool()).is_even
+    assert Layout.from_rectangle(torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()).is_even
+    assert not Layout.from_rectangle(torch.tensor([[1, 1, 0], [0, 0, 1]]).bool()).is_even
+    assert Layout.from_rectangle(torch.zeros(2, 3).bool()).is_even
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_keep_is_indexing(ragged: tuple[Tensor, Tensor], share: float) -> None:
+    valid_BT = ragged[1].bool()
+    layout = Layout.from_rectangle(valid_BT)
+    layout.rotary = torch.randn(layout.num_tokens, 1, 4), torch.randn(layout.num_tokens, 1, 2)
+    keep_N = torch.rand(layout.num_tokens) < share
+    kept = layout.keep(keep_N)
+    assert kept.num_tokens == keep_N.sum() == len(kept.rows_N)
+    assert torch.equal(kept.rows_N, keep_N.nonzero()[:, 0])
+    assert torch.equal(kept.column_N, layout.column_N[keep_N])
+    assert torch.equal(kept.position_N, layout.position_N[keep_N])
+    assert torch.equal(kept.sequence_N, layout.sequence_N[keep_N])
+    assert kept.lengths == [int((layout.sequence_N[keep_N] == b).sum()) for b in range(7)]
+    assert all(torch.equal(got, full[keep_N]) for got, full in zip(kept.rotary, layout.rotary, strict=True))
+    x_ND = torch.randn(layout.num_tokens, 3)
+    expected_BTD = layout.unpack(x_ND * keep_N[:, None])
+    assert torch.equal(kept.unpack(x_ND[keep_N]), expected_BTD)
+    assert torch.equal(kept.pack(expected_BTD), x_ND[keep_N])
+
+
+def test_put_back_restores_the_others(ragged: tuple[Tensor, Tensor]) -> None:
+    layout = Layout.from_rectangle(ragged[1].bool())
+    h_ND = torch.randn(layout.num_tokens, 3)
+    keep_N = torch.rand(layout.num_tokens) < 0.5
+    kept = layout.keep(keep_N)
+    back_ND = h_ND.index_copy(0, kept.rows_N, h_ND.index_select(0, kept.rows_N) + 1)
+    assert torch.equal(back_ND, h_ND + keep_N[:, None])
+
+
+def test_keeping_all_is_the_layout_itself() -> None:
+    layout = Layout.from_rectangle(torch.ones(2, 3).bool())
+    assert layout.keep(None) is layout
+    assert layout.keep(torch.ones(6).bool()) is layout
+    assert layout.rows_N is None
+
+
+def test_the_same_tensor_is_worked_out_once() -> None:
+    layout = Layout.from_rectangle(torch.ones(2, 3).bool())
+    keep_N = torch.tensor([1, 0, 1, 1, 1, 0]).bool()
+    assert layout.keep(keep_N) is layout.keep(keep_N)
+    assert layout.keep(keep_N.clone()) is not layout.keep(keep_N)
+    for _ in range(50):  # a new tensor at an old address is not mistaken for it
+        drawn_N = torch.rand(6) < 0.5
+        assert layout.keep(drawn_N).num_tokens == drawn_N.sum()
+
+
+def test_nobody_at_all() -> None:
+    layout = Layout.from_rectangle(torch.zeros(2, 3).bool())
+    assert layout.num_tokens == 0 and layout.lengths == [0, 0]
+    assert torch.equal(layout.unpack(torch.zeros(0, 5)), torch.zeros(2, 3, 5))
+    assert layout.pack(torch.randn(2, 3, 5)).shape == (0, 5)
+    assert layout.keep(torch.zeros(0).bool()) is layout

@@ -1,0 +1,491 @@
+"""The models as a user of transformers meets them: shapes, saving, generation, training, and clear errors."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from midskip import MidskipConfig, MidskipForCausalLM, MidskipModel
+from midskip.testing import naive_forward
+
+Make = Callable[..., MidskipForCausalLM]
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def prompt(*shape: int) -> Tensor:
+    return torch.randint(3, 31, shape)
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 1), (2, 63)])
+def test_outputs_have_their_shapes(make_model: Make, num_layers: int, shape: tuple[int, int]) -> None:
+    model = make_model(num_hidden_layers=num_layers, dtype=torch.float32).eval()
+    output = model(prompt(*shape), output_hidden_states=True)
+    assert output.logits.shape == (*shape, 31) and output.logits.dtype == torch.float32
+    assert output.gates.shape == (num_layers, *shape) and output.gates.dtype == torch.float32
+    assert output.depth_scores.shape == ((num_layers + 1) // 2, *shape)
+    assert len(output.hidden_states) == num_layers + 1
+    assert all(hidden.shape == (*shape, 16) for hidden in output.hidden_states)
+    assert output.loss is None and output.logits.isfinite().all()
+    assert torch.equal(output.gates, output.gates.flip(0))  # the way up mirrors the way down
+    num_gates = (num_layers + 1) // 2
+    assert torch.equal(output.gates[:num_gates], (1 - output.depth_scores).clamp(min=0))
+
+
+@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("heads, key_heads, head_dim", [(4, 4, None), (4, 1, None), (4, 2, 6), (1, 1, None)])
+def test_grouped_heads(make_model: Make, keys: str, heads: int, key_heads: int, head_dim: int | None) -> None:
+    model = make_model(num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=head_dim, keys=keys)
+    ids_BT = prompt(2, 7)
+    torch.testing.assert_close(model(ids_BT).logits, naive_forward(model, ids_BT).logits, rtol=1e-10, atol=1e-10)
+    width = model.config.head_dim
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (key_heads * width, 16)
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (heads * width, 16)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_dense_pre_norm_model_is_a_llama(make_model: Make, tied: bool) -> None:
+    rope = {
+        "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    model = make_model(
+        policy="dense", norms="pre", tie_word_embeddings=tied, rope_parameters=rope, head_dim=8, dtype=torch.float32
+    )
+    config = model.config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            **{name: getattr(config, name) for name in names},
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=tied,
+            attn_implementation="eager",
+        )
+    )
+    renamed = {
+        name.replace("pre_feedforward_layernorm", "post_attention_layernorm"): x
+        for name, x in model.state_dict().items()
+    }
+    llama.load_state_dict(renamed)
+    ids_BT, mask_BT = prompt(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask_BT[0, :3] = 0
+    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    expected = llama(ids_BT, attention_mask=mask_BT, position_ids=positions_BT).logits
+    got = model(ids_BT, attention_mask=mask_BT).logits
+    valid_BT = mask_BT.bool()
+    torch.testing.assert_close(got[valid_BT], expected[valid_BT], rtol=1e-4, atol=1e-5)
+    assert model(ids_BT).depth_scores is None and (model(ids_BT).gates == 1).all()
+
+
+def test_hidden_states_only_when_asked(make_model: Make) -> None:
+    model, ids_BT = make_model().eval(), prompt(2, 5)
+    assert model(ids_BT).hidden_states is None and model.model(ids_BT).hidden_states is None
+    output = model.model(ids_BT, output_hidden_states=True)
+    assert len(output.hidden_states) == 5
+    torch.testing.assert_close(model.model.norm(output.hidden_states[-1]), output.last_hidden_state)
+    torch.testing.assert_close(model.lm_head(output.last_hidden_state), model(ids_BT).logits)
+    model.config.output_hidden_states = True
+    assert len(model(ids_BT).hidden_states) == 5
+    with torch.no_grad():  # works in place when they are not asked for
+        model.config.output_hidden_states = False
+        first = model(ids_BT, output_hidden_states=True)
+        kept = [hidden.clone() for hidden in first.hidden_states]
+        model(ids_BT)
+        assert all(torch.equal(a, b) for a, b in zip(first.hidden_states, kept, strict=True))
+        assert not torch.equal(kept[0], kept[-1])
+
+
+def test_return_dict_false_gives_a_tuple(make_model: Make) -> None:
+    model, ids_BT = make_model().eval(), prompt(2, 5)
+    output = model(ids_BT, labels=ids_BT)
+    found = model(ids_BT, labels=ids_BT, return_dict=False)
+    assert isinstance(found, tuple) and len(found) == 4
+    for got, expected in zip(found, (output.loss, output.logits, output.gates, output.depth_scores), strict=True):
+        assert torch.equal(got, expected)
+    assert isinstance(model.model(ids_BT, return_dict=False), tuple)
+
+
+def test_embeddings_in_place_of_ids(make_model: Make) -> None:
+    model, ids_BT = make_model(gates="open").eval(), prompt(2, 5)
+    for norms in ("sandwich", "pre"):
+        model = make_model(gates="open", norms=norms).eval()
+        embedded_BTD = model.model.embed_tokens(ids_BT).detach()
+        before_BTD = embedded_BTD.clone()
+        with torch.no_grad():
+            output = model(inputs_embeds=embedded_BTD)
+        assert torch.equal(embedded_BTD, before_BTD)
+        assert torch.equal(output.logits, model(ids_BT).logits)
+        weight_VD = model.model.embed_tokens.weight.clone()
+        with torch.no_grad():
+            model(ids_BT)
+        assert torch.equal(model.model.embed_tokens.weight, weight_VD)
+
+
+def test_positions(make_model: Make) -> None:
+    model, ids_BT = make_model(gates="open").eval(), prompt(2, 6)
+    expected = model(ids_BT).logits
+    assert torch.equal(model(ids_BT, position_ids=torch.arange(6)[None]).logits, expected)
+    shifted = model(ids_BT, position_ids=torch.arange(6).expand(2, 6) + 40).logits
+    torch.testing.assert_close(shifted, expected, rtol=1e-6, atol=1e-6)  # rotary positions are relative
+    stretched = model(ids_BT, position_ids=torch.arange(0, 12, 2)[None]).logits
+    assert (stretched - expected).abs().max() > 1e-4
+    mixed = model(ids_BT, position_ids=torch.stack((torch.arange(6), torch.arange(0, 12, 2)))).logits
+    torch.testing.assert_close(mixed, torch.stack((expected[0], stretched[1])))
+
+
+def test_head_on_the_last_positions_only(make_model: Make) -> None:
+    model, ids_BT = make_model().eval(), prompt(2, 7)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, :3] = 0
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, arguments, output: rows.append(output.shape[:-1].numel()))
+    full = model(ids_BT, attention_mask=mask_BT).logits
+    for keep, columns in (
+        (0, slice(None)), (1, slice(-1, None)), (3, slice(-3, None)), (7, slice(None)), (100, slice(None)),
+        (torch.tensor([0, 5]), [0, 5]), (torch.tensor([4]), [4]),
+    ):  # fmt: skip
+        got = model(ids_BT, attention_mask=mask_BT, logits_to_keep=keep).logits
+        torch.testing.assert_close(got * mask_BT[:, columns, None], full[:, columns], rtol=1e-12, atol=1e-12)
+    assert rows == [11, 11, 2, 6, 14, 14, 4, 2]  # the head itself ran on no more
+
+
+# ---- loss
+
+
+def test_loss_is_the_mean_over_what_is_predicted(make_model: Make) -> None:
+    model, ids_BT = make_model(), prompt(3, 7)
+    mask_BT = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+    labels_BT = ids_BT.clone()
+    labels_BT[0, 3] = labels_BT[2, 1] = -100
+    output = model(ids_BT, attention_mask=mask_BT, labels=labels_BT)
+    pieces = []
+    for b in range(3):
+        for t in range(6):
+            if mask_BT[b, t] and mask_BT[b, t + 1] and labels_BT[b, t + 1] != -100:
+                pieces.append(F.cross_entropy(output.logits[b, t], labels_BT[b, t + 1]))
+    assert len(pieces) == 6 + 4 + 3 - 2
+    torch.testing.assert_close(output.loss, torch.stack(pieces).mean())
+    at_pads = torch.where(mask_BT.bool(), labels_BT, 5)
+    assert torch.equal(model(ids_BT, attention_mask=mask_BT, labels=at_pads).loss, output.loss)
+    assert output.loss.ndim == 0
+
+
+@pytest.mark.parametrize("nothing", ["labels", "pads", "one token"])
+def test_nothing_to_predict_gives_a_loss_of_zero(make_model: Make, nothing: str) -> None:
+    model, ids_BT = make_model(), prompt(2, 1 if nothing == "one token" else 5)
+    mask_BT = torch.zeros_like(ids_BT) if nothing == "pads" else None
+    labels_BT = ids_BT * 0 - 100 if nothing == "labels" else ids_BT
+    loss = model(ids_BT, attention_mask=mask_BT, labels=labels_BT).loss
+    loss.backward()
+    assert loss == 0
+    assert all((x.grad == 0).all() for name, x in model.named_parameters() if x.grad is not None)
+
+
+def test_a_batch_of_pads_only(make_model: Make) -> None:
+    model, ids_BT = make_model(), prompt(2, 5)
+    mask_BT = torch.zeros_like(ids_BT)
+    output = model(ids_BT, attention_mask=mask_BT, labels=ids_BT)
+    assert (output.logits == 0).all() and (output.gates == 0).all() and (output.depth_scores == 0).all()
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and (parameter.grad == 0).all(), name
+    with torch.no_grad():
+        assert (model.eval()(ids_BT, attention_mask=mask_BT).logits == 0).all()
+
+
+# ---- training
+
+
+def checkpoint(model: MidskipForCausalLM, reentrant: bool) -> None:
+    # transformers 5.23 deprecates the older name
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("gates", ["late", "gone"])
+@pytest.mark.parametrize("norms", ["sandwich", "pre"])
+@pytest.mark.parametrize("keys", ["gated", "all"])
+def test_a_block_without_tokens_gets_zero_gradients(
+    make_model: Make, keys: str, norms: str, gates: str, checkpointing: str
+) -> None:
+    model = make_model(gates, keys=keys, norms=norms, num_hidden_layers=5)
+    if checkpointing != "none":
+        checkpoint(model, checkpointing == "reentrant")
+    called: list[int] = []
+    for layer, block in enumerate(model.model.layers):
+        block.register_forward_hook(lambda module, arguments, output, layer=layer: called.append(layer))
+    ids_BT = prompt(2, 7)
+    output = model(ids_BT, labels=ids_BT)
+    empty = [layer for layer in range(5) if not output.gates[layer].any()]
+    assert empty == ([0, 1, 2, 3, 4] if gates == "gone" else [1, 2, 3])
+    assert called == [0, 1, 2, 3, 4]
+    (output.loss + output.gates.mean()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if any(f"layers.{layer}." in name for layer in empty):
+            assert (parameter.grad == 0).all(), name
+    assert model.lm_head.weight.grad.norm() > 0
+    if gates == "late":
+        assert all(p.grad.norm() > 0 for n, p in model.model.layers[0].named_parameters() if "mlp" in n)
+    model.eval()
+    called.clear()
+    expected = model(ids_BT).logits
+    assert called == [layer for layer in range(5) if layer not in empty]
+    torch.testing.assert_close(expected, output.logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("keys", ["gated", "all"])
+def test_gradient_checkpointing_gives_the_same_gradients(make_model: Make, keys: str, reentrant: bool) -> None:
+    ids_BT, mask_BT = prompt(3, 7), torch.ones(3, 7, dtype=torch.long)
+    mask_BT[0, :2] = 0
+    found, calls = [], []
+    for checkpointing in (False, True):
+        model = make_model(keys=keys)
+        if checkpointing:
+            checkpoint(model, reentrant)
+        seen: list[int] = []
+        model.model.layers[0].register_forward_pre_hook(lambda module, arguments, seen=seen: seen.append(1))
+        output = model(ids_BT, attention_mask=mask_BT, labels=ids_BT)
+        (output.loss + output.gates.square().mean()).backward()
+        found.append({name: x.grad for name, x in model.named_parameters()})
+        calls.append(len(seen))
+    assert calls == [1, 2]
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-12, atol=1e-12, msg=name)
+    assert found[0]["model.policy.weight"].norm() > 0
+
+
+def test_gates_stay_float32_under_autocast(make_model: Make) -> None:
+    model, ids_BT = make_model(dtype=torch.float32), prompt(2, 7)
+    plain = model(ids_BT, labels=ids_BT)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(ids_BT, labels=ids_BT)
+    assert output.logits.dtype == torch.bfloat16
+    assert output.gates.dtype == output.depth_scores.dtype == output.loss.dtype == torch.float32
+    assert torch.equal(output.gates[0], plain.gates[0])  # before the first block nothing is rounded
+    torch.testing.assert_close(output.loss, plain.loss, rtol=0.05, atol=0)
+    output.loss.backward()
+    assert all(x.grad.isfinite().all() and x.grad.dtype == torch.float32 for x in model.parameters())
+
+
+# ---- saving
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("norms", ["sandwich", "pre"])
+def test_saved_model_gives_identical_logits(make_model: Make, tmp_path: Path, norms: str, tied: bool) -> None:
+    model = make_model(dtype=torch.float32, norms=norms, tie_word_embeddings=tied, keys="all").eval()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    ids_BT = prompt(2, 7)
+    expected = model(ids_BT)
+    model.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert not list(tmp_path.glob("*.bin"))
+    for loader in (MidskipForCausalLM, AutoModelForCausalLM):
+        loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values())
+        assert type(loaded) is MidskipForCausalLM and not loaded.training and loaded.config.keys == "all"
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+        output = loaded(ids_BT)
+        assert torch.equal(output.logits, expected.logits) and torch.equal(output.gates, expected.gates)
+    body = AutoModel.from_pretrained(tmp_path)
+    assert type(body) is MidskipModel
+    assert torch.equal(body(ids_BT).last_hidden_state, model.model(ids_BT).last_hidden_state)
+
+
+def test_loading_keeps_trained_gates_and_norms(make_model: Make, tmp_path: Path) -> None:
+    model = make_model(dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = MidskipForCausalLM.from_pretrained(tmp_path)
+    for (name, got), expected in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(got, expected), name
+
+
+def test_loads_as_bfloat16(make_model: Make, tmp_path: Path) -> None:
+    model = make_model("open", dtype=torch.float32, num_hidden_layers=2).eval()
+    model.save_pretrained(tmp_path)
+    ids_BT = prompt(2, 64)
+    loaded = MidskipForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in loaded.parameters())
+    output, expected = loaded(ids_BT, output_hidden_states=True), model(ids_BT)
+    assert output.logits.dtype == output.hidden_states[-1].dtype == torch.bfloat16
+    assert output.gates.dtype == output.depth_scores.dtype == torch.float32
+    error = (output.logits.float() - expected.logits).norm() / expected.logits.norm()
+    assert 0 < error < 0.03
+    assert (output.gates - expected.gates).abs().max() < 0.02
+    with torch.no_grad():
+        assert torch.equal(loaded(ids_BT).logits, output.logits)
+
+
+def test_rotary_angles_are_never_rounded(make_model: Make) -> None:
+    model = make_model(dtype=torch.float32, hidden_size=64)
+    exact = model.model.rotary.inverse_wavelength.clone()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(model.to(dtype).model.rotary.inverse_wavelength, exact)
+
+
+def test_start_of_the_weights(tiny: Callable[..., MidskipConfig]) -> None:
+    model = MidskipForCausalLM(tiny(hidden_size=64, initializer_range=0.05, policy_settings={"start": "released"}))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all(), name
+        elif name.endswith("policy.bias"):
+            assert (parameter == 0).all()
+        else:
+            assert 0.04 < parameter.std() < 0.06, name
+
+
+# ---- generation
+
+
+def by_hand(model: MidskipForCausalLM, ids_BT: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        ids_BT = torch.cat((ids_BT, model(ids_BT).logits[:, -1:].argmax(-1)), 1)
+    return ids_BT
+
+
+def test_greedy_generation_is_full_forwards(make_model: Make) -> None:
+    model, ids_BT = make_model(dtype=torch.float32).eval(), prompt(2, 5)
+    expected = by_hand(model, ids_BT, 8)
+    assert torch.equal(model.generate(ids_BT, max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(model.generate(ids_BT, max_new_tokens=8, do_sample=False, use_cache=True), expected)
+    assert len(expected[:, 5:].unique()) > 2
+    found = model.generate(
+        ids_BT, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True,
+        output_hidden_states=True,
+    )  # fmt: skip
+    assert len(found.logits) == len(found.hidden_states) == 3 and len(found.hidden_states[0]) == 5
+
+
+def test_head_runs_on_one_row_a_step(make_model: Make) -> None:
+    model, rows = make_model(dtype=torch.float32).eval(), []
+    model.lm_head.register_forward_hook(lambda module, arguments, output: rows.append(output.shape[:-1].numel()))
+    model.generate(prompt(2, 5), max_new_tokens=3, do_sample=False)
+    assert rows == [2, 2, 2]
+
+
+def test_left_padded_batch_generates_as_each_alone(make_model: Make) -> None:
+    model = make_model(dtype=torch.float64, **TOKENS | {"eos_token_id": None}).eval()
+    prompts = [prompt(1, length) for length in (7, 4, 1)]
+    ids_BT = torch.cat([F.pad(ids, (7 - ids.shape[1], 0)) for ids in prompts])
+    mask_BT = torch.cat([F.pad(torch.ones_like(ids), (7 - ids.shape[1], 0)) for ids in prompts])
+    for options in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
+        together = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=6, **options)
+        for b, ids in enumerate(prompts):
+            alone = model.generate(ids, max_new_tokens=6, **options)
+            assert torch.equal(together[b, 7:], alone[0, ids.shape[1] :]), (options, b)
+
+
+def test_sampling_follows_its_seed(make_model: Make) -> None:
+    model, ids_BT = make_model(dtype=torch.float32).eval(), prompt(2, 5)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(model.generate(ids_BT, max_new_tokens=10, do_sample=True, top_k=0))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].shape == (2, 15)
+
+
+def test_beam_search_finds_no_worse_than_greedy(make_model: Make) -> None:
+    model, ids_BT = make_model(dtype=torch.float64).eval(), prompt(2, 5)
+
+    def score(ids_BT: Tensor) -> Tensor:
+        log_BTV = model(ids_BT).logits.log_softmax(-1)[:, 4:-1]
+        return log_BTV.gather(2, ids_BT[:, 5:, None]).sum((1, 2))
+
+    greedy = model.generate(ids_BT, max_new_tokens=3, do_sample=False)
+    beams = model.generate(ids_BT, max_new_tokens=3, do_sample=False, num_beams=31)
+    assert (score(beams) >= score(greedy) - 1e-9).all()
+    assert not torch.equal(beams, greedy)
+
+
+def test_generation_stops_at_the_end_token(make_model: Make) -> None:
+    model, ids_BT = make_model(dtype=torch.float32, pad_token_id=0).eval(), prompt(1, 5)
+    free = by_hand(model, ids_BT, 8)[0, 5:].tolist()
+    end = free[3]
+    found = model.generate(ids_BT, max_new_tokens=8, do_sample=False, eos_token_id=end)[0, 5:].tolist()
+    assert found == free[: free.index(end) + 1]
+
+
+@pytest.mark.filterwarnings("ignore:.*cache_implementation.*")
+def test_caches_are_refused(make_model: Make) -> None:
+    model, ids_BT = make_model(dtype=torch.float32).eval(), prompt(1, 5)
+    with pytest.raises(ValueError, match="use_cache is True; midskip has no key-value cache yet"):
+        model(ids_BT, use_cache=True)
+    model(ids_BT, use_cache=False)
+    refused: list[dict[str, Any]] = [{"past_key_values": DynamicCache()}, {"cache_implementation": "static"}]
+    for options in refused:
+        with pytest.raises(ValueError, match="no key-value cache yet: leave out past_key_values and cache_impl"):
+            model.generate(ids_BT, max_new_tokens=2, **options)
+    with pytest.raises(TypeError, match="past_key_values"):
+        model(ids_BT, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="give input_ids: midskip has no key-value cache yet"):
+        model.generate(inputs_embeds=model.model.embed_tokens(ids_BT), max_new_tokens=2)
+
+
+# ---- clear errors
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "give exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": prompt(1, 2), "inputs_embeds": torch.zeros(1, 2, 16)}, "give exactly one of"),
+        ({"input_ids": prompt(5)}, r"the input has the shape \[5\]; expected \[B, T\]"),
+        ({"input_ids": prompt(2, 0)}, r"the input has the shape \[2, 0\]; .*with at least one token"),
+        ({"input_ids": prompt(0, 2)}, r"the input has the shape \[0, 2\]"),
+        ({"inputs_embeds": torch.zeros(2, 5)}, r"the input has the shape \[2, 5\]; expected \[B, T, 16\]"),
+        ({"inputs_embeds": torch.zeros(2, 5, 15)}, r"the input has the shape \[2, 5, 15\]; expected \[B, T, 16\]"),
+        ({"input_ids": prompt(1, 65)}, r"has 65 tokens and this model takes at most 64 \(max_position_embeddings\)"),
+        ({"inputs_embeds": torch.zeros(1, 65, 16)}, "has 65 tokens and this model takes at most 64"),
+        ({"input_ids": torch.tensor([[3, 31]])}, "input_ids reach from 3 to 31; this model's vocabulary is 0 to 30"),
+        ({"input_ids": torch.tensor([[-1, 3]])}, "input_ids reach from -1 to 3; .*the model's own tokenizer"),
+        ({"attention_mask": torch.ones(2, 4)}, r"attention_mask has the shape \[2, 4\]; expected \[2, 5\]"),
+        ({"attention_mask": torch.ones(2, 1, 5, 5)}, r"attention_mask has the shape \[2, 1, 5, 5\]; expected \[2, 5\]"),
+        ({"labels": prompt(2, 4)}, r"labels has the shape \[2, 4\]; expected \[2, 5\]"),
+        ({"labels": prompt(2, 5), "logits_to_keep": 1}, "labels need the logits of all columns"),
+        ({"labels": prompt(2, 5), "logits_to_keep": torch.tensor([0])}, "leave logits_to_keep out"),
+        ({"position_ids": torch.arange(5)}, r"position_ids has the shape \[5\]; expected \[2, 5\]"),
+        ({"position_ids": torch.zeros(3, 5).long()}, r"position_ids has the shape \[3, 5\]"),
+        ({"position_ids": torch.zeros(2, 4).long()}, r"position_ids has the shape \[2, 4\]"),
+        ({"position_ids": torch.arange(60, 65)[None]}, "position_ids reach from 60 to 64; this model takes 0 to 63"),
+        ({"position_ids": torch.arange(-1, 4)[None]}, "position_ids reach from -1 to 3"),
+    ],
+)
+def test_wrong_input_is_refused(make_model: Make, arguments: dict, message: str) -> None:
+    model = make_model(dtype=torch.float32)
+    if arguments and not {"input_ids", "inputs_embeds"} & arguments.keys():
+        arguments = {"input_ids": prompt(2, 5)} | arguments
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)
+
+
+def test_the_longest_input_works_and_generation_past_it_is_refused(make_model: Make) -> None:
+    model = make_model(dtype=torch.float32, max_position_embeddings=12).eval()
+    assert model(prompt(1, 12)).logits.shape == (1, 12, 31)
+    with pytest.raises(ValueError, match="has 13 tokens and this model takes at most 12"):
+        model.generate(prompt(1, 8), max_new_tokens=9, do_sample=False)
+
+
+def test_blocks_stay_whole_when_a_model_is_split(make_model: Make) -> None:
+    model = make_model()
+    assert {type(block).__name__ for block in model.model.layers} == set(MidskipModel._no_split_modules)
+    assert isinstance(model.get_input_embeddings(), nn.Embedding)
+    assert model.get_output_embeddings() is model.lm_head

@@ -1,0 +1,374 @@
+"""Who skips: the built-in policies against their equations, and the laws that every policy must pass."""
+
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from midskip import MidskipForCausalLM
+from midskip.nn.layout import Layout
+from midskip.policies import Decision, Policy, build_policy
+from midskip.policies.dense import Dense
+from midskip.policies.middle_out import STARTS, MiddleOut
+from midskip.testing import check_policy
+from midskip.testing.policies import FixedDepths
+
+Make = Callable[..., MidskipForCausalLM]
+FIXED = "midskip.testing.policies:FixedDepths"
+
+
+def rectangle(*shape: int) -> Layout:
+    return Layout.from_rectangle(torch.ones(shape).bool())
+
+
+def decide_all(policy: Policy, h_LND: Tensor, layout: Layout) -> tuple[list[Decision], dict[str, Any]]:
+    state: dict[str, Any] = {}
+    return [policy(layer, h_ND, state, layout) for layer, h_ND in enumerate(h_LND)], state
+
+
+# ---- built-in
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5, 6])
+def test_middle_out_is_the_papers_equations(num_layers: int) -> None:
+    policy = MiddleOut(num_layers, 8)
+    nn.init.normal_(policy.weight, std=0.2)
+    nn.init.normal_(policy.bias, std=0.1)
+    h_LND = torch.randn(num_layers, 63, 8)
+    decisions, state = decide_all(policy, h_LND, rectangle(7, 9))
+    num_gates = (num_layers + 1) // 2
+    assert len(state["depth_scores"]) == num_gates == len(policy.weight)
+    total_N = torch.zeros(63)
+    for layer in range(num_gates):
+        total_N = total_N + (h_LND[layer] @ policy.weight[layer] + policy.bias[layer]).relu()
+        decision, mirrored = decisions[layer], decisions[num_layers - 1 - layer]
+        gate_N = 1 - total_N.clamp(0, 1)
+        assert torch.equal(decision.keep_N, gate_N > 0)
+        torch.testing.assert_close(decision.output_gate_N, gate_N)
+        assert decision.key_gate_N is decision.output_gate_N
+        assert mirrored is decision
+        assert decision.output_gate_N.dtype == torch.float32
+        if layer:  # who left stays away
+            assert not (decision.keep_N & ~decisions[layer - 1].keep_N).any()
+            torch.testing.assert_close(state["depth_scores"][layer].clamp(max=1), total_N.clamp(max=1))
+    assert policy.flops(0, 63) == 2 * 63 * 8 and policy.flops(num_layers, 63) == 0
+
+
+def test_a_score_past_one_no_longer_grows() -> None:
+    policy = MiddleOut(6, 4)
+    with torch.no_grad():
+        policy.weight.zero_()
+        policy.bias.copy_(torch.tensor([0.25, 0.75, 0.5]))
+    _, state = decide_all(policy, torch.randn(6, 3, 4), rectangle(1, 3))
+    assert torch.stack(state["depth_scores"])[:, 0].tolist() == [0.25, 1.0, 1.0]
+    for scores in (state["depth_scores"][1], state["depth_scores"][2]):
+        gate_N = torch.where(scores < 1, 1 - scores, 0)
+        (slope,) = torch.autograd.grad(gate_N.sum(), policy.bias, retain_graph=True)
+        assert (slope == 0).all()  # at exactly 1 the slope is 0
+
+
+def test_middle_out_scores_in_float32_at_least() -> None:
+    policy = MiddleOut(4, 8, start="released").bfloat16()
+    policy.reset_parameters()
+    h_ND = torch.randn(7, 8).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decision = policy(0, h_ND, {}, rectangle(1, 7))
+    exact_N = (1 - (h_ND.double() @ policy.weight[0].double()).relu()).clamp(min=0)
+    assert decision.output_gate_N.dtype == torch.float32
+    torch.testing.assert_close(decision.output_gate_N.double(), exact_N, rtol=0, atol=1e-6)
+    assert policy.double()(0, h_ND.double(), {}, rectangle(1, 7)).output_gate_N.dtype == torch.float64
+
+
+@pytest.mark.parametrize("num_layers", [1, 4, 5])
+def test_open_start(num_layers: int) -> None:
+    policy = MiddleOut(num_layers, 8)
+    policy.reset_parameters()
+    decisions, _ = decide_all(policy, torch.randn(num_layers, 7, 8), rectangle(1, 7))
+    middle = decisions[(num_layers - 1) // 2]
+    torch.testing.assert_close(middle.output_gate_N, torch.full((7,), 0.9))
+    for decision in decisions:
+        assert decision.keep_N.all() and ((decision.output_gate_N >= 0.899) & (decision.output_gate_N < 1)).all()
+
+
+@pytest.mark.parametrize(
+    "start, bias, spread", [("open", 0.1 / 6, 0.0), ("spread", 0.1 / 6, 0.02), ("released", 0, 0.02)]
+)
+def test_starts(start: str, bias: float, spread: float) -> None:
+    policy = MiddleOut(12, 768, initializer_range=0.02, start=start)
+    policy.reset_parameters()
+    torch.testing.assert_close(policy.bias.detach(), torch.full((6,), float(bias)))
+    assert policy.weight.std().item() == pytest.approx(spread, rel=0.05)
+
+
+def test_dense_keeps_everybody() -> None:
+    decision = Dense(3, 8)(1, torch.randn(5, 8), {}, rectangle(1, 5))
+    assert decision.keep_N is decision.output_gate_N is decision.key_gate_N is None
+
+
+@pytest.mark.parametrize("num_layers", [4, 5, 12])
+@pytest.mark.parametrize("skip_share", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_fixed_depths_skip_the_share_asked_for(skip_share: float, num_layers: int) -> None:
+    policy = FixedDepths(num_layers, 8, skip_share=skip_share)
+    decisions, _ = decide_all(policy, torch.zeros(num_layers, 4000, 8), rectangle(2, 2000))
+    keep_LN = torch.stack([torch.ones(4000).bool() if d.keep_N is None else d.keep_N for d in decisions])
+    if num_layers % 2 == 0:
+        assert keep_LN.float().mean() == pytest.approx(1 - skip_share, abs=0.02)
+    assert torch.equal(keep_LN, keep_LN.flip(0))
+    assert not (keep_LN[1 : num_layers // 2] & ~keep_LN[: num_layers // 2 - 1]).any()  # nested
+    assert torch.equal(keep_LN[:, :2000], keep_LN[:, 2000:])  # by position alone
+    assert all(decision.output_gate_N is None for decision in decisions)
+
+
+def test_fixed_depths_refuse_a_share_that_is_none() -> None:
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"skip_share is {share}; expected a number from 0 to 1"):
+            FixedDepths(4, 8, skip_share=share)
+
+
+def test_build_policy_passes_the_settings_on() -> None:
+    policy = build_policy(FIXED, 6, 8, 0.1, {"skip_share": 0.25, "seed": 3})
+    assert isinstance(policy, FixedDepths)
+    assert (policy.num_layers, policy.width, policy.initializer_range) == (6, 8, 0.1)
+    assert (policy.skip_share, policy.seed) == (0.25, 3)
+
+
+def test_decide_must_be_written() -> None:
+    with pytest.raises(NotImplementedError):
+        Policy(2, 8)(0, torch.zeros(1, 8), {}, rectangle(1, 1))
+
+
+# ---- the laws
+
+
+@pytest.mark.parametrize(
+    "policy, settings",
+    [
+        ("dense", {}),
+        *(("middle_out", {"start": start}) for start in STARTS),
+        (FIXED, {"skip_share": 0.4}),
+        (FIXED, {"skip_share": 0.6, "fractional": True}),
+    ],
+)
+def test_lawful_policies_pass(policy: str, settings: dict) -> None:
+    check_policy(policy, settings)
+
+
+class Threshold(Policy):
+    """Lawful: a token runs a layer if a learned score of it is below 1, with 1 minus the score as its gate. What
+    follows breaks one law each."""
+
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02) -> None:
+        super().__init__(num_layers, width, initializer_range)
+        self.score = nn.Linear(width, num_layers)
+
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        return torch.sigmoid(self.score(h_ND)[:, layer]) * 1.6
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        return self.decision(self.scores(layer, h_ND, layout))
+
+    def decision(self, score_N: Tensor) -> Decision:
+        keep_N = score_N < 1
+        gate_N = torch.where(keep_N, 1 - score_N, 0)
+        return Decision(keep_N, gate_N, gate_N)
+
+
+class NoDecision(Threshold):
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Any:
+        return self.scores(layer, h_ND, layout) < 1
+
+
+class KeepIsANumber(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision((score_N < 1).long())
+
+
+class GateAboveOne(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, 0.5 + score_N, None)
+
+
+class GateBelowZero(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, 0.5 - score_N, None)
+
+
+class GateIsNotANumber(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, score_N.log() / 0, None)
+
+
+class KeyGateOfZero(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, None, (1 - score_N).clamp(min=0))
+
+
+class HalfPrecision(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, score_N.bfloat16() / 2, None)
+
+
+class OneGateForAll(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, score_N[:1] / 2, None)
+
+
+class GateOnlyWrongInTraining(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, score_N / (0.5 if self.training else 2), None)
+
+
+class TossesACoin(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        return super().scores(layer, h_ND, layout) * torch.rand(len(h_ND), dtype=h_ND.dtype)
+
+
+class SeesTheNextToken(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        own_N = super().scores(layer, h_ND, layout)
+        follows_N = layout.sequence_N == layout.sequence_N.roll(-1)
+        return torch.where(follows_N, own_N.roll(-1), own_N)
+
+
+class SeesTheMean(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        return super().scores(layer, h_ND + h_ND.mean(0), layout)
+
+
+class SeesItsBatchMates(Threshold):
+    """By the first token of each sequence, which is no future of any."""
+
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        return super().scores(layer, h_ND + h_ND[layout.position_N == 0].mean(0), layout)
+
+
+class CountsPads(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        return super().scores(layer, h_ND, layout) * (layout.column_N % layout.num_columns) / 10
+
+
+class KnowsTheLength(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        length_N = torch.tensor(layout.lengths, dtype=h_ND.dtype)[layout.sequence_N]
+        return super().scores(layer, h_ND, layout) * length_N / 10
+
+
+class SlopeWithoutEnd(Threshold):
+    """At its start the weight is 0 in one layer: the square root's slope is infinite there."""
+
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        return super().scores(layer, h_ND, layout) * 0.1 + (h_ND[:, 0] * 0).sqrt()
+
+
+class UnusedParameter(Threshold):
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02) -> None:
+        super().__init__(num_layers, width, initializer_range)
+        self.spare = nn.Parameter(torch.zeros(width))
+
+
+class _ByBatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor) -> Tensor:
+        return x_N.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> Tensor:
+        return grad_N / max(1, len(grad_N))
+
+
+class GradientByBatchSize(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        return _ByBatch.apply(super().scores(layer, h_ND, layout))
+
+
+class GrowsWithEachCall(Threshold):
+    """Counts its calls over all passes."""
+
+    calls = 0
+
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        self.calls += 1
+        return super().scores(layer, h_ND, layout) * 0.5 ** (self.calls % 7)
+
+
+class Forgets(Threshold):
+    """Each one made has another temper, and it is not saved."""
+
+    number = count()
+
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02) -> None:
+        super().__init__(num_layers, width, initializer_range)
+        self.temper = 1 / (2 + next(self.number))
+
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        return super().scores(layer, h_ND, layout) * self.temper
+
+
+class ForgetsATensor(Threshold):
+    """A plain tensor is no part of the state, and stays behind where models are loaded."""
+
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02) -> None:
+        super().__init__(num_layers, width, initializer_range)
+        self.direction = torch.rand(num_layers)
+
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        return super().scores(layer, h_ND, layout) * self.direction[layer]
+
+
+@pytest.mark.parametrize("keys", ["gated", "all"])
+def test_what_the_lawless_are_made_from_is_lawful(keys: str) -> None:
+    check_policy(f"{__name__}:Threshold", num_layers=4, keys=keys, seed=3)
+
+
+@pytest.mark.parametrize(
+    "policy, law, where",
+    [
+        (NoDecision, "gates", "decide returned Tensor; expected a Decision"),
+        (KeepIsANumber, "gates", r"keep_N is torch.int64 \[\d+\]; expected torch.bool \[\d+\]"),
+        (GateAboveOne, "gates", "output_gate_N reaches from .* where kept; expected 0 to 1, in layer 0"),
+        (GateBelowZero, "gates", "output_gate_N reaches from -"),
+        (GateIsNotANumber, "gates", "output_gate_N reaches from"),
+        (KeyGateOfZero, "gates", "key_gate_N is 0 for a token that is kept"),
+        (HalfPrecision, "gates", "output_gate_N is torch.bfloat16"),
+        (OneGateForAll, "gates", r"output_gate_N is torch.float64 \[1\]; expected .* \[\d+\]"),
+        (GateOnlyWrongInTraining, "gates", "output_gate_N reaches from"),
+        (TossesACoin, "repeatable", "the same input twice"),
+        (GrowsWithEachCall, "repeatable", "the same input twice"),
+        (
+            SeesTheNextToken,
+            "no future leak",
+            r"token \d was changed and the results before it changed; gates differ by",
+        ),
+        (SeesTheMean, "no future leak", "the results before it changed"),
+        (SeesItsBatchMates, "batch", "sequence . of a batch, and the same alone"),
+        (CountsPads, "batch", "2 more pads on the left"),
+        (KnowsTheLength, "prefix", "the first 1 of 7 tokens alone"),
+        (SlopeWithoutEnd, "finite gradients", "gets a gradient that is not finite"),
+        (UnusedParameter, "finite gradients", "model.policy.spare gets no gradient in training, not even 0"),
+        (GradientByBatchSize, "packed = naive", "the gradients of .* differ by"),
+        (Forgets, "state", "a model, and the same saved and loaded; gates differ by"),
+        (ForgetsATensor, "state", ""),
+    ],
+)
+@pytest.mark.parametrize("keys", ["gated", "all"])
+def test_a_broken_law_is_named(policy: type[Policy], law: str, where: str, keys: str) -> None:
+    with pytest.raises(
+        AssertionError, match=f"^law '{law}' broken: .*{where}.*{policy.__name__}.*4 layers, keys='{keys}'"
+    ):
+        check_policy(f"{__name__}:{policy.__name__}", num_layers=4, keys=keys)
+
+
+def test_settings_reach_the_policy_that_is_checked() -> None:
+    with pytest.raises(ValueError, match="policy 'dense' does not know the setting 'start'"):
+        check_policy("dense", {"start": "open"})
+    with pytest.raises(ValueError, match="keys is 'some'"):
+        check_policy("dense", keys="some")
+
+
+def test_checking_leaves_the_random_state_alone() -> None:
+    before = torch.random.get_rng_state()
+    check_policy("middle_out", num_layers=2, keys="gated")
+    assert torch.equal(torch.random.get_rng_state(), before)
