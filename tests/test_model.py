@@ -118,13 +118,14 @@ def test_return_dict_false_gives_a_tuple(make_model: Make) -> None:
 
 
 def test_embeddings_in_place_of_ids(make_model: Make) -> None:
-    model, ids_BT = make_model(gates="open").eval(), prompt(2, 5)
+    ids_BT = prompt(2, 5)
     for norms in ("sandwich", "pre"):
-        model = make_model(gates="open", norms=norms).eval()
+        model = make_model(norms=norms).eval()
         embedded_BTD = model.model.embed_tokens(ids_BT).detach()
         before_BTD = embedded_BTD.clone()
         with torch.no_grad():
             output = model(inputs_embeds=embedded_BTD)
+        assert (output.gates == 0).any() and (output.gates > 0).any()
         assert torch.equal(embedded_BTD, before_BTD)
         assert torch.equal(output.logits, model(ids_BT).logits)
         weight_VD = model.model.embed_tokens.weight.clone()

@@ -38,7 +38,8 @@ def test_middle_out_is_the_papers_equations(num_layers: int) -> None:
     nn.init.normal_(policy.weight, std=0.2)
     nn.init.normal_(policy.bias, std=0.1)
     h_LND = torch.randn(num_layers, 63, 8)
-    decisions, state = decide_all(policy, h_LND, rectangle(7, 9))
+    layout = rectangle(7, 9)
+    decisions, state = decide_all(policy, h_LND, layout)
     num_gates = (num_layers + 1) // 2
     assert len(state["depth_scores"]) == num_gates == len(policy.weight)
     total_N = torch.zeros(63)
@@ -54,7 +55,9 @@ def test_middle_out_is_the_papers_equations(num_layers: int) -> None:
         if layer:  # who left stays away
             assert not (decision.keep_N & ~decisions[layer - 1].keep_N).any()
             torch.testing.assert_close(state["depth_scores"][layer].clamp(max=1), total_N.clamp(max=1))
-    assert policy.flops(0, 63) == 2 * 63 * 8 and policy.flops(num_layers, 63) == 0
+        scored = int(decisions[layer - 1].keep_N.sum()) if layer else 63  # who left is not scored again
+        assert policy.flops(layer, state, layout) == 2 * 8 * scored
+    assert policy.flops(num_layers, state, layout) == 0
 
 
 def test_a_score_past_one_no_longer_grows() -> None:
@@ -93,14 +96,15 @@ def test_open_start(num_layers: int) -> None:
         assert decision.keep_N.all() and ((decision.output_gate_N >= 0.899) & (decision.output_gate_N < 1)).all()
 
 
-@pytest.mark.parametrize(
-    "start, bias, spread", [("open", 0.1 / 6, 0.0), ("spread", 0.1 / 6, 0.02), ("released", 0, 0.02)]
-)
-def test_starts(start: str, bias: float, spread: float) -> None:
-    policy = MiddleOut(12, 768, initializer_range=0.02, start=start)
-    policy.reset_parameters()
-    torch.testing.assert_close(policy.bias.detach(), torch.full((6,), float(bias)))
-    assert policy.weight.std().item() == pytest.approx(spread, rel=0.05)
+def test_starts_differ_in_weight_and_bias() -> None:
+    spreads = {}
+    for start, bias in (("open", 0.1 / 6), ("spread", 0.1 / 6), ("released", 0.0)):
+        policy = MiddleOut(12, 768, initializer_range=0.02, start=start)
+        policy.reset_parameters()
+        torch.testing.assert_close(policy.bias.detach(), torch.full((6,), bias))
+        spreads[start] = policy.weight.std().item()
+    assert spreads["open"] == 0 and spreads["released"] == pytest.approx(0.02, rel=0.05)
+    assert 0 < spreads["spread"] < spreads["released"]
 
 
 def test_dense_keeps_everybody() -> None:

@@ -95,9 +95,17 @@ def test_state_without_gates_is_dense(gqa: Released) -> None:
     assert (output.logits - gqa["logits"]).abs().max() > 0.1
 
 
-def test_arrays_serve_as_well_as_tensors(gqa: Released) -> None:
-    model = from_state_dict({name: x.numpy() for name, x in gqa.state_dict.items()}, gqa.config)
+def test_arrays_serve_as_well_as_tensors_in_any_order(gqa: Released) -> None:
+    model = from_state_dict({name: x.numpy() for name, x in reversed(gqa.state_dict.items())}, gqa.config)
     near(model(gqa["input_ids"]).logits, gqa["logits"])
+
+
+def test_converted_tensors_are_float32_and_detached(gqa: Released) -> None:
+    model = from_state_dict(gqa.state_dict, gqa.config)
+    weights = {name: x.bfloat16().requires_grad_() for name, x in gqa.state_dict.items()}
+    converted = convert_weights(weights, model.config)
+    assert converted.keys() == model.state_dict().keys()
+    assert all(x.dtype == torch.float32 and not x.requires_grad for x in converted.values())
 
 
 def write_folder(folder: Path, config: dict[str, Any] | None, *weights: dict[str, Tensor]) -> Path:

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import transformers
 from rich.console import Console
@@ -27,9 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         return _fail(f"there is no command {command!r}; expected one of {', '.join(COMMANDS)}", 2)
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time here
+    transformers.utils.logging.set_verbosity_error()
     try:
         {"demo": _demo, "train": _train, "evaluate": _evaluate, "generate": _generate}[command](rest)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _fail(str(error), 2)
     except FloatingPointError as error:
         return _fail(str(error), 1)
@@ -39,12 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    Console(stderr=True).print(f"midskip: error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    from midskip.report.page import visible
+
+    line = visible("midskip: error: " + re.sub(r"\s*\n\s*", " ", message))
+    Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `{self.prog} --help` tells more")
+
+
 def _demo(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("midskip demo", description=COMMANDS["demo"], allow_abbrev=False)
+    parser = _Parser("midskip demo", description=COMMANDS["demo"], allow_abbrev=False)
     parser.add_argument("--output", default="runs/demo", help="run folder (default: %(default)s)")
     parser.add_argument("--steps", type=_at_least_one, default=400, help="steps of each model (default: %(default)s)")
     parser.add_argument(
@@ -72,7 +83,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("midskip evaluate", description=COMMANDS["evaluate"], allow_abbrev=False)
+    parser = _Parser("midskip evaluate", description=COMMANDS["evaluate"], allow_abbrev=False)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--data", help="a text file or folder, all of it used; by default the run's own held-out text")
     parser.add_argument("--batch_size", type=_at_least_one, default=8, help="windows a pass (default: %(default)s)")
@@ -99,7 +110,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _generate(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("midskip generate", description=COMMANDS["generate"], allow_abbrev=False)
+    parser = _Parser("midskip generate", description=COMMANDS["generate"], allow_abbrev=False)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--prompt", required=True, help="text to go on with")
     parser.add_argument("--max_new_tokens", type=_at_least_one, default=100, help="default: %(default)s")

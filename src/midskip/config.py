@@ -106,6 +106,13 @@ class MidskipConfig(PretrainedConfig):
                 f"attn_implementation is {self._attn_implementation!r}; midskip chooses its own packed attention: "
                 "leave it out"
             )
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected True or False")
+        if self.output_attentions or self.chunk_size_feed_forward:
+            raise ValueError(
+                "output_attentions and chunk_size_feed_forward would have no effect: packed attention never holds its "
+                "weights, and a block always runs whole; leave them out"
+            )
         if self.use_cache:
             raise ValueError("use_cache is True; midskip has no key-value cache yet: leave use_cache out")
         self._check_rope()

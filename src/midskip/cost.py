@@ -189,9 +189,9 @@ class Meter:
         return count
 
     def _on_policy(self, policy: Policy, arguments: tuple[Any, ...], output: Any) -> None:
-        layer, h_ND = arguments[:2]
+        layer, h_ND, state, layout = arguments
         self.num_tokens += h_ND.shape[0] if layer == 0 else 0
-        self.policy_flops += policy.flops(layer, h_ND.shape[0])
+        self.policy_flops += policy.flops(layer, state, layout)
 
     def _on_head(self, head: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         self.head_rows += output.shape[:-1].numel()

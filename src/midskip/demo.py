@@ -20,7 +20,7 @@ from midskip.evaluate import depth_of_tokens
 from midskip.generate import generate
 from midskip.model import MidskipForCausalLM
 from midskip.report import comparison_table, depth_text, legend
-from midskip.runs import PAGE_FILE, PICTURE_FILE, REPORT_FILE, load_run
+from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, load_run
 from midskip.train.recipe import ControllerSettings, DataSettings, ModelSettings, Recipe, TrainingSettings
 from midskip.train.run import prepare_data, train
 
@@ -49,12 +49,17 @@ def demo(output: str = "runs/demo", steps: int = 400, source: str = "pydocs", co
     """
     console = console or Console()
     folder = Path(output)
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / "gated" / "recipe.yaml").is_file():
-            raise ValueError(f"output is {output!r}, which holds other files; give a new or empty folder")
-        shutil.rmtree(folder)  # an earlier demo
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output is {output!r}, which is a file; expected a folder")
+    earlier = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if earlier - {"gated", "dense", REPORT_FILE, PICTURE_FILE, PAGE_FILE} or (
+        earlier and not (folder / "gated" / RECIPE_FILE).is_file()
+    ):
+        raise ValueError(f"output is {output!r}, which holds other files; give a new or empty folder")
     recipes = {name: demo_recipe(str(folder / name), steps, name == "gated", source) for name in ("gated", "dense")}
     data = prepare_data(recipes["gated"].data)
+    if earlier:
+        shutil.rmtree(folder)  # an earlier demo
     reports = {
         name: train(recipe, data=data, title=f"{name} model", console=Console(stderr=True, width=console.width))
         for name, recipe in recipes.items()

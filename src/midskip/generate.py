@@ -1,5 +1,7 @@
 """Text from a trained model."""
 
+import math
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -18,18 +20,24 @@ def generate(
     """The token ids of the prompt and of what the model goes on with.
 
     Args:
-        temperature: 0 for the most likely token each time; above, tokens are drawn, more freely the higher it is.
+        temperature: 0 for the most likely token each time; above, tokens are drawn, more freely the higher it is. From
+            0.001 up: below that logits overflow.
         top_k: draw among that many most likely tokens; 0 for all.
         seed: of the draw.
 
     Raises:
         ValueError: an empty prompt, one that leaves no room for `max_new_tokens`, or a setting out of range.
     """
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens}, temperature {temperature} and top_k {top_k}; expected at least 1, 0 "
-            "and 0"
-        )
+    if max_new_tokens < 1 or top_k < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens} and top_k {top_k}; expected at least 1 and 0")
+    if temperature != 0 and not 0.001 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; expected 0, or a number from 0.001 up")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; expected a number from 0 to below 2**63")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not Unicode text: {error}") from error
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")
@@ -41,7 +49,7 @@ def generate(
         )
     torch.manual_seed(seed)
     draw = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
-    output = model.generate(
+    output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         torch.tensor([ids], device=model.device),
         max_new_tokens=max_new_tokens,
         pad_token_id=model.config.pad_token_id or 0,

@@ -296,6 +296,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, GenerationMixin):
     def _logits(self, packed: _Packed, logits_to_keep: int | Tensor) -> Tensor:
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
             return packed.layout.unpack(self.lm_head(packed.h_ND))
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 for all columns, or how many of the last")
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return self.lm_head(packed.layout.unpack(packed.h_ND)[:, columns])
 

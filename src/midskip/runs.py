@@ -1,5 +1,6 @@
 """A run folder: a model, its tokenizer and its reports, as `save_pretrained` leaves them."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ def load_run(folder: str | Path) -> tuple[MidskipForCausalLM, PreTrainedTokenize
     """The trained model, in evaluation mode on a GPU if there is one, and its tokenizer.
 
     Raises:
-        ValueError: the folder does not exist, or holds no finished run.
+        ValueError: the folder does not exist, holds no finished run, or has files that are not whole.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -24,8 +25,18 @@ def load_run(folder: str | Path) -> tuple[MidskipForCausalLM, PreTrainedTokenize
         unfinished = any(folder.glob("checkpoint-*")) or (folder / RECIPE_FILE).is_file()
         remedy = "go on with `midskip train ... --resume`" if unfinished else "give a run folder"
         raise ValueError(f"{str(folder)!r} holds no finished run (it lacks {', '.join(lacking)}): {remedy}")
-    model = MidskipForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != "midskip":
+            raise ValueError(f"its model is of the type {kind!r}; expected 'midskip'")
+        model, found = MidskipForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            folder, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        if wrong := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
+            raise ValueError(f"model.safetensors lacks {', '.join(wrong)} of the shape in config.json")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # json, safetensors, transformers and tokenizers each raise their own kinds
+        raise ValueError(f"the run in {str(folder)!r} cannot be read: {error}") from error
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {str(folder)!r} has {len(tokenizer)} tokens and its model {model.config.vocab_size}: "

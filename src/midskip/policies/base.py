@@ -24,8 +24,8 @@ class Decision:
     Attributes:
         keep_N: bool [N], True where the token is present; None means all are.
         output_gate_N: float32 [N] in [0, 1], factor of what the layer adds; None means 1. Read only where kept.
-        key_gate_N: float32 [N] in [0, 1], factor of the token's key; None means 1. Read only where kept, and only
-            with `keys="gated"`.
+        key_gate_N: float32 [N], above 0 and up to 1, factor of the token's key; None means 1. Read only where kept,
+            and only with `keys="gated"`.
 
     A policy that keeps the same tokens in two layers returns the same tensor `keep_N`, best the same `Decision`:
     what follows from it (rows, positions, angles) is then worked out once.
@@ -74,8 +74,8 @@ class Policy(nn.Module):
         """
         raise NotImplementedError
 
-    def flops(self, layer: int, num_tokens: int) -> int:
-        """FLOPs of the matrix products that deciding about `num_tokens` valid tokens costs in that layer."""
+    def flops(self, layer: int, state: dict[str, Any], layout: Layout) -> int:
+        """FLOPs of the matrix products that `decide`, just called with the same arguments, has cost."""
         return 0
 
 

@@ -28,9 +28,9 @@ class MiddleOut(Policy):
 
     Args:
         start: `"open"`: w = 0 and b > 0 such that every gate starts between 1 and 0.9 (the middle one) and every
-            token gives every gate a gradient; `"spread"`: the same b and a normal w, so that tokens differ from the
-            first step, as a controller that moves b needs; `"released"`: as in the paper's code, w normal and b = 0,
-            which starts with about 42 % of the gates at 0.
+            token gives every gate a gradient; `"spread"`: the same b and a normal w of norm 0.2, so that tokens
+            differ from the first step, as a controller that moves b needs; `"released"`: as in the paper's code, w
+            normal and b = 0, which starts with almost half of the gates at 0.
     """
 
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02, start: str = "open"):
@@ -46,7 +46,9 @@ class MiddleOut(Policy):
         if self.start == "open":
             init.zeros_(self.weight)
         else:
-            init.normal_(self.weight, std=self.initializer_range)
+            # a spread of 0.2 in the first scores of normed hidden states, at any width
+            std = self.initializer_range if self.start == "released" else 0.2 / self.width**0.5
+            init.normal_(self.weight, std=std)
         if self.start == "released":
             init.zeros_(self.bias)
         else:
@@ -58,14 +60,23 @@ class MiddleOut(Policy):
         decisions = state["decisions"]
         if layer >= self.num_gates:
             return decisions[self.num_layers - 1 - layer]
-        before_N = state["depth_scores"][-1] if layer else None
-        score_N = self._score(layer, h_ND)
-        depth_score_N = score_N if before_N is None else torch.where(before_N < 1, before_N + score_N, before_N)
+        present = self._scored(layer, state, layout)
+        if layer == 0:
+            depth_score_N = self._score(layer, h_ND)
+        elif present.rows_N is None:
+            depth_score_N = state["depth_scores"][-1] + self._score(layer, h_ND)
+        else:
+            score_M = self._score(layer, h_ND.index_select(0, present.rows_N))
+            depth_score_N = state["depth_scores"][-1].index_add(0, present.rows_N, score_M)
         state["depth_scores"].append(depth_score_N)
         keep_N = depth_score_N < 1
         gate_N = torch.where(keep_N, 1 - depth_score_N, 0)
         decisions.append(Decision(keep_N, gate_N, gate_N))
         return decisions[-1]
+
+    def _scored(self, layer: int, state: dict[str, Any], layout: Layout) -> Layout:
+        """Who gets a score in this layer: the tokens that have not left before."""
+        return layout.keep(state["decisions"][layer - 1].keep_N) if layer else layout
 
     def _score(self, layer: int, h_ND: Tensor) -> Tensor:
         wide = torch.promote_types(h_ND.dtype, torch.float32)
@@ -74,5 +85,5 @@ class MiddleOut(Policy):
             score_N1 = F.relu(F.linear(h_ND.to(wide), self.weight[one].to(wide), self.bias[one].to(wide)))
         return score_N1.squeeze(1)
 
-    def flops(self, layer: int, num_tokens: int) -> int:
-        return 2 * num_tokens * self.width if layer < self.num_gates else 0
+    def flops(self, layer: int, state: dict[str, Any], layout: Layout) -> int:
+        return 2 * self.width * self._scored(layer, state, layout).num_tokens if layer < self.num_gates else 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from midskip.config import KEYS, MidskipConfig
-from midskip.model import MidskipCausalLMOutput, MidskipForCausalLM
+from midskip.model import MidskipForCausalLM
 from midskip.policies import Decision
 from midskip.testing.naive import naive_forward
 
@@ -120,7 +120,7 @@ class _Trial:
                 raise self.broken(law, f"{what}; {name} differ by {distance}")
 
 
-def _by_token(output: MidskipCausalLMOutput | Any) -> dict[str, Tensor]:
+def _by_token(output: Any) -> dict[str, Tensor]:
     hidden = output.hidden_states
     tensors = {
         "gates": output.gates.movedim(0, -1),

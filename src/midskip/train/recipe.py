@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,17 +125,17 @@ class TrainingSettings:
         for name in ("steps", "batch_size", "accumulation_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("evaluation_steps", "save_steps", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
+        for name in ("evaluation_steps", "save_steps", "gate_learning_rate_scale", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:  # false for NaN too
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
-        if not 0 <= self.warmup_share < 1:
-            raise ValueError(f"training.warmup_share is {self.warmup_share}; expected from 0 to below 1")
-        if self.gate_learning_rate_scale < 0:
-            raise ValueError(
-                f"training.gate_learning_rate_scale is {self.gate_learning_rate_scale}; expected 0 or more"
-            )
-        if self.learning_rate <= 0:
-            raise ValueError(f"training.learning_rate is {self.learning_rate}; expected above 0")
+        for name in ("warmup_share", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; expected from 0 to below 1")
+        for name in ("learning_rate", "epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; expected above 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"training.seed is {self.seed}; expected from 0 to below 2**32")
 
 
 @dataclass
@@ -199,5 +200,14 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
         parsed = parser.parse_args(arguments + (overrides or []))
     except Exception as error:  # jsonargparse raises its own kinds for YAML, names and types
         raise ValueError(f"the recipe cannot be used: {error}") from error
-    parsed.pop("config", None)
-    return Recipe(**vars(parser.instantiate_classes(parsed)))
+    groups = {
+        "data": DataSettings,
+        "model": ModelSettings,
+        "controller": ControllerSettings,
+        "training": TrainingSettings,
+    }
+    given = parsed.as_dict()
+    for name in groups:
+        if not isinstance(given[name], dict):
+            raise ValueError(f"the recipe cannot be used: {name} is {given[name]!r}; expected settings by name")
+    return Recipe(given["output"], **{name: group(**given[name]) for name, group in groups.items()})

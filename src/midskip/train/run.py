@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from midskip.data import (
     TokenWindows,
@@ -27,6 +28,9 @@ from midskip.report import write_page, write_picture
 from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE
 from midskip.train.recipe import DataSettings, Recipe, TrainingSettings, read_recipe
 from midskip.train.trainer import CONTROLLER_FILE, HISTORY_FILE, MidskipTrainer, ProgressBar
+
+# The Trainer goes on without any of these, from other numbers and in silence.
+CHECKPOINT_PARTS = ("model*.safetensors", "optimizer*", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 
 
 @dataclass
@@ -67,31 +71,38 @@ def train(
     """Train what the recipe says and write its folder; returns what is in `report.json`.
 
     Args:
-        resume: go on from the newest complete checkpoint in the folder.
+        resume: go on from the newest complete checkpoint in the folder; a run that is finished stays as it is.
         data: what `prepare_data` gave for `recipe.data`, if it is already there.
         title: of the progress bar.
 
     Raises:
         ValueError: something in the recipe, the text or the folder does not fit; found before training starts.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss or a weight is no longer finite.
     """
     console = console or Console(stderr=True)
     folder = Path(recipe.output)
-    checkpoint = _claim_folder(folder, recipe, resume)
+    _check_folder(folder, recipe, resume)
+    if (folder / PAGE_FILE).is_file():  # written last: the run is finished
+        return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    checkpoint = _newest_checkpoint(folder)
+    first_step = 0 if checkpoint is None else _step_of(checkpoint)
     controller = recipe.build_controller()
     recipe.build_config(vocab_size=2)  # what is wrong with the shape is found before the text is read
+    _check_reporters(recipe.training.report_to)
     if data is None:
         tokenizer = None if checkpoint is None else AutoTokenizer.from_pretrained(folder)
         data = prepare_data(recipe.data, console.is_terminal, tokenizer)
     set_seed(recipe.training.seed)
-    model = MidskipForCausalLM(recipe.build_config(len(data.tokenizer), _end_of_text(data.tokenizer)))
+    trained = checkpoint is not None and first_step == recipe.training.steps
+    model = (
+        MidskipForCausalLM.from_pretrained(checkpoint)
+        if trained
+        else MidskipForCausalLM(recipe.build_config(len(data.tokenizer), _end_of_text(data.tokenizer)))
+    )
     controller.steer(model.model.policy)
     if recipe.training.gradient_checkpointing:
         # transformers 5.23 renamed it and warns of the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(folder / RECIPE_FILE)
-    data.tokenizer.save_pretrained(folder)
 
     def measure(module: nn.Module) -> dict[str, float]:
         metrics = evaluate(module, data.validation, data.token_bytes, recipe.training.batch_size)  # pyright: ignore[reportArgumentType]
@@ -107,13 +118,22 @@ def train(
         optimizers=(build_optimizer(model, recipe.training), None),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressBar(title, trainer.history, console))
+    progress = ProgressBar(title, trainer.history, console)
+    trainer.add_callback(progress)
     if checkpoint is not None:
         controller.load_state_dict(json.loads((checkpoint / CONTROLLER_FILE).read_text(encoding="utf-8")))
-        trainer.history += _history_until(folder / HISTORY_FILE, int(checkpoint.name.split("-")[1]))
-    outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.save(folder / RECIPE_FILE)
+    data.tokenizer.save_pretrained(folder)
+    trainer.history += _history_until(folder / HISTORY_FILE, first_step)
+    if not trained:  # the Trainer would add a step
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            progress.bar.stop()
+        trainer.check_weights()
     model.save_pretrained(folder)
-    return write_reports(folder, model, data, recipe, trainer.history, outcome.metrics["train_runtime"])
+    return write_reports(folder, model, data, recipe, trainer.history)
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
@@ -139,7 +159,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
 
 
 def write_reports(
-    folder: Path, model: MidskipForCausalLM, data: PreparedData, recipe: Recipe, history: list[dict], seconds: float
+    folder: Path, model: MidskipForCausalLM, data: PreparedData, recipe: Recipe, history: list[dict]
 ) -> dict[str, Any]:
     """Evaluate on all held-out text and write `report.json`, the picture and the page."""
     metrics = evaluate(model, data.validation, data.token_bytes, recipe.training.batch_size)
@@ -148,7 +168,7 @@ def write_reports(
         "training": {
             "steps": history[-1]["step"],
             "num_tokens": sum(row["num_tokens"] for row in history),
-            "seconds": seconds,
+            "seconds": history[-1]["seconds"],
             "executed_share": sum(row["executed_share"] for row in history) / len(history),
         },
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -171,28 +191,56 @@ def write_reports(
     return report
 
 
-def _claim_folder(folder: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from, if any; refuses a folder that holds something else."""
+def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuses a folder that holds something else, or another run."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {str(folder)!r}, which is a file; expected a folder")
     if not folder.exists() or not any(folder.iterdir()):
-        return None
+        return
     if not (folder / RECIPE_FILE).is_file():
         raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
     if not resume:
         raise ValueError(f"{str(folder)!r} already holds a run; go on with it by --resume, or give another --output")
-    if read_recipe(folder / RECIPE_FILE) != recipe:
+    if replace(read_recipe(folder / RECIPE_FILE), output=recipe.output) != recipe:  # a folder may have moved
         raise ValueError(
             f"the recipe is not the one in {str(folder / RECIPE_FILE)!r}: resume with that, or give another --output"
         )
-    complete = [path for path in folder.glob("checkpoint-*") if (path / CONTROLLER_FILE).is_file()]
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to go on from, if any; removes those that were half-written when the run was killed."""
+    complete = []
     for path in folder.glob("checkpoint-*"):
-        if path not in complete:
-            shutil.rmtree(path)  # half-written when the run was killed
+        if not path.name.removeprefix("checkpoint-").isdecimal():
+            continue  # none of ours
+        if (path / CONTROLLER_FILE).is_file():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
     if not complete:
-        _history_until(folder / HISTORY_FILE, 0)
         return None
-    return max(complete, key=lambda path: int(path.name.split("-")[1]))
+    newest = max(complete, key=_step_of)
+    if lacking := [part for part in CHECKPOINT_PARTS if not any(newest.glob(part))]:
+        raise ValueError(
+            f"the checkpoint {str(newest)!r} lacks {', '.join(lacking)}, so the run would not go on as it was: put it "
+            "back, or remove the checkpoint to go on from the one before"
+        )
+    return newest
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _check_reporters(names: list[str]) -> None:
+    """ValueError unless each is a reporter of transformers' that is installed."""
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in installed:
+            raise ValueError(
+                f"training.report_to names {name!r}, which is not installed or not known to transformers; installed: "
+                f"{', '.join(sorted(installed)) or 'none'}"
+            )
 
 
 def _history_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -206,7 +254,9 @@ def _history_until(path: Path, step: int) -> list[dict[str, Any]]:
             break  # cut short when the run was killed
         if row["step"] <= step:
             rows.append(row)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part = path.with_suffix(".part")  # renamed when whole
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
     return rows
 
 
@@ -226,6 +276,7 @@ def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
         max_grad_norm=settings.clip_norm,
         seed=settings.seed,
         bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
         logging_strategy="no",
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,

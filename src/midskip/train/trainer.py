@@ -70,6 +70,15 @@ class MidskipTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def check_weights(self) -> None:
+        """FloatingPointError if a weight is not finite: a gradient that overflows shows in no loss of its own step."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise FloatingPointError(
+                f"a weight is no longer finite after step {self.state.global_step}: lower the learning rate or clip; "
+                "the last checkpoint is kept"
+            )
+
     def steer(self) -> None:
         """Let the controller set what the policy leaves to it."""
         self.controller.steer(self.accelerator.unwrap_model(self.model).model.policy)
@@ -109,6 +118,8 @@ class _AfterStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.steer()
+        earlier_s = self.trainer.history[-1]["seconds"] if self.trainer.history else 0.0
+        self.started_s = time.perf_counter() - earlier_s
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step, self.trainer.step = self.trainer.step, StepRecord()
@@ -126,6 +137,7 @@ class _AfterStep(TrainerCallback):
             "share_by_layer": share_L.tolist(),
             "gate_mean_by_layer": mean_L.tolist(),
             "num_tokens": step.num_tokens,
+            "seconds": time.perf_counter() - self.started_s,
         }
         self.trainer.history.append(row)
         with (self.folder / HISTORY_FILE).open("a", encoding="utf-8") as file:
@@ -134,8 +146,11 @@ class _AfterStep(TrainerCallback):
             self.trainer.log({name: row[name] for name in ("cross_entropy", "regulariser", "total", "executed_share")})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        checkpoint = self.folder / f"checkpoint-{state.global_step}"
-        (checkpoint / CONTROLLER_FILE).write_text(json.dumps(self.trainer.controller.state_dict()), encoding="utf-8")
+        self.trainer.check_weights()
+        marker = self.folder / f"checkpoint-{state.global_step}" / CONTROLLER_FILE
+        part = marker.with_suffix(".part")  # renamed when whole
+        part.write_text(json.dumps(self.trainer.controller.state_dict()), encoding="utf-8")
+        part.replace(marker)
 
 
 class ProgressBar(TrainerCallback):
