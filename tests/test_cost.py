@@ -66,7 +66,8 @@ def test_parts_add_up_and_only_their_part_moves(make_model: Make, keys: str) -> 
     assert flops.blocks == flops.projections + flops.attention + flops.mlp
     assert flops.total == flops.blocks + flops.policy + flops.head == flops.as_dict()["total"]
     assert flops.head == 2 * 18 * 16 * 31
-    assert flops.policy == 2 * 2 * 18 * 16  # two of the four layers have a gate
+    scored = 18 + meter.query_rows_L[0]  # two of the four layers have a gate, and who left is not scored again
+    assert flops.policy == 2 * scored * 16
     assert flops.mlp == sum(meter.query_rows_L) * 6 * 16 * 24
     assert meter.flops("counter").attention > flops.attention
     for part in ("projections", "mlp", "policy", "head"):

@@ -87,6 +87,8 @@ def train(
     checkpoint = _newest_checkpoint(folder)
     first_step = 0 if checkpoint is None else _step_of(checkpoint)
     controller = recipe.build_controller()
+    if checkpoint is not None:
+        controller.load_state_dict(json.loads((checkpoint / CONTROLLER_FILE).read_text(encoding="utf-8")))
     recipe.build_config(vocab_size=2)  # what is wrong with the shape is found before the text is read
     _check_reporters(recipe.training.report_to)
     if data is None:
@@ -120,8 +122,6 @@ def train(
     trainer.remove_callback(PrinterCallback)
     progress = ProgressBar(title, trainer.history, console)
     trainer.add_callback(progress)
-    if checkpoint is not None:
-        controller.load_state_dict(json.loads((checkpoint / CONTROLLER_FILE).read_text(encoding="utf-8")))
     folder.mkdir(parents=True, exist_ok=True)
     recipe.save(folder / RECIPE_FILE)
     data.tokenizer.save_pretrained(folder)

@@ -1,0 +1,224 @@
+"""The controller that holds a compute target: its targets, its steps, its state, and that it arrives."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from midskip.controllers import BudgetController, build_controller
+from midskip.nn.layout import Layout
+from midskip.policies.dense import Dense
+from midskip.policies.middle_out import MiddleOut
+
+DEPTHS = (1, 2, 3, 4, 5, 8, 9, 12)
+
+
+def make(num_layers: int, **settings: Any) -> BudgetController:
+    controller = build_controller("budget", num_layers, **settings)
+    assert isinstance(controller, BudgetController)
+    return controller
+
+
+def give(controller: BudgetController, share_L: Tensor | None) -> None:
+    nothing_L = torch.zeros(controller.num_layers)
+    controller.update(nothing_L, nothing_L, share_L)
+
+
+def over_all_layers(half: Tensor, num_layers: int) -> Tensor:
+    return torch.cat([half, half[: num_layers // 2].flip(0)])
+
+
+# Targets
+
+
+@pytest.mark.parametrize("num_layers", DEPTHS)
+@pytest.mark.parametrize("spread", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("target", [0.0, 0.05, 0.4, 0.5, 0.6, 0.8, 1.0])
+def test_the_mean_of_the_targets_is_the_target(num_layers: int, spread: float, target: float) -> None:
+    half = make(num_layers, target_share=target, spread=spread).targets
+    targets_L = over_all_layers(half, num_layers)
+    assert len(targets_L) == num_layers
+    assert targets_L.double().mean().item() == pytest.approx(target, abs=1e-7)
+    assert ((targets_L >= 0) & (targets_L <= 1)).all()
+    assert (half.diff() <= 0).all(), "deeper layers run for fewer"
+
+
+@pytest.mark.parametrize("num_layers", DEPTHS)
+def test_the_targets_fall_evenly(num_layers: int) -> None:
+    for target, d in ((0.5, 0.5), (0.3, 0.3), (0.9, 0.1)):
+        half = make(num_layers, target_share=target, spread=1.0).targets.double()
+        if len(half) == 1:
+            assert half.item() == pytest.approx(target)
+            continue
+        # with a middle layer of its own, which counts once, the outermost is not as far above as that is below
+        above = d if num_layers % 2 == 0 else d * (num_layers - 1) / (num_layers + 1)
+        assert half[0].item() == pytest.approx(target + above, abs=1e-6)
+        assert half[-1].item() == pytest.approx(target - d, abs=1e-6)
+        torch.testing.assert_close(half.diff(), half.diff().mean().expand(len(half) - 1), atol=1e-6, rtol=0)
+
+
+def test_no_spread_is_the_same_target_for_every_layer() -> None:
+    assert make(9, target_share=0.25, spread=0.0).targets.tolist() == [0.25] * 5
+
+
+# Updates
+
+
+@pytest.mark.parametrize("num_layers", [5, 8])
+def test_the_bias_moves_by_the_error_and_the_targets_come_down_slowly(num_layers: int) -> None:
+    controller = make(num_layers, target_share=0.4, spread=0.5, gain=0.25, ramp_steps=4)
+    generator = torch.Generator().manual_seed(1)
+    num_gates = (num_layers + 1) // 2
+    expected = torch.full((num_gates,), 0.1 / num_gates)
+    torch.testing.assert_close(controller.bias, expected)
+    for step in range(1, 8):
+        share_L = torch.rand(num_layers, generator=generator)
+        give(controller, share_L)
+        target = 1 - (1 - controller.targets) * min(1.0, step / 4)
+        expected = expected + 0.25 * (share_L[:num_gates] - target)
+        torch.testing.assert_close(controller.bias, expected)
+    torch.testing.assert_close(target, controller.targets)
+
+
+def test_at_the_target_it_rests() -> None:
+    controller = make(4, target_share=0.5, ramp_steps=1)
+    before = controller.bias
+    give(controller, over_all_layers(controller.targets, 4))
+    torch.testing.assert_close(controller.bias, before, atol=1e-7, rtol=0)
+
+
+def test_it_adds_nothing_to_the_loss() -> None:
+    controller = make(3, target_share=0.5)
+    give(controller, torch.ones(3))
+    gates_LBT = torch.rand(3, 2, 5, requires_grad=True)
+    loss = controller.loss(gates_LBT)
+    loss.backward()
+    assert loss.item() == 0 and gates_LBT.grad is not None and not gates_LBT.grad.any()
+
+
+@pytest.mark.parametrize(
+    "share_L", [None, torch.ones(3), torch.ones(1, 4), torch.tensor([0.1, 0.2, math.nan, 0.1])], ids=str
+)
+def test_an_update_needs_the_share_of_every_layer(share_L: Tensor | None) -> None:
+    controller = make(4, target_share=0.5)
+    before = controller.state_dict()
+    with pytest.raises(ValueError, match=r"share_L must be 4 finite numbers, got"):
+        give(controller, share_L)
+    assert controller.state_dict() == before
+
+
+def test_its_state_survives_json_and_goes_on_bit_for_bit() -> None:
+    settings = {"target_share": 0.3, "ramp_steps": 6}
+    controller, other = make(5, **settings), make(5, **settings)
+    shares = torch.rand(8, 5, generator=torch.Generator().manual_seed(2))
+    for share_L in shares[:4]:
+        give(controller, share_L)
+    other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert not torch.equal(other.bias, make(5, **settings).bias)
+    for share_L in shares[4:]:
+        give(controller, share_L)
+        give(other, share_L)
+        assert torch.equal(controller.bias, other.bias)
+    with pytest.raises(ValueError, match=r"state 'bias' must be finite numbers of shape \[4\]"):
+        make(8, **settings).load_state_dict(controller.state_dict())
+    with pytest.raises(ValueError, match=r"has the keys \['bias', 'num_updates'\], got \['bias'\]"):
+        other.load_state_dict({"bias": [0.0] * 3})
+
+
+# Steering
+
+
+def test_steering_sets_the_bias_and_no_optimizer_moves_it() -> None:
+    policy = MiddleOut(6, 4, start="spread")
+    policy.reset_parameters()
+    controller = make(6, target_share=0.5, ramp_steps=1)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.5)
+    controller.steer(policy)
+    for share in (1.0, 0.7, 0.2):
+        give(controller, torch.full((6,), share))
+        controller.steer(policy)
+        assert torch.equal(policy.bias, controller.bias)
+        h_ND = torch.randn(9, 4)
+        decision = policy.decide(0, h_ND, {}, Layout.from_rectangle(torch.ones(1, 9, dtype=torch.bool)))
+        before = policy.weight.detach().clone()
+        assert decision.output_gate_N is not None
+        decision.output_gate_N.sum().backward()
+        optimizer.step()
+        assert torch.equal(policy.bias, controller.bias) and policy.bias.grad is None
+        assert not torch.equal(policy.weight, before), "the weights still learn"
+    controller.bias.add_(1)
+    assert not torch.equal(policy.bias, controller.bias), "the policy has a copy"
+
+
+def test_it_steers_what_its_first_bias_opens() -> None:
+    """It starts from the bias of an open start, so that taking a policy over changes nothing."""
+    for num_layers in (1, 5, 8):
+        policy = MiddleOut(num_layers, 4, start="open")
+        policy.reset_parameters()
+        torch.testing.assert_close(make(num_layers, target_share=0.5).bias, policy.bias.detach())
+
+
+def test_other_policies_are_refused() -> None:
+    with pytest.raises(ValueError, match="the budget controller steers the policy 'middle_out', got Dense"):
+        make(4, target_share=0.5).steer(Dense(4, 8))
+
+
+@pytest.mark.parametrize("num_layers", [5, 8])
+@pytest.mark.parametrize("target", [0.4, 0.6, 0.8])
+@torch.no_grad()
+def test_the_share_arrives_at_its_target_and_stays(num_layers: int, target: float) -> None:
+    """Steering a real policy on hidden states that drift, as they do in training."""
+    generator = torch.Generator().manual_seed(0)
+    policy = MiddleOut(num_layers, 16)
+    policy.weight.normal_(std=0.05, generator=generator)
+    drift_D = 0.02 * torch.randn(16, generator=generator)
+    controller = make(num_layers, target_share=target)
+    layout = Layout.from_rectangle(torch.ones(4, 128, dtype=torch.bool))
+    shares = []
+    for step in range(300):
+        controller.steer(policy)
+        h_ND = torch.randn(512, 16, generator=generator) * (1 + step / 300) + step * drift_D
+        state: dict[str, Any] = {}
+        keeps = [policy.decide(layer, h_ND, state, layout).keep_N for layer in range(num_layers)]
+        share_L = torch.stack([keep_N.float().mean() for keep_N in keeps if keep_N is not None])
+        give(controller, share_L)
+        shares.append(share_L)
+    shares_SL = torch.stack(shares)
+    assert shares_SL[0].mean() > 0.95, "it starts with everything running"
+    # half-way down the ramp it is half-way down, about
+    assert abs(shares_SL[20:30].mean().item() - (1 + target) / 2) < 0.15
+    assert abs(shares_SL[100:200].mean().item() - target) < 0.02
+    assert abs(shares_SL[200:].mean().item() - target) < 0.02
+    by_layer = over_all_layers(controller.targets, num_layers)
+    torch.testing.assert_close(shares_SL[200:].mean(0), by_layer, atol=0.05, rtol=0)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "controller 'budget' got .*: missing a required argument: 'target_share'; its settings are: target_share"),
+        ({"target_share": 0.5, "targets": 3}, "targets.*; its settings are: target_share, spread, gain, ramp_steps"),
+        ({"target_share": -0.1}, r"target_share must be a number from 0 to 1, got -0\.1"),
+        ({"target_share": 1.1}, r"target_share must be a number from 0 to 1, got 1\.1"),
+        ({"target_share": 50}, "target_share must be .*, got 50"),
+        ({"target_share": "half"}, "target_share must be .*, got 'half'"),
+        ({"target_share": True}, "target_share must be .*, got True"),
+        ({"target_share": None}, "target_share must be .*, got None"),
+        ({"target_share": math.nan}, "target_share must be .*, got nan"),
+        ({"target_share": 0.5, "spread": 1.5}, r"spread must be a number from 0 to 1, got 1\.5"),
+        ({"target_share": 0.5, "spread": -0.5}, "spread must be"),
+        ({"target_share": 0.5, "gain": -1}, "gain must be a number from 0 to .*, got -1"),
+        ({"target_share": 0.5, "gain": math.inf}, "gain must be"),
+        ({"target_share": 0.5, "ramp_steps": 0}, "ramp_steps must be a number from 1 to .*, got 0"),
+        ({"target_share": 0.5, "ramp_steps": math.nan}, "ramp_steps must be"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_controller("budget", 4, **settings)

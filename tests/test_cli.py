@@ -1,0 +1,331 @@
+"""The command line: every command on real input, and one clear line for input that cannot be used."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging
+
+import midskip
+from midskip import cli
+from midskip.cli import main
+from midskip.runs import load_run
+
+# Documents that try to be markup, and to steer a terminal.
+DOCUMENTS = [
+    f'Number {i}: <script>alert({i})</script> & "></i></b><img src=x onerror=alert(1)> \x1b[31mred\x1b[0m.\n'
+    for i in range(24)
+]
+RECIPE = """
+data: {vocab_size: 300, length: 32, validation_share: 0.2}
+model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 5, num_attention_heads: 2}
+controller: {name: budget, settings: {target_share: 0.5, ramp_steps: 2}}
+training: {steps: 4, batch_size: 2, save_steps: 2, log_steps: 1, report_to: []}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _same_logging_after() -> Iterator[None]:
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text/, recipe.yaml and run/, a finished run of a model of five layers."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "text").mkdir()
+    (place / "text" / "all.txt").write_text("<|endoftext|>\n".join(DOCUMENTS), encoding="utf-8")
+    (place / "recipe.yaml").write_text(RECIPE + f"output: {place / 'run'}\n")
+    assert main(["train", str(place / "recipe.yaml"), f"--data.source={place / 'text'}"]) == 0
+    return place
+
+
+@pytest.fixture
+def error(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """error(*arguments, status=2): what the command says of input that it cannot use, on one line of stderr."""
+
+    def run(*arguments: object, status: int = 2) -> str:
+        capfd.readouterr()
+        assert main([str(argument) for argument in arguments]) == status
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith("midskip: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+        assert "Traceback" not in err and "\x1b" not in err
+        return err.removeprefix("midskip: error: ").rstrip()
+
+    return run
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and its text outside of the cards."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.text, self.in_card = "", False
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+        self.in_card |= tag == "i"
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_card &= tag != "i"
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self.in_card else data
+
+
+# Help
+
+
+def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["-h"], ["--help"]):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("usage: midskip COMMAND")
+        assert all(f"  {command} " in out for command in ("demo", "train", "evaluate", "generate"))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("demo", ["--output", "--steps", "--source", "pydocs"]),
+        (
+            "train",
+            ["RECIPE.yaml", "--resume", "--training.learning_rate", "--data.source", "width of the hidden states"],
+        ),
+        ("evaluate", ["--data", "--batch_size", "--output"]),
+        ("generate", ["--prompt", "--temperature", "--top_k", "--seed", "--max_new_tokens"]),
+    ],
+)
+def test_every_command_has_help(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert main([command, "--help"]) == 0
+    except SystemExit as end:
+        assert end.code == 0
+    out = capsys.readouterr().out
+    assert f"midskip {command}" in out and [word for word in words if word not in out] == []
+    assert set(cli.COMMANDS) == {"demo", "train", "evaluate", "generate"}, "else a command is not tested"
+
+
+# What works
+
+
+def test_an_odd_number_of_layers_trains(place: Path) -> None:
+    report = json.loads((place / "run" / "report.json").read_text())
+    share_L = report["validation"]["share_by_layer"]
+    assert len(share_L) == 5 and share_L[:2] == share_L[:2:-1]
+    model, _ = load_run(place / "run")
+    state = json.loads((place / "run" / "checkpoint-4" / "controller.json").read_text())
+    assert model.model.policy.bias.tolist() == state["bias"] and len(state["bias"]) == 3
+
+
+def test_train_prints_its_report_and_goes_on(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--training.steps=2"]
+    for extra in ([], ["--resume"]):
+        assert main(["train", str(place / "recipe.yaml"), *overrides, *extra]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report == json.loads((tmp_path / "run" / "report.json").read_text())
+        assert report["training"]["steps"] == 2
+
+
+def test_evaluate_gives_the_numbers_of_the_report(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "numbers.json"
+    assert main(["evaluate", str(place / "run"), "--batch_size", "2", "--output", str(written)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads(written.read_text())
+    assert result == json.loads((place / "run" / "report.json").read_text())["validation"]
+    assert main(["evaluate", str(place / "run"), "--data", str(place / "text")]) == 0
+    everything = json.loads(capsys.readouterr().out)
+    assert everything["num_tokens"] > 3 * result["num_tokens"], "all of the text, not a share of it"
+
+
+def test_generate_goes_on_with_the_prompt(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("0", "0", "1"):
+        options = ["--max_new_tokens", "12", "--temperature", "2.5", "--seed", seed]
+        assert main(["generate", str(place / "run"), "--prompt", "Number 1", *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("Number 1") and texts[0].endswith("blocks run  0  1  2  3  4  5 \n")
+
+
+# Text that would be more than text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("colour", [False, True])
+def test_no_text_of_a_model_steers_the_terminal(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, colour: bool
+) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    model, tokenizer = load_run(tmp_path / "run")
+    escape = tokenizer("\x1b")["input_ids"]
+    assert len(escape) == 1
+    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:1].expand(len(tokenizer), -1))
+    state_D = model.model(torch.tensor([[5, 6]], device=model.device)).last_hidden_state[
+        0, 0
+    ]  # the same whatever the tokens
+    model.lm_head.weight.zero_()[escape] = state_D
+    model.save_pretrained(tmp_path / "run")
+    if colour:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLORTERM", "truecolor")
+    options = ["--max_new_tokens", "4", "--temperature", "0"]
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "[bold]a\x1b]0;b\x07", *options]) == 0
+    out = capsys.readouterr().out
+    assert ("\x1b[" in out) is colour
+    # what is left without rich's own colours
+    for code in sorted({part.split("m")[0] for part in out.split("\x1b[")[1:]}, key=len, reverse=True):
+        assert set(code) <= set("0123456789;")
+        out = out.replace(f"\x1b[{code}m", "")
+    assert out.splitlines()[0] == "[bold]a␛]0;b␇␛␛␛␛"
+    assert "\x1b" not in out and "\x07" not in out
+
+
+def test_the_page_of_a_run_escapes_its_documents(place: Path) -> None:
+    page = (place / "run" / "page.html").read_text(encoding="utf-8")
+    read = Tags(page)
+    assert not read.tags & {"script", "img"}
+    assert "<script>alert(" in read.text and '"></i></b><img src=x onerror=alert(1)>' in read.text
+    assert "␛[31mred" in read.text and "\x1b" not in page
+    assert "<script" not in page and "<img" not in page
+
+
+def test_an_error_is_one_line_of_harmless_text(error: Callable[..., str], tmp_path: Path) -> None:
+    assert error("train", "--training.\x1b[31m\n[bold]=3") == (
+        "the recipe cannot be used: unrecognized arguments: --training.␛[31m [bold]=3"
+    )
+    (tmp_path / "recipe.yaml").write_text("training: {steps: [\n")
+    assert error("train", tmp_path / "recipe.yaml").startswith("the recipe cannot be used: Problems parsing config")
+
+
+# What is refused
+
+
+def test_commands_and_options_that_are_none(error: Callable[..., str], place: Path) -> None:
+    assert error("trian") == "there is no command 'trian'; expected one of demo, train, evaluate, generate"
+    for command, *arguments in (
+        ("demo", "--step", "3"),
+        ("demo", "--steps", "0"),
+        ("demo", "--steps", "three"),
+        ("evaluate",),
+        ("evaluate", place / "run", "--batch_size", "0"),
+        ("generate", place / "run"),
+        ("generate", place / "run", "--prompt", "a", "--max_new_tokens", "0"),
+        ("generate", place / "run", "--prompt", "a", "--temp", "1"),
+    ):
+        assert error(command, *arguments).endswith(f"; `midskip {command} --help` tells more")
+
+
+def test_recipes_that_cannot_be_used(error: Callable[..., str], place: Path, tmp_path: Path) -> None:
+    assert error("train", tmp_path / "none.yaml").endswith("none.yaml'; expected a YAML file")
+    (tmp_path / "recipe.yaml").write_text("training: {learning_rat: 1}\n")
+    assert "'learning_rat'" in error("train", tmp_path / "recipe.yaml")
+    recipe = place / "recipe.yaml"
+    assert "--training.learning_rat=1" in error("train", recipe, "--training.learning_rat=1")
+    assert "training.steps is 0; expected at least 1" in error("train", recipe, "--training.steps=0")
+    assert "unrecognized arguments" in error("train", recipe, tmp_path / "recipe.yaml")
+
+
+def test_text_that_cannot_be_used(error: Callable[..., str], place: Path, tmp_path: Path) -> None:
+    empty, latin, short = tmp_path / "empty.txt", tmp_path / "latin.txt", tmp_path / "short.txt"
+    empty.write_text(" \n")
+    latin.write_bytes("déjà vu".encode("latin-1"))
+    short.write_text("two words")
+    (tmp_path / "folder").mkdir()
+    for source, words in (
+        (tmp_path / "none", "the path does not exist"),
+        (tmp_path / "folder", "has no .txt file in it"),
+        (empty, "holds no text"),
+        (latin, "is not UTF-8 text: byte 0xe9 at offset 1"),
+        (short, "one window needs 32"),
+    ):
+        options = (f"--data.source={source}", f"--output={tmp_path / 'run'}")
+        assert words in error("train", place / "recipe.yaml", *options)
+        assert not (tmp_path / "run").exists()
+        if source != short:
+            assert words in error("evaluate", place / "run", "--data", source)
+            assert words in error("demo", "--source", source, "--output", tmp_path / "demo")
+            assert not (tmp_path / "demo").exists()
+
+
+def test_prompts_that_cannot_be_used(error: Callable[..., str], place: Path) -> None:
+    def refused(prompt: str, *options: str) -> str:
+        return error("generate", place / "run", "--prompt", prompt, *options)
+
+    assert "tokens and 100 more were asked for, but the model takes at most 32" in refused("Number")
+    assert "ask for at most 0" in refused("Number " * 50, "--max_new_tokens", "1")
+    assert refused("") == "the prompt is empty; give at least one character"
+    assert refused("a\udcff", "--max_new_tokens", "1").startswith("the prompt is not Unicode text")
+    assert "temperature is -1.0" in refused("a", "--temperature", "-1")
+
+
+def test_folders_that_cannot_be_used(error: Callable[..., str], place: Path, tmp_path: Path) -> None:
+    for command, *options in (("evaluate",), ("generate", "--prompt", "a")):
+        assert "there is no folder" in error(command, tmp_path / "none", *options)
+        assert "holds no finished run" in error(command, place / "text", *options)
+        shutil.copytree(place / "run", tmp_path / command)
+        (tmp_path / command / "model.safetensors").unlink()
+        message = error(command, tmp_path / command, *options)
+        assert "(it lacks model.safetensors): go on with `midskip train ... --resume`" in message
+        (tmp_path / command / "model.safetensors").write_bytes(b"no weights")
+        assert "cannot be read" in error(command, tmp_path / command, *options)
+    recipe, source = place / "recipe.yaml", f"--data.source={place / 'text'}"
+    assert "already holds a run; go on with it by --resume" in error("train", recipe, source)
+    assert "the recipe is not the one in" in error("train", recipe, source, "--resume", "--training.seed=9")
+    assert "holds other files" in error("train", recipe, source, f"--output={place / 'text'}")
+    assert "which is a file" in error("train", recipe, source, f"--output={recipe}")
+    assert "Not a directory" in error("train", recipe, source, f"--output={recipe / 'run'}")
+    assert "holds other files" in error("demo", "--output", place / "text")
+    assert "which is a file" in error("demo", "--output", recipe)
+
+
+def test_numbers_that_cannot_be_written_are_printed_all_the_same(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(place / "run"), "--output", str(tmp_path / "none" / "numbers.json")]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["num_tokens"] > 0
+    assert err.startswith("midskip: error: ") and "No such file or directory" in err and err.count("\n") == 1
+
+
+def test_a_run_that_fails_has_a_status_of_its_own(
+    place: Path, tmp_path: Path, error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--training.clip_norm=0")
+    message = error("train", place / "recipe.yaml", *options, "--training.learning_rate=1e30", status=1)
+    assert "is no longer finite after step" in message or "the loss is nan in step" in message
+
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_train", interrupted)
+    assert error("train", status=130) == "interrupted"
+
+
+def test_it_runs_as_a_program(tmp_path: Path) -> None:
+    """With its exit status, and no word from Python."""
+    path = os.pathsep.join([str(Path(midskip.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "midskip.cli", "generate", str(tmp_path / "none"), "--prompt", "a"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("midskip: error: there is no folder") and done.stderr.count("\n") == 1

@@ -1,0 +1,127 @@
+"""The demo: small from end to end, and, where there is time, the whole one with what it promises."""
+
+import json
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from midskip.data import DataError
+from midskip.demo import demo, demo_recipe, time_prefill
+from midskip.runs import load_run
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    documents = [f"The function returns {i}, or [bold]{i * i}[/bold] if x is {i % 7}.\n" * 8 for i in range(40)]
+    (folder / "all.txt").write_text("<|endoftext|>\n".join(documents), encoding="utf-8")
+    return folder
+
+
+def run(output: Path, source: Path, steps: int = 2) -> tuple[dict, str]:
+    """The report, and what was on the screen."""
+    screen = Console(file=StringIO(), width=120)
+    report = demo(str(output), steps, str(source), screen)
+    assert isinstance(screen.file, StringIO)
+    return report, screen.file.getvalue()
+
+
+def test_the_demo_trains_compares_and_reports(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    report, screen = run(folder, source)
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    for name in ("report.json", "picture.png", "page.html"):
+        assert str(folder / name) in screen
+
+    gated, dense = (report[name]["validation"] for name in ("gated", "dense"))
+    assert report["gated"]["training"]["steps"] == report["dense"]["training"]["steps"] == 2
+    assert report["gated"]["training"]["num_tokens"] == report["dense"]["training"]["num_tokens"]
+    assert gated["num_tokens"] == dense["num_tokens"]
+    assert dense["executed_share"] == 1 and dense["flops_per_token"] == dense["dense_flops_per_token"]
+    assert report["prefill"]["dense"]["executed_share"] == 1
+    assert report["prefill"]["gated"]["seconds"] > 0 and report["prefill"]["dense"]["seconds"] > 0
+    assert report["sample"].startswith("The function returns")
+
+    rows = {line.split("│")[1].strip(): line for line in screen.splitlines() if line.count("│") == 4}
+    for label, name, pattern in (
+        ("held-out loss (nats a token)", "loss", "{:.4f}"),
+        ("bits per byte", "bits_per_byte", "{:.4f}"),
+        ("block-tokens that ran", "executed_share", "{:.1%}"),
+        ("FLOPs a token, executed", "flops_per_token", "{:,.0f}"),
+    ):
+        assert [cell.strip() for cell in rows[label].split("│")[2:4]] == [
+            pattern.format(x[name]) for x in (gated, dense)
+        ]
+    assert {"by layer, %", "tokens by blocks run, %", "training"} <= set(rows)
+    batch, length = report["prefill_shape"]
+    assert f"prefill of {batch} x {length} tokens" in rows and length == 256
+
+    models = {name: load_run(folder / name)[0] for name in ("gated", "dense")}
+    assert models["gated"].config.policy == "middle_out" and models["dense"].config.policy == "dense"
+    sizes = [sum(p.numel() for n, p in model.named_parameters() if ".policy." not in n) for model in models.values()]
+    assert sizes[0] == sizes[1], "twins but for the gates"
+
+
+def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(source: Path, tmp_path: Path) -> None:
+    first, _ = run(tmp_path / "demo", source, steps=1)
+    with pytest.raises(DataError, match="There is no text"):
+        run(tmp_path / "demo", source / "none")
+    assert json.loads((tmp_path / "demo" / "report.json").read_text()) == first, (
+        "a demo that cannot start loses nothing"
+    )
+    second, _ = run(tmp_path / "demo", source, steps=2)
+    assert json.loads((tmp_path / "demo" / "report.json").read_text()) == second
+    assert second["gated"]["training"]["steps"] == 2
+
+    (tmp_path / "demo" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="which holds other files; give a new or empty folder"):
+        run(tmp_path / "demo", source)
+    assert (tmp_path / "demo" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "demo" / "gated" / "model.safetensors").is_file()
+
+
+def test_a_folder_of_something_else_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "gated").mkdir()  # the name alone does not make it a demo
+    with pytest.raises(ValueError, match=r"output is '.*', which holds other files; give a new or empty folder"):
+        run(tmp_path, source)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"output is '.*file', which is a file; expected a folder"):
+        run(tmp_path / "file", source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gated"]
+
+
+def test_the_twins_differ_in_nothing_but_the_gates() -> None:
+    gated, dense = (demo_recipe("runs/x", 7, gated) for gated in (True, False))
+    assert gated.data == dense.data and gated.training == dense.training and gated.training.steps == 7
+    assert gated.build_controller().state_dict() and not dense.build_controller().state_dict()
+    dense.model.policy, dense.model.policy_settings = gated.model.policy, gated.model.policy_settings
+    assert gated.model == dense.model
+
+
+def test_prefill_is_timed_and_metered(make_model) -> None:
+    models = {name: make_model(gates, torch.float32).eval() for name, gates in (("open", "open"), ("gone", "gone"))}
+    result = time_prefill(models, torch.randint(31, (3, 9)), repeats=2)
+    assert {name: entry["executed_share"] for name, entry in result.items()} == {"open": 1.0, "gone": 0.0}
+    head = 2 * 3 * 16 * 31  # at the last position of each sequence alone
+    assert head < result["gone"]["flops"] < head + 5000 < result["open"]["flops"]
+    assert all(entry["seconds"] > 0 for entry in result.values())
+
+
+@pytest.mark.slow
+def test_the_whole_demo_keeps_its_promises(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    report = demo(str(tmp_path / "demo"), console=Console(file=StringIO(), width=120))
+    seconds = time.perf_counter() - start
+    gated, dense = (report[name]["validation"] for name in ("gated", "dense"))
+    assert 0.4 <= gated["executed_share"] <= 0.7
+    assert gated["bits_per_byte"] <= 1.05 * dense["bits_per_byte"]
+    assert sum(share >= 0.05 for share in gated["tokens_by_blocks"]) >= 3
+    assert dense["loss"] < 6, "it learnt something: a guess among 2048 tokens has 7.6"
+    assert gated["flops_per_token"] < 0.8 * dense["flops_per_token"]
+    assert seconds < 240

@@ -1,0 +1,249 @@
+"""The documents: their code and commands run, their lists are whole, their links lead somewhere; recipes are valid."""
+
+import ast
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+import midskip
+from midskip.cli import main
+from midskip.demo import demo_recipe
+from midskip.policies import build_policy
+from midskip.train import Recipe, read_recipe
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "midskip"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TINY = [
+    "--data.vocab_size=300", "--data.length=128", "--model.hidden_size=16", "--model.intermediate_size=24",
+    "--model.num_hidden_layers=4", "--training.steps=2", "--training.batch_size=2",
+]  # fmt: skip
+
+
+def blocks(page: str, language: str) -> list[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert found, f"no {language} block"
+    return found
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with what the README's reader has: recipes, text, and a checkpoint of the released code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shutil.copytree(ROOT / "recipes", "recipes")
+    for folder, first in (("my_texts", 0), ("unseen_texts", 40)):
+        Path(folder).mkdir()
+        documents = [f"Function {i} returns the names of all {i % 7} files.\n" for i in range(first, first + 40)]
+        Path(folder, "some.txt").write_text("<|endoftext|>\n".join(documents), encoding="utf-8")
+    Path("skip_middle_checkpoint").mkdir()
+    with np.load(ROOT / "tests" / "data" / "forward_gqa.npz") as arrays:
+        names = [name for name in arrays.files if name.startswith("state_dict/")]
+        weights = {"model." + name.removeprefix("state_dict/"): torch.as_tensor(arrays[name]) for name in names}
+        Path("skip_middle_checkpoint", "config.json").write_text(str(arrays["config"]), encoding="utf-8")
+    save_file(weights, "skip_middle_checkpoint/model.safetensors")
+    verbosity, modules = logging.get_verbosity(), set(sys.modules)
+    yield tmp_path
+    logging.set_verbosity(verbosity)
+    for name in set(sys.modules) - modules:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+# README
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.usefixtures("workplace")
+def test_the_readmes_python_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    for block in blocks(README, "python"):
+        exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "torch.Size([2, 16, 256])" in printed and "torch.Size([6, 2, 16])" in printed
+    assert isinstance(names["model"], midskip.MidskipForCausalLM) and names["model"].config.keys == "all"
+    assert Path("my_model", "model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("workplace")
+def test_the_readmes_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in blocks(README, "sh") for line in block.splitlines()]
+    made = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert made == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in made)
+    printed = {}
+    for line in lines:
+        if not line.startswith("make "):
+            program, command, *arguments = shlex.split(line)
+            assert program == "midskip"
+            status = main([command, *arguments, *(TINY if command == "train" else [])])
+            captured = capsys.readouterr()
+            assert status == 0, f"{line}: {captured.err}"
+            printed[command] = captured.out
+    assert list(printed) == ["train", "evaluate", "generate"]
+    assert json.loads(printed["train"])["training"]["steps"] == 2
+    assert json.loads(printed["evaluate"])["num_tokens"] > 0
+    assert printed["generate"].startswith("The function returns")
+    recipe = read_recipe("runs/mine/recipe.yaml")
+    assert recipe.data.source == "my_texts" and recipe.controller.settings == {"target_share": 0.4}
+
+
+@pytest.mark.usefixtures("workplace")
+def test_the_readmes_other_options_are_known() -> None:
+    module = next(block for block in blocks(ARCHITECTURE, "python") if block.startswith("# my_policies.py"))
+    Path("my_policies.py").write_text(module, encoding="utf-8")
+    policy = re.search(r"`(--model\.policy=\S+)`", README)
+    controller = re.search(r"`(--controller\.name=\S+)`", README)
+    assert policy and controller and "`--resume`" in README
+    recipe = read_recipe("recipes/pydocs-small-dense.yaml", [policy[1], controller[1]])
+    assert recipe.build_config(300).policy == "my_policies:Thin"
+    assert recipe.controller.name == "my_controllers:Ratchet"
+
+
+def tree() -> Iterator[tuple[Path, str]]:
+    """The paths in the README's list of files, and what is said of each."""
+    section = README.split("\n## Files\n")[1].split("\n## ")[0]
+    folders: list[str] = []
+    for line in filter(str.strip, section.splitlines()):
+        indent, name, text = re.fullmatch(r"( +)(\S+) *(.*)", line).groups()
+        depth = len(indent) // 2 - 2
+        folders = folders[:depth]
+        yield ROOT.joinpath(*folders, name), text
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            assert text, f"nothing is said of {name}"
+
+
+def test_the_list_of_files_is_whole() -> None:
+    listed = dict(tree())
+    for path, text in listed.items():
+        assert path.exists(), f"{path} is in the README and nowhere else"
+        if path.is_dir():
+            for name in re.findall(r"[\w-]+\.(?:md|yaml)", text):
+                assert (path / name).is_file(), f"{name} is in the README and not in {path}"
+    # what a folder's own __init__ gives is said of its files
+    files = {path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent == PACKAGE}
+    assert {path for path in listed if path.suffix == ".py"} == files
+    assert set(RECIPES) == {ROOT / "recipes" / name for name in re.findall(r"[\w-]+\.yaml", listed[ROOT / "recipes"])}
+
+
+# docs
+
+
+@pytest.mark.usefixtures("workplace")
+def test_the_architectures_examples_run() -> None:
+    names: dict[str, object] = {}
+    for block in blocks(ARCHITECTURE, "python"):
+        if module := re.match(r"# (my_\w+\.py)\n", block):
+            Path(module[1]).write_text(block, encoding="utf-8")
+        elif not block.startswith("class "):
+            exec(compile(block, "architecture.md", "exec"), names)
+    assert isinstance(names["config"], midskip.MidskipConfig)
+    controller = names["controller"]
+    assert isinstance(controller, midskip.controllers.Controller)
+    gates_LBT = torch.full((8, 2, 3), 0.75)
+    assert controller.loss(gates_LBT) == 0
+    controller.update(gates_LBT.mean((1, 2)), torch.zeros(8))
+    assert controller.loss(gates_LBT).item() == pytest.approx(0.75e-3)
+    assert controller.state_dict() == {"price": pytest.approx([1e-3] * 8)}
+
+
+def seams() -> list[ast.ClassDef]:
+    stubs = [block for block in blocks(ARCHITECTURE, "python") if block.startswith("class ")]
+    return [node for block in stubs for node in ast.parse(block).body if isinstance(node, ast.ClassDef)]
+
+
+@pytest.mark.parametrize("shown", seams(), ids=lambda node: node.name)
+def test_the_signatures_shown_are_the_real_ones(shown: ast.ClassDef) -> None:
+    nodes = [node for file in PACKAGE.rglob("*.py") for node in ast.parse(file.read_text(encoding="utf-8")).body]
+    (real,) = (node for node in nodes if isinstance(node, ast.ClassDef) and node.name == shown.name)
+    methods = {node.name: node for node in real.body if isinstance(node, ast.FunctionDef)}
+    fields = [ast.unparse(node) for node in real.body if isinstance(node, ast.AnnAssign)]
+    for node in shown.body:
+        if isinstance(node, ast.AnnAssign):
+            assert ast.unparse(node) in fields
+        else:
+            assert isinstance(node, ast.FunctionDef) and node.name in methods
+            method = methods[node.name]
+            assert ast.unparse(node.args) == ast.unparse(method.args)
+            assert node.returns is None or ast.unparse(node.returns) == ast.unparse(method.returns)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert "://" in link or (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_tests_named_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:tests|docs|recipes|benchmarks|src)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), f"{page.name} names {name}, which is not there"
+    for name in re.findall(r"`((?:nn|policies|data|train|report|testing|convert)/[\w./-]+)`", text):
+        assert (PACKAGE / name).exists(), f"{page.name} names {name}, which is not there"
+
+
+def test_the_picture_of_the_idea_is_the_one_we_draw(tmp_path: Path) -> None:
+    midskip.report.write_idea(tmp_path / "idea.svg")
+    assert (tmp_path / "idea.svg").read_bytes() == (ROOT / "docs" / "idea.svg").read_bytes()
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == midskip.__version__ and citation["cff-version"] == "1.2.0"
+    assert f"## [{midskip.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+# recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    recipe = read_recipe(path)
+    config = recipe.build_config(vocab_size=recipe.data.vocab_size)
+    policy = build_policy(
+        config.policy, config.num_hidden_layers, config.hidden_size, config.initializer_range, config.policy_settings
+    )
+    recipe.build_controller().steer(policy)
+
+
+@pytest.mark.parametrize("kind", ["gated", "dense"])
+def test_the_small_recipes_are_the_demos(kind: str) -> None:
+    recipe = read_recipe(ROOT / "recipes" / f"pydocs-small-{kind}.yaml")
+    demos = demo_recipe(recipe.output, gated=kind == "gated")
+    training = replace(recipe.training, save_steps=demos.training.save_steps, report_to=demos.training.report_to)
+    assert replace(recipe, training=training) == demos
+
+
+def test_the_papers_recipe_has_its_shape() -> None:
+    recipe: Recipe = read_recipe(ROOT / "recipes" / "paper-gated.yaml")
+    papers = midskip.MidskipConfig(policy_settings={"start": "released"})
+    assert recipe.build_config(50257).to_dict() == papers.to_dict()
+    assert recipe.training.batch_size * recipe.training.accumulation_steps == 512
+    for override in ("--controller.settings.mean_target_end=0.1", "--model.keys=all"):
+        assert override in (ROOT / "recipes" / "paper-gated.yaml").read_text(encoding="utf-8")
+        changed = read_recipe(ROOT / "recipes" / "paper-gated.yaml", [override])
+        assert changed != recipe
+        changed.build_controller()
