@@ -152,6 +152,29 @@ def deciding(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     return result
 
 
+def matmul_floor(dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of nothing but the seven matrix products of 12 blocks, by rows: what no skipping can go below."""
+    width, hidden = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    shapes = [(width, width)] * 4 + [(hidden, width)] * 2 + [(width, hidden)]
+    weights = [torch.randn(shape, dtype=dtype) for _ in range(SHAPE["num_hidden_layers"]) for shape in shapes]
+    rows: list[dict[str, Any]] = []
+    for num_rows in (1024, 768, 512, 256):
+        inputs = {size: torch.randn(num_rows, size, dtype=dtype) for size in (width, hidden)}
+        seconds = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+            seconds.append(time.perf_counter() - start)
+        median = statistics.median(seconds[1:])
+        share = median / rows[0]["seconds"] if rows else 1.0
+        rows.append(
+            {"dtype": str(dtype), "rows": num_rows, "seconds": median, "time_over_rows": share / num_rows * 1024}
+        )
+    show(rows)
+    return rows
+
+
 def peak_memory(skip_share: float) -> int:
     """Bytes that the resident set of a fresh process rises to in a training step, above weights and gradients."""
     model = ours(torch.float32, skip_share=skip_share, fractional=True, seed=1)
@@ -200,7 +223,7 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--parts", default="dense,skipping,deciding,memory")
+    parser.add_argument("--parts", default="dense,skipping,deciding,floor,memory")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--peak-memory", type=float, help=argparse.SUPPRESS)
@@ -216,6 +239,8 @@ def main() -> None:
             result.setdefault("dense", []).extend(compare_dense(dtype, arguments.repeats))
         if "skipping" in parts:
             result.setdefault("skipping", []).extend(compare_skipping(dtype, arguments.repeats))
+        if "floor" in parts:
+            result.setdefault("floor", []).extend(matmul_floor(dtype, arguments.repeats))
         if "deciding" in parts:
             result.setdefault("deciding", []).append(deciding(dtype, arguments.repeats))
     if "memory" in parts:

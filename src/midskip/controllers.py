@@ -250,9 +250,9 @@ class BudgetController(Controller):
     The regularisers above push gates through the loss, where a gate that is flat at 0 no longer feels them. This one
     adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each layer of
     the first half, so that the gradient decides which tokens leave and the controller how many. The layers' targets
-    fall evenly from target_share + d to target_share - d, d = spread * min(target_share, 1 - target_share), and are
-    approached from 1 over `ramp_steps`. The idea is that of load balancing without a loss (Wang et al. 2024, arXiv
-    2408.15664), there between experts.
+    fall evenly by 2 d, d = spread * min(target_share, 1 - target_share), around a mean over all layers of
+    target_share, and are approached from 1 over `ramp_steps`. The idea is that of load balancing without a loss (Wang
+    et al. 2024, arXiv 2408.15664), there between experts.
     """
 
     changing = ("bias", "num_updates")
@@ -287,6 +287,8 @@ class BudgetController(Controller):
         """Sets the bias of a `MiddleOut`, and takes it out of the optimizer's hands."""
         if not isinstance(policy, MiddleOut):
             raise ValueError(f"the budget controller steers the policy 'middle_out', got {type(policy).__name__}")
+        if policy.num_layers != self.num_layers:
+            raise ValueError(f"the budget is for {self.num_layers} layers and the model has {policy.num_layers}")
         policy.bias.requires_grad_(False).copy_(self.bias)
 
 
@@ -352,8 +354,8 @@ _CONTROLLERS: dict[str, tuple[type[Controller], dict[str, Any], dict[str, Any]]]
     "sparsity_variance_l2": (DistanceController, {}, {"mean_coefficient": 0.1, "variance_coefficient": 0.1}),
     "adaptive": (FeedbackController, {"rule": "sign"}, {"coef_update_multiplier": 1e-3}),
     "proportional": (FeedbackController, {"rule": "error"}, {"coef_update_multiplier": 1e-3}),
-    "budget": (BudgetController, {}, {}),
     "proportional_derivative": (FeedbackController, {"rule": "growing"}, {"coef_update_multiplier": 1e-2}),
+    "budget": (BudgetController, {}, {}),
 }
 
 
