@@ -16,7 +16,7 @@ slow: .venv/installed
 check: .venv/installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/pyright
+	$(RUN)/pyright --pythonpath $(RUN)/python
 
 format: .venv/installed
 	$(RUN)/ruff check --fix .
