@@ -14,7 +14,7 @@ from pathlib import Path
 from core_speed import machine
 
 from midskip.demo import demo_recipe
-from midskip.train.run import prepare_data, train
+from midskip.train.run import train
 
 WINDOW_STEPS = 100
 
@@ -26,15 +26,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    data, rows = None, []
+    rows = []
     for target in arguments.targets:
         for seed in arguments.seeds:
             with tempfile.TemporaryDirectory() as folder:
                 recipe = demo_recipe(folder, arguments.steps)
                 recipe.controller.settings["target_share"] = target
                 recipe.training.seed = seed
-                data = data or prepare_data(recipe.data)
-                report = train(recipe, data=data, title=f"target {target}, seed {seed}")
+                report = train(recipe, title=f"target {target}, seed {seed}")
                 history = [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
             shares = [row["executed_share"] for row in history][arguments.steps // 2 :]
             windows = [

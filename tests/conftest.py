@@ -1,7 +1,11 @@
-"""What the tests share: seeds, tiny models, and gates set to what a test needs."""
+"""What the tests share: seeds, tiny models, gates set to what a test needs, and tiny runs."""
 
+from __future__ import annotations
+
+import gc
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,6 +14,10 @@ from transformers.utils import logging
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.policies.middle_out import MiddleOut
+
+if TYPE_CHECKING:
+    from midskip.train import Recipe
+    from midskip.train.trainer import MidskipTrainer
 
 TINY: dict[str, Any] = {
     "vocab_size": 31,
@@ -100,3 +108,60 @@ def ragged() -> tuple[Tensor, Tensor]:
         ]
     )
     return torch.randint(TINY["vocab_size"], mask_BT.shape), mask_BT
+
+
+# ---- runs; what they need is imported when they are asked for, since the Trainer takes seconds
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `midskip prepare` makes of 30 documents; in windows of 16 tokens, 43 to train on."""
+    from tiny_runs import QUIET, write_documents
+
+    from midskip.data import prepare
+
+    folder = tmp_path_factory.mktemp("prepared")
+    text = write_documents(folder / "text")
+    prepare(str(text), folder / "shards", vocab_size=300, validation_share=0.2, console=QUIET)
+    gc.freeze()  # the Trainer collects garbage as it starts, and need not look through all that is imported
+    return folder / "shards"
+
+
+@pytest.fixture
+def make_recipe(prepared: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """make_recipe("budget", {"target_share": 0.5}, model={...}, **training): a run of a tiny model into "run"."""
+    from tiny_runs import tiny_recipe
+
+    def make(*args: Any, output: str = "run", source: Path = prepared, **more: Any) -> Recipe:
+        return tiny_recipe(source, tmp_path / output, *args, **more)
+
+    return make
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There bits are promised."""
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: False)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are slow to draw; for tests of something else."""
+    monkeypatch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[MidskipTrainer]:
+    """The trainers that `train` makes, in order."""
+    from midskip.train.trainer import MidskipTrainer
+
+    made: list[MidskipTrainer] = []
+
+    class Seen(MidskipTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr("midskip.train.run.MidskipTrainer", Seen)
+    return made

@@ -27,7 +27,7 @@ RECIPE = """
 data: {vocab_size: 300, length: 32, validation_share: 0.2}
 model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 5, num_attention_heads: 2}
 controller: {name: budget, settings: {target_share: 0.5, ramp_steps: 2}}
-training: {steps: 4, batch_size: 2, save_steps: 2, log_steps: 1, report_to: []}
+training: {steps: 4, batch_size: 2, save_steps: 2, log_steps: 1, evaluation_steps: 2, report_to: []}
 """
 
 
@@ -94,17 +94,15 @@ def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) ->
         assert main(arguments) == 0
         out = capsys.readouterr().out
         assert out.startswith("usage: midskip COMMAND")
-        assert all(f"  {command} " in out for command in ("demo", "train", "evaluate", "generate"))
+        assert all(f"  {command} " in out for command in ("demo", "prepare", "train", "evaluate", "generate"))
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         ("demo", ["--output", "--steps", "--source", "pydocs"]),
-        (
-            "train",
-            ["RECIPE.yaml", "--resume", "--training.learning_rate", "--data.source", "width of the hidden states"],
-        ),
+        ("prepare", ["source", "--output", "--tokenizer", "--validation_share", "--max_tokens", "--shard_tokens"]),
+        ("train", ["RECIPE.yaml", "--resume", "--accept_changes", "--training.learning_rate", "width of the hidden"]),
         ("evaluate", ["--data", "--batch_size", "--output"]),
         ("generate", ["--prompt", "--temperature", "--top_k", "--seed", "--max_new_tokens"]),
     ],
@@ -116,7 +114,7 @@ def test_every_command_has_help(command: str, words: list[str], capsys: pytest.C
         assert end.code == 0
     out = capsys.readouterr().out
     assert f"midskip {command}" in out and [word for word in words if word not in out] == []
-    assert set(cli.COMMANDS) == {"demo", "train", "evaluate", "generate"}, "else a command is not tested"
+    assert set(cli.COMMANDS) == {"demo", "prepare", "train", "evaluate", "generate"}, "else a command is not tested"
 
 
 # What works
@@ -138,6 +136,28 @@ def test_train_prints_its_report_and_goes_on(place: Path, tmp_path: Path, capsys
         report = json.loads(capsys.readouterr().out)
         assert report == json.loads((tmp_path / "run" / "report.json").read_text())
         assert report["training"]["steps"] == 2
+
+
+def test_train_goes_on_with_another_recipe_only_if_told(
+    place: Path, tmp_path: Path, error: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    (tmp_path / "run" / "page.html").unlink()  # it was killed before its end
+    arguments = [place / "recipe.yaml", f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--resume"]
+    message = error("train", *arguments, "--training.learning_rate=0.01")
+    assert "not the one this run began with (training.learning_rate: 0.003 -> 0.01)" in message
+    assert message.endswith("or accept it with --accept_changes")
+    changed = [*map(str, arguments), "--training.learning_rate=0.01", "--accept_changes"]
+    assert main(["train", *changed]) == 0
+    assert json.loads(capfd.readouterr().out)["training"]["steps"] == 4
+    assert "learning_rate: 0.01\n" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_the_best_model_is_evaluated_like_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = json.loads((place / "run" / "best" / "evaluation.json").read_text())
+    assert best == json.loads((place / "run" / "report.json").read_text())["best"] and best["step"] in (2, 4)
+    assert main(["evaluate", str(place / "run" / "best"), "--data", str(place / "text")]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["loss"] < 7
 
 
 def test_evaluate_gives_the_numbers_of_the_report(
@@ -217,7 +237,7 @@ def test_an_error_is_one_line_of_harmless_text(error: Callable[..., str], tmp_pa
 
 
 def test_commands_and_options_that_are_none(error: Callable[..., str], place: Path) -> None:
-    assert error("trian") == "there is no command 'trian'; expected one of demo, train, evaluate, generate"
+    assert error("trian") == "there is no command 'trian'; expected one of demo, prepare, train, evaluate, generate"
     for command, *arguments in (
         ("demo", "--step", "3"),
         ("demo", "--steps", "0"),
@@ -249,14 +269,14 @@ def test_text_that_cannot_be_used(error: Callable[..., str], place: Path, tmp_pa
     (tmp_path / "folder").mkdir()
     for source, words in (
         (tmp_path / "none", "the path does not exist"),
-        (tmp_path / "folder", "has no .txt file in it"),
+        (tmp_path / "folder", "holds no file of that kind"),
         (empty, "holds no text"),
         (latin, "is not UTF-8 text: byte 0xe9 at offset 1"),
-        (short, "one window needs 32"),
+        (short, "which make 0 windows of 32 tokens"),
     ):
         options = (f"--data.source={source}", f"--output={tmp_path / 'run'}")
         assert words in error("train", place / "recipe.yaml", *options)
-        assert not (tmp_path / "run").exists()
+        assert [path.name for path in tmp_path.glob("run/*")] == (["text"] if source == short else [])
         if source != short:
             assert words in error("evaluate", place / "run", "--data", source)
             assert words in error("demo", "--source", source, "--output", tmp_path / "demo")
@@ -286,7 +306,9 @@ def test_folders_that_cannot_be_used(error: Callable[..., str], place: Path, tmp
         assert "cannot be read" in error(command, tmp_path / command, *options)
     recipe, source = place / "recipe.yaml", f"--data.source={place / 'text'}"
     assert "already holds a run; go on with it by --resume" in error("train", recipe, source)
-    assert "the recipe is not the one in" in error("train", recipe, source, "--resume", "--training.seed=9")
+    assert "is finished, with another recipe (training.seed: 0 -> 9)" in error(
+        "train", recipe, source, "--resume", "--training.seed=9"
+    )
     assert "holds other files" in error("train", recipe, source, f"--output={place / 'text'}")
     assert "which is a file" in error("train", recipe, source, f"--output={recipe}")
     assert "Not a directory" in error("train", recipe, source, f"--output={recipe / 'run'}")
@@ -308,7 +330,9 @@ def test_a_run_that_fails_has_a_status_of_its_own(
 ) -> None:
     options = (f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--training.clip_norm=0")
     message = error("train", place / "recipe.yaml", *options, "--training.learning_rate=1e30", status=1)
-    assert "is no longer finite after step" in message or "the loss is nan in step" in message
+    assert message.startswith("step 2 is not finite (cross-entropy ") and message.endswith(
+        "the last checkpoint is kept"
+    )
 
     def interrupted(arguments: list[str]) -> None:
         raise KeyboardInterrupt

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from midskip import MidskipConfig, MidskipForCausalLM
@@ -29,32 +30,41 @@ RUNS = {
 }
 
 
-def counted(model: MidskipForCausalLM, ids_BT: Tensor, mask_BT: Tensor | None, backward: bool) -> int:
+def counted(
+    model: MidskipForCausalLM, ids_BT: Tensor, mask_BT: Tensor | None, position_BT: Tensor | None, backward: bool
+) -> int:
     """By torch, which sees no FLOPs in CPU's fused attention: under plain math."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output = model(ids_BT, attention_mask=mask_BT, labels=ids_BT)
+        output = model(ids_BT, attention_mask=mask_BT, position_ids=position_BT, labels=ids_BT)
         if backward:
             (output.loss + output.gates.mean()).backward()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("shape", ["rectangle", "ragged"])
+@pytest.mark.parametrize("shape", ["rectangle", "ragged", "documents"])
 @pytest.mark.parametrize("keys", ["gated", "all"])
 @pytest.mark.parametrize("run", RUNS)
 def test_counter_convention_is_torchs_counter(
     make_model: Make, ragged: tuple[Tensor, Tensor], run: str, keys: str, shape: str
 ) -> None:
     model = make_model(**RUNS[run], keys=keys, num_hidden_layers=5, dtype=torch.float32)
-    ids_BT, mask_BT = ragged if shape == "ragged" else (ragged[0], None)
+    ids_BT, mask_BT = ragged if shape != "rectangle" else (ragged[0], None)
+    position_BT = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0]]) if shape == "documents" else None
     with Meter(model) as meter:
-        forward = counted(model, ids_BT, mask_BT, backward=False)
+        forward = counted(model, ids_BT, mask_BT, position_BT, backward=False)
     assert meter.flops("counter").total == forward
-    assert counted(model, ids_BT, mask_BT, backward=True) == meter.flops("counter", backward=True).total == 3 * forward
+    trained = counted(model, ids_BT, mask_BT, position_BT, backward=True)
+    assert trained == meter.flops("counter", backward=True).total == 3 * forward
     assert meter.flops("causal").total < forward or run == "gone"
+    lengths = [9] * 7 if mask_BT is None else mask_BT.sum(1).tolist()
+    if position_BT is not None:
+        assert mask_BT is not None
+        lengths = [n for row in mask_BT for n in (row[:3].sum().item(), row[3:8].sum().item(), row[8].item()) if n]
+    assert meter.lengths == lengths and meter.num_tokens == sum(lengths)
+    assert meter.dense_flops() == dense_flops(model.config, lengths)
     if run == "dense":
-        lengths = [9] * 7 if mask_BT is None else mask_BT.sum(1).tolist()
-        assert dense_flops(model.config, lengths, convention="counter") == meter.flops("counter")
-        assert dense_flops(model.config, lengths) == meter.flops()
+        assert meter.dense_flops("counter") == meter.flops("counter")
+        assert meter.dense_flops() == meter.flops()
 
 
 @pytest.mark.parametrize("keys", ["gated", "all"])
@@ -76,27 +86,30 @@ def test_parts_add_up_and_only_their_part_moves(make_model: Make, keys: str) -> 
     assert meter.flops(backward=True) == flops * 3
 
 
-def pairs_one_by_one(query_BT: Tensor, key_BT: Tensor) -> tuple[int, int]:
-    """(causal, square): pairs of a query and a key of the same sequence, counted as they are."""
+def pairs_one_by_one(query_BT: Tensor, key_BT: Tensor, document_BT: Tensor) -> tuple[int, int]:
+    """(causal, square): pairs of a query and a key of the same document, counted as they are."""
     causal = square = 0
     for b, t in query_BT.nonzero().tolist():
         for column in key_BT[b].nonzero().flatten().tolist():
-            square += 1
-            causal += column <= t
+            if document_BT[b, column] == document_BT[b, t]:
+                square += 1
+                causal += column <= t
     return causal, square
 
 
+@pytest.mark.parametrize("positions", [None, [0, 1, 2, 3, 0, 1, 0, 2, 1]])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_pairs_are_those_that_meet(ragged: tuple[Tensor, Tensor], share: float) -> None:
+def test_pairs_are_those_that_meet(ragged: tuple[Tensor, Tensor], share: float, positions: list[int] | None) -> None:
     valid_BT = ragged[1].bool()
-    layout = Layout.from_rectangle(valid_BT)
+    layout = Layout.from_rectangle(valid_BT, None if positions is None else torch.tensor([positions]))
+    document_BT = layout.unpack(layout.sequence_N)
     kept = layout.keep(torch.rand(layout.num_tokens) < share)
     kept_BT = kept.unpack(torch.ones(kept.num_tokens)).bool()
     for queries, keys, query_BT, key_BT in (
         (layout, layout, valid_BT, valid_BT), (kept, kept, kept_BT, kept_BT), (kept, layout, kept_BT, valid_BT),
     ):  # fmt: skip
         work = LayerWork.of(queries, keys, gated=False)
-        assert (work.causal_pairs, work.square_pairs) == pairs_one_by_one(query_BT, key_BT)
+        assert (work.causal_pairs, work.square_pairs) == pairs_one_by_one(query_BT, key_BT, document_BT)
         assert (work.query_rows, work.key_rows) == (query_BT.sum(), key_BT.sum())
 
 
@@ -149,6 +162,32 @@ def test_meter_stops_and_starts_again(make_model: Make) -> None:
     assert meter.flops() == once * 2
     meter.reset()
     assert meter.flops() == Flops() and meter.num_tokens == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("keys", ["gated", "all"])
+def test_meter_counts_no_recomputation(make_model: Make, keys: str, reentrant: bool) -> None:
+    model, ids_BT = make_model(keys=keys), torch.randint(31, (2, 7))
+    with Meter(model) as plain:
+        model(ids_BT, labels=ids_BT).loss.backward()
+    # transformers 5.23 deprecates the older name
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    calls: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, arguments: calls.append(1))
+    with Meter(model) as meter:
+        output = model(ids_BT, labels=ids_BT)
+        assert meter.flops() == plain.flops() and len(calls) == 1
+        output.loss.backward()
+    assert len(calls) == 2, "the block was run again"
+    assert meter.flops() == plain.flops() and meter.layers == plain.layers and meter.lengths == plain.lengths
+    model = make_model(keys=keys)
+    embedded_BTD = model.model.embed_tokens(ids_BT).detach().requires_grad_()
+    with Meter(model) as meter:  # all of the model again, its policy and head included
+        checkpoint(
+            lambda x_BTD: model(inputs_embeds=x_BTD).logits, embedded_BTD, use_reentrant=reentrant
+        ).sum().backward()
+    assert meter.flops() == plain.flops() and meter.lengths == plain.lengths
 
 
 def test_meter_lets_go_after_an_error(make_model: Make) -> None:

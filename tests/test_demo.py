@@ -17,7 +17,7 @@ from midskip.runs import load_run
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    documents = [f"The function returns {i}, or [bold]{i * i}[/bold] if x is {i % 7}.\n" * 8 for i in range(40)]
+    documents = [f"The function returns {i}, or [bold]{i * i}[/bold] if x is {i % 7}.\n" * 8 for i in range(90)]
     (folder / "all.txt").write_text("<|endoftext|>\n".join(documents), encoding="utf-8")
     return folder
 
@@ -68,9 +68,13 @@ def test_the_demo_trains_compares_and_reports(source: Path, tmp_path: Path) -> N
     assert sizes[0] == sizes[1], "twins but for the gates"
 
 
-def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(source: Path, tmp_path: Path) -> None:
+def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("midskip.train.run.write_picture", lambda path, *args: path.write_bytes(b"slow to draw"))
+    monkeypatch.setattr("midskip.train.run.peak_flops", lambda arguments: (1e12, "slow to measure"))
     first, _ = run(tmp_path / "demo", source, steps=1)
-    with pytest.raises(DataError, match="There is no text"):
+    with pytest.raises(DataError, match="There is nothing at"):
         run(tmp_path / "demo", source / "none")
     assert json.loads((tmp_path / "demo" / "report.json").read_text()) == first, (
         "a demo that cannot start loses nothing"

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from midskip import MidskipForCausalLM
+from midskip.cli import main
+from midskip.cost import dense_flops
 from midskip.data import TokenWindows, encode_documents, token_bytes, train_tokenizer
 from midskip.evaluate import depth_of_tokens, evaluate
 from midskip.generate import generate
@@ -34,7 +36,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def windows(tokenizer: PreTrainedTokenizerFast) -> TokenWindows:
     ids = encode_documents(tokenizer, DOCUMENTS, progress=False)
-    ids = ids[: len(ids) // LENGTH * LENGTH - LENGTH + 5]
+    stride = LENGTH - 1  # each window starts with the last token of the one before
+    ids = ids[: (len(ids) - 5) // stride * stride + 5]
     return TokenWindows(ids, LENGTH, drop_last=False)
 
 
@@ -80,7 +83,8 @@ def test_loss_and_bits_per_byte_are_those_of_all_tokens(
         assert result["loss"] == pytest.approx(nats / targets, rel=1e-6)
         assert result["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-5)
         assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
-        assert result["num_tokens"] == sum(map(len, sequences)) == len(windows.token_ids)
+        assert result["num_tokens"] == sum(map(len, sequences))
+        assert result["num_targets"] == targets == len(windows.token_ids) - 1, "each token once, but the first"
     assert "bits_per_byte" not in evaluate(model, windows)
 
 
@@ -122,6 +126,92 @@ def test_flops_are_those_of_what_ran(
     assert result["flops_per_token"] == pytest.approx(ran / total, rel=1e-12)
     assert result["dense_flops_per_token"] == pytest.approx(dense / total, rel=1e-12)
     assert ran < 0.9 * dense if gated else ran == dense
+
+
+def documents(seed: int = 0) -> list[dict[str, Tensor]]:
+    """Five windows [11] of several documents each, with pads, holes, gaps in positions, and targets left out."""
+    draw = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(290, (5, 11), generator=draw)
+    position_BT = torch.tensor(
+        [
+            [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+            [0, 1, 0, 1, 2, 3, 0, 0, 1, 2, 3],
+            [-1, -1, 0, 1, 2, 0, 1, 2, 3, -1, -1],
+            [0, 4, 5, 9, 14, 0, 1, 2, 3, 4, 5],
+            [0, 1, -1, 2, 3, 0, 1, 2, -1, -1, 99],
+        ]
+    )
+    mask_BT = ((position_BT >= 0) & (position_BT < 99)).long()
+    labels_BT = torch.where(torch.rand(5, 11, generator=draw) < 0.2, -100, ids_BT)  # some at pads are not -100
+    names = "input_ids", "attention_mask", "position_ids", "labels"
+    return [dict(zip(names, rows, strict=True)) for rows in zip(ids_BT, mask_BT, position_BT, labels_BT, strict=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["positions", "mask", "ids"])
+def test_loss_by_position_and_by_blocks(model: MidskipForCausalLM, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.double()
+    items = documents()
+    for item in items:
+        if given != "positions":
+            del item["position_ids"]
+        if given == "ids":
+            del item["attention_mask"]
+    by_position: list[list[float]] = [[] for _ in range(15)]
+    by_blocks: list[list[float]] = [[] for _ in range(5)]
+    for item in items:
+        output = model(**{name: x[None] for name, x in item.items() if name != "labels"})
+        valid_T = item.get("attention_mask", torch.ones(11)).bool()
+        position_T = item.get("position_ids", valid_T.cumsum(0) - 1)
+        for t in range(10):
+            if valid_T[t] and valid_T[t + 1] and item["labels"][t + 1] != -100:
+                nats = F.cross_entropy(output.logits[0, t], item["labels"][t + 1]).item()
+                by_position[int(position_T[t])].append(nats)
+                by_blocks[int((output.gates[:, 0, t] > 0).sum())].append(nats)
+    if given != "positions":  # as many as there are columns, or as far as positions reach
+        assert by_position[11:] == [[]] * 4
+        del by_position[11:]
+    assert sum(map(bool, by_blocks)) >= 3 and [] in by_blocks, "the gates of this model are symmetric"
+    num_targets = sum(map(len, by_blocks))
+    for chunk in (2**24, 3 * 290, 1):
+        monkeypatch.setattr("midskip.evaluate.CHUNK_LOGITS", chunk)
+        result = evaluate(model, items, batch_size=2)
+        for name, values in (("position", by_position), ("blocks", by_blocks)):
+            for loss, found in zip(result[f"loss_by_{name}"], values, strict=True):
+                assert loss == (pytest.approx(sum(found) / len(found), rel=1e-12) if found else None)
+            assert result[f"num_targets_by_{name}"] == [len(v) for v in values]
+        assert result["num_targets"] == num_targets
+        assert result["loss"] == pytest.approx(sum(map(sum, by_blocks)) / num_targets, rel=1e-12)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+@torch.no_grad()
+def test_the_loss_is_the_models_own(model: MidskipForCausalLM) -> None:
+    items = documents()
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    assert evaluate(model, items, batch_size=5)["loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+
+
+def test_documents_count_as_they_are_attended(model: MidskipForCausalLM) -> None:
+    result = evaluate(model, documents(), batch_size=2)
+    lengths = [11, 2, 4, 1, 4, 3, 4, 5, 6, 4, 3]
+    assert result["num_tokens"] == sum(lengths)
+    expected = dense_flops(model.config, lengths).total / sum(lengths)
+    assert result["dense_flops_per_token"] == pytest.approx(expected, rel=1e-12)
+    assert 0 < result["flops_per_token"] < expected
+
+
+def test_nothing_to_evaluate_on_is_refused(model: MidskipForCausalLM) -> None:
+    with pytest.raises(ValueError, match="there is no window to evaluate on: give more text"):
+        evaluate(model, [])
+    ids_T = torch.arange(5)
+    for item in ({"labels": ids_T * 0 - 100}, {"labels": ids_T, "attention_mask": torch.tensor([0, 1, 0, 1, 0])}):
+        with pytest.raises(ValueError, match="hold no token to predict, only pads or labels of -100"):
+            evaluate(model, [{"input_ids": ids_T, **item}])
+    assert not model.training
+    with pytest.raises(ValueError, match="vocabulary"):
+        evaluate(model.train(), [{"input_ids": ids_T + 290, "labels": ids_T}])
+    assert model.training and not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -169,6 +259,9 @@ def test_depth_of_tokens_is_that_of_the_gates(
     expected = F.cross_entropy(output.logits[0, :-1], ids[1:], reduction="none")
     assert losses == pytest.approx(expected.tolist(), rel=1e-5)
     assert depth_of_tokens(model, tokenizer, [3])[0].loss_nats is None
+    apart = depth_of_tokens(model, tokenizer, [*ids.tolist(), *ids.tolist()], [*range(len(ids))] * 2)
+    for again, once in zip(apart[len(ids) :], tokens, strict=True):
+        assert again.gates == pytest.approx(once.gates, rel=1e-5)
 
 
 # Generation
@@ -264,6 +357,45 @@ def test_a_run_is_read_as_it_was_written(
     ids = tokenizer(DOCUMENTS[0])["input_ids"][:20]
     assert its_tokenizer(DOCUMENTS[0])["input_ids"][:20] == ids
     assert torch.equal(read.cpu()(torch.tensor([ids])).logits, model(torch.tensor([ids])).logits)
+
+
+def test_the_command_takes_any_text(
+    folder: Path, model: MidskipForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("<|endoftext|>\n".join(DOCUMENTS), encoding="utf-8")
+    options = ["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "numbers.json")]
+    assert main(["evaluate", str(folder), *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "numbers.json").read_text()
+    assert len(printed.splitlines()) < 20, "a list is one line"
+    read, tokenizer = load_run(folder)
+    ids = encode_documents(tokenizer, DOCUMENTS, progress=False)
+    apart = TokenWindows(ids, 64, drop_last=False, end_of_text=tokenizer.eos_token_id)
+    expected = evaluate(read, apart, token_bytes(tokenizer))
+    assert json.loads(printed) == expected
+    longest = max(np.diff(np.append(np.flatnonzero(ids == tokenizer.eos_token_id), len(ids))))
+    reached = [position for position, count in enumerate(expected["num_targets_by_position"]) if count]
+    assert max(reached) < longest < 64, "documents are kept apart"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "the path does not exist"),
+        (b"", "holds no text"),
+        (b"d\xe9j\xe0 vu", "is not UTF-8 text: byte 0xe9 at offset 1"),
+    ],
+)
+def test_text_that_cannot_be_evaluated_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "some.txt").write_bytes(text)
+    assert main(["evaluate", str(folder), "--data", str(tmp_path / "some.txt")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("midskip: error: ") and message in err and "some.txt" in err
+    assert main(["evaluate", str(folder)]) == 2
+    assert "has no recipe.yaml that names its held-out text: give text by --data" in capsys.readouterr().err
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

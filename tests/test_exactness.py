@@ -47,14 +47,15 @@ def gradients(model: MidskipForCausalLM, found: dict[str, Tensor]) -> dict[str, 
 
 
 def check_equal(
-    model: MidskipForCausalLM, ids_BT: Tensor, mask_BT: Tensor
+    model: MidskipForCausalLM, ids_BT: Tensor, mask_BT: Tensor, position_BT: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Packed in training = naive, with gradients; packed in evaluation, which works in place = naive."""
     labels_BT = torch.where(torch.arange(ids_BT.shape[1]) % 4 == 2, -100, ids_BT)
-    naive = outputs(naive_forward(model, ids_BT, mask_BT, labels_BT))
+    naive = outputs(naive_forward(model, ids_BT, mask_BT, labels_BT, position_BT))
     naive_gradients = gradients(model, naive)
     model.train()
-    packed = outputs(model(ids_BT, attention_mask=mask_BT, labels=labels_BT, output_hidden_states=True))
+    given = {"attention_mask": mask_BT, "position_ids": position_BT, "labels": labels_BT}
+    packed = outputs(model(ids_BT, **given, output_hidden_states=True))
     packed_gradients = gradients(model, packed)
     assert packed.keys() == naive.keys()
     for name in packed:
@@ -67,7 +68,7 @@ def check_equal(
         found[name] = got
     model.eval()
     with torch.no_grad():
-        quick = model(ids_BT, attention_mask=mask_BT, labels=labels_BT)
+        quick = model(ids_BT, **given)
     for name in ("loss", "logits", "gates"):
         same(getattr(quick, name), naive[name].detach(), f"{name} in evaluation")
     return packed, found

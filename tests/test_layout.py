@@ -1,5 +1,6 @@
 """Layout: packing, keeping and putting back, against plain indexing."""
 
+import gc
 import weakref
 
 import pytest
@@ -88,6 +89,19 @@ def test_the_same_tensor_is_worked_out_once() -> None:
     alive = weakref.ref(keep_N)
     del keep_N
     assert alive() is not None
+
+
+def test_a_layout_does_not_hold_on_to_itself() -> None:
+    layout = Layout.from_rectangle(torch.ones(2, 3).bool())
+    assert layout.keep(torch.ones(6).bool()) is layout
+    layout.keep(torch.arange(6) > 2)
+    alive = weakref.ref(layout)
+    gc.disable()
+    try:
+        del layout
+        assert alive() is None, "its memory goes with it, and not when garbage is next collected"
+    finally:
+        gc.enable()
 
 
 def test_nobody_at_all() -> None:

@@ -86,6 +86,11 @@ def test_dense_pre_norm_model_is_a_llama(make_model: Make, tied: bool) -> None:
     got = model(ids_BT, attention_mask=mask_BT).logits
     valid_BT = mask_BT.bool()
     torch.testing.assert_close(got[valid_BT], expected[valid_BT], rtol=1e-4, atol=1e-5)
+    # several documents in a row, which both tell from positions that start again (Llama only without a cache)
+    positions_BT = torch.tensor([[0, 1, 2, 3, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 0, 1]])
+    expected = llama(ids_BT, position_ids=positions_BT, use_cache=False).logits
+    assert (expected - llama(ids_BT).logits)[:, -1].abs().max() > 1e-2
+    torch.testing.assert_close(model(ids_BT, position_ids=positions_BT).logits, expected, rtol=1e-4, atol=1e-5)
     assert model(ids_BT).depth_scores is None and (model(ids_BT).gates == 1).all()
 
 

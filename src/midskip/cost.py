@@ -112,7 +112,7 @@ def dense_flops(
     """FLOPs of a forward pass in which nothing is skipped and no key is gated.
 
     Args:
-        lengths: valid tokens of each sequence.
+        lengths: valid tokens of each sequence, or of each document where positions tell several in one row apart.
         head_rows: tokens that the head runs on; all by default.
     """
     causal, square = sum(n * (n + 1) // 2 for n in lengths), sum(n * n for n in lengths)
@@ -128,10 +128,13 @@ class Meter:
             model(input_ids)
         meter.flops().total
 
+    Forward passes count, and what gradient checkpointing runs again in a backward pass does not.
+
     Attributes:
         query_rows_L: rows that went through each block.
         layers: for each layer, the `LayerWork` of each of its calls, in order.
-        num_tokens: valid tokens that entered layer 0.
+        lengths: tokens of each sequence (or document) that entered layer 0.
+        num_tokens: their sum.
         head_rows: rows that went through the head.
     """
 
@@ -143,7 +146,8 @@ class Meter:
     def reset(self) -> None:
         """Forget what was counted."""
         self.layers: list[list[LayerWork]] = [[] for _ in range(self.config.num_hidden_layers)]
-        self.policy_flops = self.num_tokens = self.head_rows = 0
+        self.lengths: list[int] = []
+        self.policy_flops = self.head_rows = 0
 
     def __enter__(self) -> Meter:
         body = self.model.model
@@ -159,6 +163,10 @@ class Meter:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
 
     @property
     def query_rows_L(self) -> list[int]:
@@ -177,8 +185,14 @@ class Meter:
                 total += block_flops(self.config, work, convention)
         return total * 3 if backward else total
 
+    def dense_flops(self, convention: str = "causal") -> Flops:
+        """FLOPs of the same forward passes with nothing skipped and no key gated, the head as it ran."""
+        return dense_flops(self.config, self.lengths, self.head_rows, convention)
+
     def _on_block(self, layer: int) -> Any:
         def count(block: Block, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if _is_backward():
+                return
             x_ND, others_MD, queries, keys, _, key_gate_M = arguments
             work = LayerWork.of(queries, keys, key_gate_M is not None)
             rows = x_ND.shape[0], x_ND.shape[0] if others_MD is None else others_MD.shape[0]
@@ -189,9 +203,16 @@ class Meter:
         return count
 
     def _on_policy(self, policy: Policy, arguments: tuple[Any, ...], output: Any) -> None:
-        layer, h_ND, state, layout = arguments
-        self.num_tokens += h_ND.shape[0] if layer == 0 else 0
+        if _is_backward():
+            return
+        layer, _, state, layout = arguments
+        self.lengths += layout.lengths if layer == 0 else []
         self.policy_flops += policy.flops(layer, state, layout)
 
     def _on_head(self, head: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        self.head_rows += output.shape[:-1].numel()
+        self.head_rows += 0 if _is_backward() else output.shape[:-1].numel()
+
+
+def _is_backward() -> bool:
+    """Whether this runs within a backward pass, as recomputation does."""
+    return torch._C._current_graph_task_id() != -1

@@ -16,13 +16,16 @@ from rich.panel import Panel
 from torch import Tensor
 
 from midskip.cost import Meter
+from midskip.data.prepare import prepare
+from midskip.data.sources import Source
 from midskip.evaluate import depth_of_tokens
 from midskip.generate import generate
 from midskip.model import MidskipForCausalLM
 from midskip.report import comparison_table, depth_text, legend
-from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, load_run
+from midskip.runs import PAGE_FILE, PICTURE_FILE, REPORT_FILE, load_run
 from midskip.train.recipe import ControllerSettings, DataSettings, ModelSettings, Recipe, TrainingSettings
-from midskip.train.run import prepare_data, train
+from midskip.train.run import train
+from midskip.train.text import cut_windows
 
 PROMPT = "The function returns"
 
@@ -52,34 +55,37 @@ def demo(output: str = "runs/demo", steps: int = 400, source: str = "pydocs", co
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {output!r}, which is a file; expected a folder")
     earlier = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if earlier - {"gated", "dense", REPORT_FILE, PICTURE_FILE, PAGE_FILE} or (
-        earlier and not (folder / "gated" / RECIPE_FILE).is_file()
+    if earlier - {"text", "gated", "dense", REPORT_FILE, PICTURE_FILE, PAGE_FILE} or (
+        earlier and "text" not in earlier
     ):
         raise ValueError(f"output is {output!r}, which holds other files; give a new or empty folder")
-    recipes = {name: demo_recipe(str(folder / name), steps, name == "gated", source) for name in ("gated", "dense")}
-    data = prepare_data(recipes["gated"].data)
+    Source(source)  # refuses what cannot be used, while an earlier demo is still there
     if earlier:
         shutil.rmtree(folder)  # an earlier demo
-    reports = {
-        name: train(recipe, data=data, title=f"{name} model", console=Console(stderr=True, width=console.width))
-        for name, recipe in recipes.items()
+    messages = Console(stderr=True, width=console.width)
+    prepared = prepare(source, folder / "text", console=messages)
+    recipes = {
+        name: demo_recipe(str(folder / name), steps, name == "gated", str(prepared.folder))
+        for name in ("gated", "dense")
     }
+    reports = {name: train(recipe, title=f"{name} model", console=messages) for name, recipe in recipes.items()}
     models = {name: load_run(folder / name)[0] for name in recipes}
-    ids = torch.stack([data.validation[i]["input_ids"] for i in range(min(8, max(1, len(data.validation) - 1)))])
+    _, validation = cut_windows(prepared, recipes["gated"].data)
+    ids = torch.stack([validation[i]["input_ids"] for i in range(min(8, max(1, len(validation) - 1)))])
     prefill = time_prefill(models, ids)
-    ids_sample = generate(models["gated"], data.tokenizer, PROMPT, max_new_tokens=120)
+    ids_sample = generate(models["gated"], prepared.tokenizer, PROMPT, max_new_tokens=120)
     report = {
         "gated": reports["gated"],
         "dense": reports["dense"],
         "prefill": prefill,
         "prefill_shape": list(ids.shape),
-        "sample": data.tokenizer.decode(ids_sample),
+        "sample": prepared.tokenizer.decode(ids_sample),
     }
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name in (PICTURE_FILE, PAGE_FILE):
         shutil.copyfile(folder / "gated" / name, folder / name)
     num_layers = models["gated"].config.num_hidden_layers
-    tokens = depth_of_tokens(models["gated"], data.tokenizer, ids_sample)
+    tokens = depth_of_tokens(models["gated"], prepared.tokenizer, ids_sample)
     title = f"a sample of the gated model, trained for {steps} steps, coloured by depth"
     console.print(Panel(Group(depth_text(tokens, num_layers), legend(num_layers)), title=title))
     console.print(_table(report))

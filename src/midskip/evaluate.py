@@ -1,90 +1,209 @@
 """How well a model predicts held-out text, and what that took.
 
-B sequences, T columns, L layers.
+B windows, T columns, N = B * T places in them, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from midskip.cost import Meter, dense_flops
+from midskip.cost import Meter
 from midskip.data import TokenWindows
-from midskip.data.corpus import progress_bar
+from midskip.data.progress import progress_bar
 from midskip.model import MidskipForCausalLM
 from midskip.report import TokenDepth
+
+CHUNK_LOGITS = 2**24  # logits whose loss is worked out at a time
+
+
+@contextmanager
+def joined_ranks() -> Iterator[int]:
+    """Joins the other processes that `torchrun` started, if it started this one, and takes a GPU of its own; gives the
+    number of this process, 0 if it is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
 
 
 @torch.no_grad()
 def evaluate(
     model: MidskipForCausalLM,
-    windows: TokenWindows,
+    windows: TokenWindows | Sequence[dict[str, Tensor]],
     token_bytes: Tensor | None = None,
     batch_size: int = 8,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Loss and work on every window, without any regulariser.
 
+    Where `torch.distributed` is initialised every rank has to call this, with the same windows: the batches are dealt
+    out among the ranks, and each returns the numbers of them all. Weights may be copies or sharded.
+
     Args:
-        windows: held-out text, made with `drop_last=False` so that every token counts.
+        windows: held-out text, made with `drop_last=False` so that every token counts. Dicts of `input_ids`, `labels`
+            and maybe `attention_mask` and `position_ids`, each [T], as the model takes them.
         token_bytes: int64 [V], bytes of text each token stands for; without it there are no bits per byte.
+        batch_size: windows of a forward pass.
+        progress: show a bar in a terminal.
 
     Returns:
-        loss: mean cross-entropy in nats of the tokens predicted; perplexity; bits_per_byte of the text they stand for;
-        num_tokens: valid tokens that went in; executed_share: share of block-tokens that ran; share_by_layer [L];
-        tokens_by_blocks [L + 1]: share of the tokens that ran 0, 1, ... L blocks; flops_per_token and
-        dense_flops_per_token: of a forward pass, causal convention, as metered and with nothing skipped.
+        - num_targets: predictions that were scored; loss: their mean cross-entropy in nats; perplexity: its
+          exponential; bits_per_byte: of the text that the targets stand for;
+        - num_tokens: valid tokens that went in (in windows that overlap, more than there are in the text);
+          executed_share: share of block-tokens that ran; share_by_layer [L]; tokens_by_blocks [L + 1]: share of the
+          tokens that ran 0, 1, ... L blocks;
+        - flops_per_token, dense_flops_per_token: of a forward pass, causal convention, as metered and with nothing
+          skipped;
+        - loss_by_position, num_targets_by_position [T]: of the predictions made by tokens at position 0, 1, ... of
+          their document (of their window if there are no `position_ids`); loss_by_blocks, num_targets_by_blocks
+          [L + 1]: of those made by tokens that ran 0, 1, ... L blocks. A loss is None where there is no target.
+
+    Raises:
+        ValueError: nothing to evaluate on.
     """
-    num_layers, device = model.config.num_hidden_layers, model.device
-    nats = num_bytes = num_targets = dense = 0
-    present_L, by_blocks = torch.zeros(num_layers), torch.zeros(num_layers + 1)
+    if not len(windows):
+        raise ValueError("there is no window to evaluate on: give more text")
+    rank, world_size = 0, 1
+    if dist.is_available() and dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    batches = range(0, len(windows), batch_size)
+    own = batches[rank::world_size]
+    sums = _Sums(model, token_bytes)
     was_training = model.training
     model.eval()
-    with Meter(model) as meter:
-        starts = range(0, len(windows), batch_size)
-        for start in progress_bar(starts, "Evaluating", progress):
-            rows = [windows[i] for i in range(start, min(start + batch_size, len(windows)))]
-            batch = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
-            output = model(**batch)
-            labels = batch["labels"][:, 1:]
-            scored = labels != -100
-            nats += output.loss.item() * int(scored.sum())
-            num_targets += int(scored.sum())
-            num_bytes += int(token_bytes[labels[scored].cpu()].sum()) if token_bytes is not None else 0
-            valid_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            present_LN = output.gates[:, valid_BT] > 0
-            present_L += present_LN.sum(1).cpu()
-            by_blocks += torch.bincount(present_LN.sum(0).cpu(), minlength=num_layers + 1)
-            dense += dense_flops(model.config, valid_BT.sum(1).tolist()).total
-    model.train(was_training)
-    loss = nats / num_targets
-    result = {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
-        "num_tokens": meter.num_tokens,
-        "executed_share": meter.executed_share,
-        "share_by_layer": (present_L / meter.num_tokens).tolist(),
-        "tokens_by_blocks": (by_blocks / meter.num_tokens).tolist(),
-        "flops_per_token": meter.flops().total / meter.num_tokens,
-        "dense_flops_per_token": dense / meter.num_tokens,
-    }
-    if num_bytes:
-        result["bits_per_byte"] = nats / math.log(2) / num_bytes
-    return result
+    try:
+        with Meter(model) as meter:
+            for start in progress_bar(own, "Evaluating", progress and rank == 0):
+                batch = _batch(windows, range(start, min(start + batch_size, len(windows))), model.device)
+                labels_BT = batch.pop("labels")
+                output = model(**batch)
+                sums.add(output.logits, output.gates, labels_BT, **batch)
+        if len(own) * world_size < len(batches):
+            model(windows[0]["input_ids"][None, :1].to(model.device))  # not counted: sharded weights wait for all ranks
+    finally:
+        model.train(was_training)
+    return sums.result(meter, windows[0]["input_ids"].shape[0], world_size)
+
+
+def _batch(windows: TokenWindows | Sequence[dict[str, Tensor]], rows: range, device: torch.device) -> dict[str, Tensor]:
+    items = [windows[row] for row in rows]
+    return {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
+
+
+class _Sums:
+    """What `evaluate` adds up: one float64 tensor on the model's device, read once, at the end."""
+
+    def __init__(self, model: MidskipForCausalLM, token_bytes: Tensor | None):
+        self.num_layers, num_positions = model.config.num_hidden_layers, model.config.max_position_embeddings
+        self.token_bytes_V = None if token_bytes is None else token_bytes.to(model.device)
+        sizes = {
+            "text": 2,  # nats, bytes
+            "metered": 4,  # tokens, rows that ran, FLOPs, dense FLOPs
+            "present": self.num_layers, "tokens_by_blocks": self.num_layers + 1,
+            "nats_by_blocks": self.num_layers + 1, "num_targets_by_blocks": self.num_layers + 1,
+            "nats_by_position": num_positions, "num_targets_by_position": num_positions,
+        }  # fmt: skip
+        self.all = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=model.device)
+        self.parts = dict(zip(sizes, self.all.split(list(sizes.values())), strict=True))
+
+    def add(
+        self, logits_BTV: Tensor, gates_LBT: Tensor, labels_BT: Tensor, input_ids: Tensor,
+        attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        valid_BT = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+        position_BT = valid_BT.long().cumsum(1) - 1 if position_ids is None else position_ids
+        next_BT = F.pad(torch.where(valid_BT, labels_BT, -100)[:, 1:], (0, 1), value=-100)
+        target_N = torch.where(valid_BT, next_BT, -100).flatten()
+        scored_N = target_N != -100
+        loss_N = _losses(logits_BTV.flatten(0, 1), target_N)
+        present_LBT = gates_LBT > 0
+        blocks_N = present_LBT.sum(0).flatten()
+        position_N = torch.where(scored_N, position_BT.flatten(), 0)  # who is not scored adds 0, wherever that is
+        parts = self.parts
+        parts["text"][0] += loss_N.sum()
+        parts["present"] += present_LBT.sum((1, 2))
+        parts["tokens_by_blocks"].index_add_(0, blocks_N, valid_BT.flatten().double())
+        for name, index_N in (("blocks", blocks_N), ("position", position_N)):
+            parts[f"nats_by_{name}"].index_add_(0, index_N, loss_N)
+            parts[f"num_targets_by_{name}"].index_add_(0, index_N, scored_N.double())
+        if self.token_bytes_V is not None:
+            parts["text"][1] += (self.token_bytes_V[target_N.clamp(min=0)] * scored_N).sum()
+
+    def result(self, meter: Meter, num_columns: int, world_size: int) -> dict[str, Any]:
+        """The numbers of all ranks."""
+        flops, dense_flops = meter.flops().total, meter.dense_flops().total
+        metered = [meter.num_tokens, sum(meter.query_rows_L), flops, dense_flops]
+        self.parts["metered"].copy_(torch.tensor(metered, dtype=torch.float64))
+        if world_size > 1:
+            dist.all_reduce(self.all)
+        sums = dict(zip(self.parts, self.all.cpu().split([len(part) for part in self.parts.values()]), strict=True))
+        nats, num_bytes = sums["text"].tolist()
+        num_tokens, query_rows, flops, dense_flops = sums["metered"].tolist()
+        num_targets_P = sums["num_targets_by_position"]
+        if not num_targets_P.any():
+            raise ValueError("the windows hold no token to predict, only pads or labels of -100: give more text")
+        num_targets = int(num_targets_P.sum())
+        num_positions = max(num_columns, int(num_targets_P.nonzero().max()) + 1)
+        loss = nats / num_targets
+        result = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700)),
+            "num_tokens": int(num_tokens),
+            "num_targets": num_targets,
+            "executed_share": query_rows / (num_tokens * self.num_layers),
+            "share_by_layer": (sums["present"] / num_tokens).tolist(),
+            "tokens_by_blocks": (sums["tokens_by_blocks"] / num_tokens).tolist(),
+            "flops_per_token": flops / num_tokens,
+            "dense_flops_per_token": dense_flops / num_tokens,
+        }
+        if num_bytes:
+            result["bits_per_byte"] = nats / math.log(2) / num_bytes
+        for name, length in (("blocks", self.num_layers + 1), ("position", num_positions)):
+            counts = [int(count) for count in sums[f"num_targets_by_{name}"][:length].tolist()]
+            nats_by = sums[f"nats_by_{name}"][:length].tolist()
+            result[f"loss_by_{name}"] = [n / count if count else None for n, count in zip(nats_by, counts, strict=True)]
+            result[f"num_targets_by_{name}"] = counts
+        return result
+
+
+def _losses(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """float64 [N], cross-entropies in nats; 0 where the target is -100."""
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    num_rows = max(1, CHUNK_LOGITS // logits_NV.shape[1])
+    chunks = zip(logits_NV.split(num_rows), target_N.split(num_rows), strict=True)
+    return torch.cat(
+        [F.cross_entropy(logits.to(wide), target, ignore_index=-100, reduction="none") for logits, target in chunks]
+    ).double()
 
 
 @torch.no_grad()
 def depth_of_tokens(
-    model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+    model: MidskipForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    positions: Sequence[int] | None = None,
 ) -> list[TokenDepth]:
-    """Text, blocks run, gates and loss (of predicting it, in nats) of every token of one sequence."""
+    """Text, blocks run, gates and loss (of predicting it, in nats) of every token of one sequence, or of the documents
+    that `positions` tell apart."""
     ids_1T = torch.tensor([list(ids)], device=model.device)
-    output = model(ids_1T)
+    position_1T = None if positions is None else torch.tensor([list(positions)], device=model.device)
+    output = model(ids_1T, position_ids=position_1T)
     losses = -output.logits[0, :-1].float().log_softmax(-1).gather(1, ids_1T[0, 1:, None]).squeeze(1)
     gates_TL = output.gates[:, 0].T.cpu()
     return [

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
@@ -83,6 +84,11 @@ class _Packed:
         }
 
 
+def _has_ranks() -> bool:
+    """Whether other processes may hold a part of the weights: a block then has to be called on all of them or none."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class MidskipPreTrainedModel(PreTrainedModel):
     config: MidskipConfig
     config_class = MidskipConfig
@@ -139,7 +145,11 @@ class MidskipModel(MidskipPreTrainedModel):
         Args:
             input_ids: int64 [B, T], or `inputs_embeds` [B, T, D] instead.
             attention_mask: bool or int [B, T], 0 for pads, which may stand left or right; none by default.
-            position_ids: int64 [B or 1, T]; by default each sequence counts its valid tokens from 0.
+            position_ids: int64 [B or 1, T], read at valid tokens only; by default each row counts its valid tokens
+                from 0. If given, they also tell the documents of a row apart: a valid token whose position is not
+                greater than that of the valid token before it starts a new one, and attention never crosses from one
+                document to another. (transformers' models start one wherever a position is not the last plus 1, if
+                given neither attention_mask nor cache; where each document counts 0, 1, 2, ..., both agree.)
             output_hidden_states: also give the hidden states between the blocks.
 
         Raises:
@@ -186,7 +196,7 @@ class MidskipModel(MidskipPreTrainedModel):
         present = layout.keep(decision.keep_N)
         rows_N = present.rows_N
         gated = self.config.keys == "gated"
-        if not present.num_tokens and not self.training:
+        if not (present.num_tokens or self.training or _has_ranks()):
             return h_ND
         x_ND = h_ND if rows_N is None else h_ND.index_select(0, rows_N)
         output_gate_N, key_gate_N = (
@@ -237,17 +247,14 @@ class MidskipModel(MidskipPreTrainedModel):
             raise ValueError(f"attention_mask has the shape {list(attention_mask.shape)}; expected {list(shape)}")
         else:
             valid_BT = attention_mask.bool()
-        if position_ids is not None:
-            if (
-                position_ids.ndim != 2
-                or position_ids.shape[1] != shape[1]
-                or position_ids.shape[0] not in (1, shape[0])
-            ):
-                raise ValueError(f"position_ids has the shape {list(position_ids.shape)}; expected {list(shape)}")
-            low, high = (int(x) for x in position_ids.aminmax())
+        if position_ids is not None and position_ids.shape not in (shape, (1, shape[1])):
+            raise ValueError(f"position_ids has the shape {list(position_ids.shape)}; expected {list(shape)}")
+        layout = Layout.from_rectangle(valid_BT, position_ids)
+        if position_ids is not None and layout.num_tokens:
+            low, high = torch.stack(layout.position_N.aminmax()).tolist()
             if low < 0 or high >= limit:
                 raise ValueError(f"position_ids reach from {low} to {high}; this model takes 0 to {limit - 1}")
-        return Layout.from_rectangle(valid_BT, position_ids)
+        return layout
 
 
 class MidskipForCausalLM(MidskipPreTrainedModel, GenerationMixin):
@@ -277,7 +284,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, GenerationMixin):
 
         Args:
             labels: int64 [B, T], the tokens themselves (they are shifted here); -100 is left out, and so is a token
-                that is a pad or follows one.
+                that is a pad or follows one. The last token of a document predicts the first of the next.
             logits_to_keep: 0 for all columns, k > 0 for the last k, or an int64 tensor of columns; the head runs on
                 those only. With labels it must be 0.
             use_cache: must not be True: there is no key-value cache yet.

@@ -1,7 +1,9 @@
 """A run folder: a model, its tokenizer and its reports, as `save_pretrained` leaves them."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -9,6 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from midskip.model import MidskipForCausalLM
 
 REPORT_FILE, PICTURE_FILE, PAGE_FILE, RECIPE_FILE = "report.json", "picture.png", "page.html", "recipe.yaml"
+
+
+def to_json(values: Any) -> str:
+    """JSON for people too: indented, and a list of numbers on one line."""
+    text = json.dumps(values, indent=1)
+    lists = r"\[\n[^][{}\"]+\]"  # a string has no line break of its own, so none is taken for a list
+    return re.sub(lists, lambda numbers: "[" + " ".join(numbers[0].strip("[]").split()) + "]", text)
 
 
 def load_run(folder: str | Path) -> tuple[MidskipForCausalLM, PreTrainedTokenizerBase]:

@@ -1,23 +1,27 @@
-"""A lossless tokenizer learnt from documents, documents to token ids, and the bytes a token id stands for."""
+"""Tokenizers: byte-level BPE learnt from documents, plain bytes, any of Hugging Face's; and the bytes of a token."""
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .corpus import END_OF_TEXT, DataError, progress_bar
+from .errors import END_OF_TEXT, DataError
+from .hub import refusing
 
+_NAMES = "'bpe', 'bytes', a folder of a Hugging Face tokenizer, or its name on the hub"
 _SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
-_PIECE_CHARACTERS = 100_000  # of a document: a core of its own for each piece
-_BATCH_CHARACTERS = 1_000_000  # of pieces: enough to keep all cores busy, and some 150 MB of memory
+_DEFAULT_VOCABULARY = 2048
+_SAMPLE_CHARACTERS = 50_000_000  # of a corpus to learn from
+_PIECE_CHARACTERS = 100_000  # of a document, to be learnt from or encoded by one core
 _WORD_GAP = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
 
-def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer learnt from `documents`, the same one whenever the documents are the same.
 
     It has at most `vocab_size` tokens, fewer if the text has not so many pairs to make tokens of;
@@ -33,51 +37,70 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
             f"vocab_size is {vocab_size}. Expected {_SMALLEST_VOCABULARY} or more, for the 256 bytes and the "
             "end of text; 4096 suits a small corpus."
         )
-    if not any(documents):
+    parts = (piece for document in documents for piece in pieces(document) if piece)
+    first = next(parts, None)
+    if first is None:
         raise DataError("There is no text to learn a tokenizer from. Expected a document that is not empty.")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for document in documents for piece in _pieces(document)), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-    )
+    tokenizer = _byte_level(models.BPE())
+    tokenizer.train_from_iterator(chain([first], parts), trainer)
+    return _wrap(tokenizer)
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], progress: bool = True) -> np.ndarray:
-    """Token ids of all documents in a row, each followed by the end-of-text id: int32, one dimension.
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer that has learnt nothing: ids 0 to 255 are the bytes of the text in UTF-8, 256 is `END_OF_TEXT`.
 
-    Text that spells a special token is encoded as plain characters, and no other special tokens are
-    added. Where the tokenizer is byte-level, a document of more than 100,000 characters is encoded in
-    pieces, cut between two plain words, where such tokenizers cut anyway; in one piece it would keep one
-    core busy and take a hundred times its size in memory.
-
-    Raises `DataError` if the tokenizer has no end-of-text (eos) token.
+    Any text survives it, as with `train_tokenizer`, also after saving and loading.
     """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = iter(token for token in alphabet if ord(token) > 255)  # those that stand for bytes that do not print
+    vocabulary = {chr(byte) if chr(byte) in alphabet else next(others): byte for byte in range(256)}
+    tokenizer = _byte_level(models.BPE(vocabulary, []), split_words=False)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return _wrap(tokenizer)
+
+
+def load_tokenizer(name: str, documents: Iterable[str] = (), vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer by name, with an end-of-text token.
+
+    `name` is `"bpe"`, for one that is trained on `documents` (on the first 50 million characters of them) with
+    `vocab_size` tokens, 2048 if that is None; `"bytes"`, for plain bytes; else a Hugging Face tokenizer by folder or
+    by its name on the hub. A folder may also hold no more than GPT-2's `vocab.json` and `merges.txt`.
+
+    Raises `DataError` if there is no such tokenizer, it has no end-of-text (eos) token, `vocab_size` is given for one
+    that is not trained here, or for what `train_tokenizer` refuses.
+    """
+    if name == "bpe":
+        return train_tokenizer(_sample(documents), _DEFAULT_VOCABULARY if vocab_size is None else vocab_size)
+    if vocab_size is not None:
+        raise DataError(
+            f"vocab_size is {vocab_size}, and the tokenizer {name!r} has its own size. Expected vocab_size with 'bpe' "
+            "alone; leave it out."
+        )
+    tokenizer = bytes_tokenizer() if name == "bytes" else _load_pretrained(name)
+    end_of_text_id(tokenizer)
+    return tokenizer
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that stands before each document. Raises `DataError` if the tokenizer has no such (eos) token."""
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise DataError(
             "The tokenizer has no end-of-text token to put between documents. Expected one with an "
             "eos_token; set tokenizer.eos_token to one of its tokens."
         )
-    byte_level = "ByteLevel" in _decoder_kinds(tokenizer)
-    encoded = [np.empty(0, np.int32)]
-    for batch in progress_bar(_batches(documents, byte_level), "Encoding text", progress):
-        texts = [text for text, _ in batch]
-        encoding = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        for ids, (_, is_last) in zip(encoding["input_ids"], batch, strict=True):
-            encoded.append(np.array([*ids, end] if is_last else ids, np.int32))
-    return np.concatenate(encoded)
+    return end
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id + 1, which is what an embedding needs."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -90,7 +113,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
     Raises `DataError` for other kinds, where tokens do not tell the bytes they stand for.
     """
-    kinds = _decoder_kinds(tokenizer)
+    kinds = decoder_kinds(tokenizer)
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise DataError(
             f"Bits per byte cannot be computed with this tokenizer (a {type(tokenizer).__name__}, decoder "
@@ -111,7 +134,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return torch.tensor(num_bytes)
 
 
-def _pieces(document: str) -> Iterator[str]:
+def pieces(document: str) -> Iterator[str]:
     """The document, in parts if long; byte-level tokenizers start a token at a space between letters."""
     start = 0
     while gap := _WORD_GAP.search(document, start + _PIECE_CHARACTERS):
@@ -120,25 +143,47 @@ def _pieces(document: str) -> Iterator[str]:
     yield document[start:]
 
 
-def _batches(documents: Sequence[str], cut: bool) -> list[list[tuple[str, bool]]]:
-    """Pieces of documents, and whether each ends its document, in lists of about equal size."""
-    batches: list[list[tuple[str, bool]]] = [[]]
-    num_characters = 0
+def _byte_level(model: models.Model, split_words: bool = True) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def _sample(documents: Iterable[str]) -> Iterator[str]:
+    num_left = _SAMPLE_CHARACTERS
     for document in documents:
-        pieces = list(_pieces(document)) if cut else [document]
-        for i, piece in enumerate(pieces):
-            if num_characters and num_characters + len(piece) > _BATCH_CHARACTERS:
-                batches.append([])
-                num_characters = 0
-            batches[-1].append((piece, i + 1 == len(pieces)))
-            num_characters += len(piece)
-    return [batch for batch in batches if batch]
+        yield document[:num_left]
+        num_left -= len(document)
+        if num_left <= 0:
+            return
 
 
-def _decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _load_pretrained(name: str) -> PreTrainedTokenizerBase:
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise DataError(f"There is no tokenizer at {name!r}: no such folder. Expected {_NAMES}; check the spelling.")
+    files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    described = not files.isdisjoint({"tokenizer.json", "tokenizer_config.json", "config.json"})
+    kind = AutoTokenizer if described or not {"vocab.json", "merges.txt"} <= files else GPT2Tokenizer
+    with refusing(f"The tokenizer {name!r} cannot be loaded", f"{_NAMES}; check the name and the network"):
+        return kind.from_pretrained(folder if files else name, trust_remote_code=False)
+
+
+def decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Names of the steps that turn tokens into text; none for a tokenizer written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return set()
-    decoder = json.loads(backend.to_str())["decoder"] or {}
+    decoder = {} if backend.decoder is None else json.loads(backend.decoder.__getstate__())
     return {step["type"] for step in decoder.get("decoders", [decoder]) if step}

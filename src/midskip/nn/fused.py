@@ -1,5 +1,8 @@
 """Operations with their backward pass written out, because torch composes them from many passes over memory.
 
+Under torch.compile they are composed after all: the compiler makes few passes of that by itself, forward and backward,
+and together with what stands around.
+
 N packed tokens, D width, H heads, K head width.
 """
 
@@ -53,6 +56,11 @@ def scaled_norm(
         gate_N: float32 [N], a factor of each row; None means 1.
         residual_ND: what is added, and whose dtype the result has; None means nothing, and the dtype of x.
     """
+    if torch.compiler.is_compiling():
+        wide_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+        out_ND = wide_ND * (wide_ND.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_D
+        out_ND = out_ND if gate_N is None else out_ND * gate_N[:, None]
+        return out_ND.to(x_ND.dtype) if residual_ND is None else (residual_ND + out_ND).to(residual_ND.dtype)
     return _ScaledNorm.apply(x_ND, weight_D, eps, gate_N, residual_ND)  # pyright: ignore[reportReturnType]
 
 
@@ -84,6 +92,12 @@ def rotate(x_NHK: Tensor, rotary: tuple[Tensor, Tensor], feature_N: Tensor | Non
     Returns:
         [N, H, K], or [N, H, K + 1] with `feature_N` (of x's dtype) appended to each head of its row.
     """
+    if torch.compiler.is_compiling():
+        cos, sin = (part.to(x_NHK.dtype) for part in rotary)
+        (first, second), (cos_first, cos_second) = x_NHK.chunk(2, -1), cos.chunk(2, -1)
+        turned = [first * cos_first - second * sin, second * cos_second + first * sin]
+        feature = [] if feature_N is None else [feature_N[:, None, None].expand(-1, x_NHK.shape[1], 1)]
+        return torch.cat(turned + feature, -1)
     return _Rotate.apply(x_NHK, *rotary, feature_N)  # pyright: ignore[reportReturnType]
 
 

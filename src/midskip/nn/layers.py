@@ -1,16 +1,19 @@
 """The block and its parts, over packed tokens.
 
-N queries (tokens that run), M keys, D width, H query heads, G key heads, K head width, F feed-forward.
+N queries (tokens that run), M keys, D width, H query heads, G key heads, K head width, J features of a head (K, or
+K + 1 with gates), F feed-forward.
 """
 
 import math
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midskip.nn.attention import gated_attention
+from midskip.nn.attention import attend, turn_and_gate
 from midskip.nn.fused import scaled_norm
 from midskip.nn.layout import Layout, Rotary
 
@@ -85,11 +88,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, num_key_heads * head_width, bias=False)
         self.o_proj = nn.Linear(num_heads * head_width, width, bias=False)
 
-    def forward(self, x_ND: Tensor, y_MD: Tensor, queries: Layout, keys: Layout, key_gate_M: Tensor | None) -> Tensor:
+    def ask(
+        self, x_ND: Tensor, y_MD: Tensor, queries: Rotary, keys: Rotary, key_gate_M: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x, keys and values of y, for `attend`."""
         q_NHK = self.q_proj(x_ND).unflatten(-1, (-1, self.head_width))
         k_MGK = self.k_proj(y_MD).unflatten(-1, (-1, self.head_width))
         v_MGK = self.v_proj(y_MD).unflatten(-1, (-1, self.head_width))
-        return self.o_proj(gated_attention(q_NHK, k_MGK, v_MGK, queries, keys, key_gate_M))
+        return turn_and_gate(q_NHK, k_MGK, v_MGK, queries, keys, key_gate_M)
+
+    def answer(self, out_NHJ: Tensor) -> Tensor:
+        """What attention adds to the hidden states [N, D], from what `attend` found."""
+        return self.o_proj(out_NHJ[..., : self.head_width].flatten(1))
 
 
 class SwiGLU(nn.Module):
@@ -112,7 +122,12 @@ class Block(nn.Module):
     x = x + g post_norm(attention(pre_norm(x)));  x = x + g post_norm(swiglu(pre_norm(x)))
 
     Names follow transformers' Llama; `post_*` norms exist only with `norms="sandwich"`.
+
+    Attributes:
+        backend: of torch.compile, for what stands before and after attention; None: not compiled.
     """
+
+    backend: str | None = None
 
     def __init__(
         self, width: int, hidden: int, num_heads: int, num_key_heads: int, head_width: int, eps: float, norms: str
@@ -143,12 +158,47 @@ class Block(nn.Module):
         Returns:
             [N, D], the new hidden states of the tokens present.
         """
-        if others_MD is None:
+        assert queries.rotary and keys.rotary, "the model sets the angles before the first block"
+        # 0 and 1 tokens would each be compiled apart, and there is nothing to gain there
+        before, after = _halves(self.backend if x_ND.shape[0] > 1 else None)
+        rows_N = None if others_MD is None else queries.rows_N
+        q_NHJ, k_MGJ, v_MGJ = before(self, x_ND, others_MD, rows_N, queries.rotary, keys.rotary, key_gate_M)
+        out_NHJ = attend(q_NHJ, k_MGJ, v_MGJ, queries, keys, self.self_attn.head_width)
+        return after(self, x_ND, out_NHJ, output_gate_N)
+
+    def _before(
+        self, x_ND: Tensor, others_MD: Tensor | None, rows_N: Tensor | None, queries: Rotary, keys: Rotary,
+        key_gate_M: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        if others_MD is None or rows_N is None:
             normed = context = self.input_layernorm(x_ND)
         else:
             context = self.input_layernorm(others_MD)
-            normed = context.index_select(0, queries.rows_N)
-        attended = self.self_attn(normed, context, queries, keys, key_gate_M)
-        x_ND = self.post_attention_layernorm(attended, output_gate_N, x_ND)
+            normed = context.index_select(0, rows_N)
+        return self.self_attn.ask(normed, context, queries, keys, key_gate_M)
+
+    def _after(self, x_ND: Tensor, out_NHJ: Tensor, output_gate_N: Tensor | None) -> Tensor:
+        x_ND = self.post_attention_layernorm(self.self_attn.answer(out_NHJ), output_gate_N, x_ND)
         ahead = self.mlp(self.pre_feedforward_layernorm(x_ND))
         return self.post_feedforward_layernorm(ahead, output_gate_N, x_ND)
+
+
+def compile_blocks(layers: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Have torch.compile fuse what stands before and after the attention of each `Block`; nothing else changes.
+
+    All blocks of one shape share a graph, for any number of tokens; who belongs to which sequence, which changes from
+    call to call, stays outside.
+    """
+    for block in layers:
+        assert isinstance(block, Block)
+        block.backend = backend
+
+
+@cache
+def _halves(backend: str | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What stands before and after attention: functions of a block, which can so still be copied and pickled."""
+    halves = Block._before, Block._after
+    if backend is None:
+        return halves
+    before, after = (torch.compile(half, dynamic=True, backend=backend) for half in halves)
+    return before, after

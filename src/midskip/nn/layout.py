@@ -1,11 +1,10 @@
 """Layout: which sequence and position every packed token has.
 
-B sequences, T columns, N packed tokens, M of them kept.
+B rows of a rectangle, T columns, N packed tokens, M of them kept. A sequence is what attention stays within: a row or,
+where positions tell several documents in it apart, a document.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,27 +12,38 @@ from torch import Tensor
 Rotary = tuple[Tensor, Tensor]
 
 
-@dataclass(eq=False)
 class Layout:
-    """Who is where: N packed tokens, ordered by sequence, then by column.
+    """Who is where: N packed tokens, ordered by row, then by column, and so by sequence.
+
+    No dataclass: wrappers that shard weights take those apart, and it matters which of two equal layouts this is.
 
     Attributes:
         batch_size, num_columns: the B and T of the rectangle that the tokens were packed from.
         column_N: int64 [N], place of each token in the flattened [B * T] rectangle, rising.
         position_N: int64 [N], position of each token in its sequence, as the rotary embedding sees it.
-        lengths: tokens of each sequence, on the host (B numbers that add up to N).
+        lengths: tokens of each sequence, in order, on the host: numbers that add up to N, one for each row or, with
+            positions given, for each document.
+        document_N: int64 [N], which document each token belongs to, counted over all rows, rising; None if each row
+            is one sequence.
         rotary: cosines [N, 1, K] and sines [N, 1, K/2] of each token's rotary angles; set by the model.
         rows_N: int64 [N], row of each token in the layout that this one was kept from; None if not kept from one.
     """
 
-    batch_size: int
-    num_columns: int
-    column_N: Tensor
-    position_N: Tensor
-    lengths: list[int]
-    rotary: Rotary | None = None
-    rows_N: Tensor | None = None
-    _kept: dict[int, tuple[Tensor, Layout]] = field(default_factory=dict, repr=False)
+    def __init__(
+        self,
+        batch_size: int,
+        num_columns: int,
+        column_N: Tensor,
+        position_N: Tensor,
+        lengths: list[int],
+        document_N: Tensor | None = None,
+        rotary: Rotary | None = None,
+        rows_N: Tensor | None = None,
+    ):
+        self.batch_size, self.num_columns = batch_size, num_columns
+        self.column_N, self.position_N, self.document_N = column_N, position_N, document_N
+        self.lengths, self.rotary, self.rows_N = lengths, rotary, rows_N
+        self._kept: dict[int, tuple[Tensor, Layout | None]] = {}
 
     @classmethod
     def from_rectangle(cls, valid_BT: Tensor, position_BT: Tensor | None = None) -> Layout:
@@ -41,14 +51,22 @@ class Layout:
 
         Args:
             valid_BT: bool [B, T], False for pads, which may stand anywhere.
-            position_BT: int64 [B, T], positions; counted from the first valid token of each sequence by default.
+            position_BT: int64 [B or 1, T], positions, of which those of valid tokens are read; counted from the first
+                valid token of each row by default. A valid token whose position is not greater than that of the
+                valid token before it in its row starts a new document.
         """
         batch_size, num_columns = valid_BT.shape
         column_N = valid_BT.flatten().nonzero().squeeze(1)
         if position_BT is None:
-            position_BT = valid_BT.long().cumsum(1) - 1
+            position_N = (valid_BT.long().cumsum(1) - 1).flatten()[column_N]
+            return cls(batch_size, num_columns, column_N, position_N, valid_BT.sum(1).tolist())
         position_N = position_BT.expand(batch_size, num_columns).reshape(-1)[column_N]
-        return cls(batch_size, num_columns, column_N, position_N, valid_BT.sum(1).tolist())
+        row_N = column_N // num_columns
+        starts_N = torch.ones_like(column_N, dtype=torch.bool)
+        torch.logical_or(position_N[1:] <= position_N[:-1], row_N[1:] != row_N[:-1], out=starts_N[1:])
+        starts = starts_N.nonzero().squeeze(1).tolist()
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], column_N.shape[0]])]
+        return cls(batch_size, num_columns, column_N, position_N, lengths, document_N=starts_N.cumsum(0) - 1)
 
     @property
     def num_tokens(self) -> int:
@@ -56,13 +74,13 @@ class Layout:
 
     @property
     def sequence_N(self) -> Tensor:
-        """int64 [N], the sequence each token belongs to."""
-        return self.column_N // self.num_columns
+        """int64 [N], the sequence each token belongs to, an index into `lengths`."""
+        return self.column_N // self.num_columns if self.document_N is None else self.document_N
 
     @property
     def is_even(self) -> bool:
         """Whether all sequences have the same number of tokens, so that packed rows view as a rectangle."""
-        return min(self.lengths) == max(self.lengths)
+        return len(set(self.lengths)) <= 1
 
     def keep(self, keep_N: Tensor | None) -> Layout:
         """The layout of the tokens where `keep_N` (bool [N]) is True; this layout itself if that is all of them.
@@ -74,17 +92,19 @@ class Layout:
         known = self._kept.get(id(keep_N))
         if known is None:
             known = self._kept[id(keep_N)] = (keep_N, self._keep(keep_N))
-        return known[1]
+        return known[1] or self
 
-    def _keep(self, keep_N: Tensor) -> Layout:
+    def _keep(self, keep_N: Tensor) -> Layout | None:
         rows_M = keep_N.nonzero().squeeze(1)
         if rows_M.shape[0] == self.num_tokens:
-            return self
+            return None  # all: not this layout, which would then hold on to itself and its memory
         column_M = self.column_N.index_select(0, rows_M)
-        lengths = torch.bincount(column_M // self.num_columns, minlength=self.batch_size).tolist()
+        document_M = None if self.document_N is None else self.document_N.index_select(0, rows_M)
+        sequence_M = column_M // self.num_columns if document_M is None else document_M
+        lengths = torch.bincount(sequence_M, minlength=len(self.lengths)).tolist()
         position_M = self.position_N.index_select(0, rows_M)
         rotary = self.rotary and (self.rotary[0].index_select(0, rows_M), self.rotary[1].index_select(0, rows_M))
-        return Layout(self.batch_size, self.num_columns, column_M, position_M, lengths, rotary, rows_M)
+        return Layout(self.batch_size, self.num_columns, column_M, position_M, lengths, document_M, rotary, rows_M)
 
     def pack(self, x_BT: Tensor) -> Tensor:
         """[B, T, ...] to [N, ...]: the rows of the tokens in this layout."""

@@ -1,11 +1,12 @@
 """The plain twin: the model's equations on full rectangles, gates multiplied in, nothing skipped. It is the truth.
 
-One sequence at a time: T valid tokens, D width, H query heads, G key heads, K head width, V vocabulary, L layers.
+One row at a time: T valid tokens, D width, H query heads, G key heads, K head width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from midskip.model import MidskipForCausalLM
 from midskip.nn.layers import Block, RMSNorm
 from midskip.nn.layout import Layout
+from midskip.policies import Policy
 from midskip.policies.middle_out import MiddleOut
 
 
@@ -28,11 +30,12 @@ class NaiveOutput:
 
 
 def naive_forward(
-    model: MidskipForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
-) -> NaiveOutput:
-    """The same results as `model(input_ids, attention_mask, labels=labels)`, gradients included, the slow way.
+    model: MidskipForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> NaiveOutput:  # fmt: skip
+    """The results of `model(input_ids, attention_mask, position_ids, labels=labels)` and its gradients, the slow way.
 
-    The policy `middle_out` is written out here again; any other is asked through `decide`, one sequence at a time.
+    The policy `middle_out` is written out here again; any other is asked through `decide`, one document at a time.
     """
     valid_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     config = model.config
@@ -46,7 +49,8 @@ def naive_forward(
         columns = valid_BT[b].nonzero().squeeze(1)
         if not len(columns):
             continue
-        run = _run_sequence(model, input_ids[b, columns])
+        position_T = torch.arange(len(columns)) if position_ids is None else position_ids.expand(shape)[b, columns]
+        run = _run_row(model, input_ids[b, columns], position_T)
         put = torch.zeros(shape[1], len(columns), dtype=dtype)
         put[columns, torch.arange(len(columns))] = 1
         one_hot = torch.zeros(shape[0], dtype=dtype)
@@ -65,37 +69,68 @@ def naive_forward(
     return NaiveOutput(loss, logits, gates, torch.stack(scores).sum(0) if scores else None, hidden)
 
 
-def _run_sequence(model: MidskipForCausalLM, ids_T: Tensor) -> NaiveOutput:
+def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> NaiveOutput:
     config, body = model.config, model.model
     x_TD = body.embed_tokens.weight[ids_T]
     if isinstance(body.embed_layernorm, RMSNorm):
         x_TD = _rms_norm(x_TD, body.embed_layernorm)
-    length = len(ids_T)
     turn_TK = torch.polar(
-        torch.ones(length, config.head_dim // 2, dtype=x_TD.dtype),
-        torch.arange(length, dtype=x_TD.dtype)[:, None] * body.rotary.inverse_wavelength.to(x_TD.dtype),
+        torch.ones(len(ids_T), config.head_dim // 2, dtype=x_TD.dtype),
+        position_T[:, None].to(x_TD.dtype) * body.rotary.inverse_wavelength.to(x_TD.dtype),
     )
-    hidden, gates, scores, state = [x_TD], [], [], {}
-    layout = Layout.from_rectangle(torch.ones(1, length, dtype=torch.bool))
+    documents = _documents(position_T)
+    sees_TT = torch.zeros(len(ids_T), len(ids_T), dtype=torch.bool)
+    for document in documents:
+        for t in document:
+            sees_TT[t, document[0] : t + 1] = True
+    hidden, gates, scores = [x_TD], [], []
+    asked = [
+        ({}, Layout.from_rectangle(torch.ones(1, len(document), dtype=torch.bool), position_T[None, document]))
+        for document in documents
+    ]
     for layer, block in enumerate(body.layers):
         if isinstance(body.policy, MiddleOut):
             output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, scores, gates)
         else:
-            decision = body.policy.decide(layer, x_TD, state, layout)
-            present_T = x_TD.new_ones(length) if decision.keep_N is None else decision.keep_N.to(x_TD.dtype)
-            output_gate_T, key_gate_T = (
-                present_T if gate is None else torch.where(present_T > 0, gate.to(x_TD.dtype), 0)
-                for gate in (decision.output_gate_N, decision.key_gate_N)
-            )
+            pairs = [
+                _decided_gates(body.policy, layer, x_TD[document], state, layout)
+                for document, (state, layout) in zip(documents, asked, strict=True)
+            ]
+            output_gate_T, key_gate_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         gates.append(output_gate_T)
         if config.keys == "all":
             key_gate_T = torch.ones_like(key_gate_T)
         assert isinstance(block, Block)
-        x_TD = _block(block, x_TD, output_gate_T, key_gate_T, turn_TK, config.head_dim)
+        x_TD = _block(block, x_TD, output_gate_T, key_gate_T, turn_TK, sees_TT, config.head_dim)
         hidden.append(x_TD)
     logits_TV = _rms_norm(x_TD, body.norm) @ model.lm_head.weight.T
     depth_scores = torch.stack(scores) if scores else None
     return NaiveOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden))
+
+
+def _documents(position_T: Tensor) -> list[list[int]]:
+    """The tokens of each document of a row: a position that does not rise starts a new one."""
+    documents: list[list[int]] = []
+    before = -1
+    for t, position in enumerate(position_T.tolist()):
+        if not documents or position <= before:
+            documents.append([])
+        documents[-1].append(t)
+        before = position
+    return documents
+
+
+def _decided_gates(
+    policy: Policy, layer: int, x_TD: Tensor, state: dict[str, Any], layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """The gates of outputs and of keys as the policy decides on one document, 0 where a token is not kept."""
+    decision = policy.decide(layer, x_TD, state, layout)
+    present_T = x_TD.new_ones(len(x_TD)) if decision.keep_N is None else decision.keep_N.to(x_TD.dtype)
+    output_gate_T, key_gate_T = (
+        present_T if gate is None else torch.where(present_T > 0, gate.to(x_TD.dtype), 0)
+        for gate in (decision.output_gate_N, decision.key_gate_N)
+    )
+    return output_gate_T, key_gate_T
 
 
 def _middle_out_gate(policy: MiddleOut, layer: int, x_TD: Tensor, scores: list[Tensor], gates: list[Tensor]) -> Tensor:
@@ -109,8 +144,9 @@ def _middle_out_gate(policy: MiddleOut, layer: int, x_TD: Tensor, scores: list[T
 
 
 def _block(
-    block: Block, x_TD: Tensor, output_gate_T: Tensor, key_gate_T: Tensor, turn_TK: Tensor, head_width: int
-) -> Tensor:
+    block: Block, x_TD: Tensor, output_gate_T: Tensor, key_gate_T: Tensor, turn_TK: Tensor, sees_TT: Tensor,
+    head_width: int,
+) -> Tensor:  # fmt: skip
     attention, mlp = block.self_attn, block.mlp
     y_TD = _rms_norm(x_TD, block.input_layernorm)
     q, k, v = (
@@ -121,8 +157,7 @@ def _block(
     q_HTK = _turn(q, turn_TK)
     k_HTK, v_HTK = _turn(k, turn_TK).repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
     score_HTT = q_HTK @ k_HTK.transpose(1, 2) / head_width**0.5
-    past_TT = torch.ones(x_TD.shape[0], x_TD.shape[0]).tril().bool()
-    weight_HTT = torch.where(past_TT, (score_HTT - score_HTT.amax(-1, keepdim=True).detach()).exp() * key_gate_T, 0)
+    weight_HTT = torch.where(sees_TT, (score_HTT - score_HTT.amax(-1, keepdim=True).detach()).exp() * key_gate_T, 0)
     total_HT1 = weight_HTT.sum(-1, keepdim=True)
     # a token that sees nobody is not present itself: its row is multiplied by gate 0 below
     mixed_HTK = torch.where(total_HT1 > 0, weight_HTT / torch.where(total_HT1 > 0, total_HT1, 1), 0) @ v_HTK

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from midskip.config import MidskipConfig
 from midskip.controllers import Controller, build_controller
+from midskip.train.checkpoints import write_whole
 
 
 @dataclass
@@ -19,16 +20,30 @@ class DataSettings:
     """The text.
 
     Args:
-        source: "pydocs" (built from the running interpreter), a .txt file, or a folder of them.
-        vocab_size: tokens of the byte-level BPE tokenizer that is trained on the text.
+        source: what `midskip prepare` takes (pydocs, files, globs, a folder, hub:NAME), prepared into the run's folder;
+            or a folder that `midskip prepare` wrote, with a tokenizer and held-out text of its own; or shards of
+            tokens (a glob that ends in .bin).
+        validation: the held-out text or shards; null to hold out a share of the documents of `source`.
+        validation_share: that share; null for 0.05.
+        tokenizer: "bpe" (byte-level, trained on the text), "bytes", or a Hugging Face one by folder or name.
+        vocab_size: tokens of the "bpe" tokenizer; null for 2048.
         length: tokens of a training window, and the longest input of the model.
-        validation_share: share of the documents that is held out.
+        separate_documents: keep attention within documents; false lets those that share a window see each other.
+        max_tokens: stop reading `source` after so many training tokens; null for all.
+        max_validation_tokens: the same for the held-out text.
+        text_field: where .jsonl, .parquet and hub data sets have the text.
     """
 
     source: str = "pydocs"
-    vocab_size: int = 2048
+    validation: str | None = None
+    validation_share: float | None = None
+    tokenizer: str = "bpe"
+    vocab_size: int | None = None
     length: int = 256
-    validation_share: float = 0.05
+    separate_documents: bool = True
+    max_tokens: int | None = None
+    max_validation_tokens: int | None = None
+    text_field: str = "text"
 
 
 @dataclass
@@ -83,22 +98,28 @@ class TrainingSettings:
 
     Args:
         steps: optimizer steps.
-        batch_size: windows in a forward pass.
+        batch_size: windows in a forward pass of one device.
         accumulation_steps: forward passes in an optimizer step.
         learning_rate: its peak.
         gate_learning_rate_scale: the policy's own learning rate, as a factor of the others'.
         warmup_share: share of the steps in which it rises to the peak; then it falls to 0 on a cosine.
+        warmup_start: where it rises from, as a share of the peak.
         beta1: AdamW's.
         beta2: AdamW's.
         epsilon: AdamW's.
         weight_decay: AdamW's, on matrices.
         clip_norm: largest norm of the gradient; 0 for no clipping.
         seed: of the weights and of the order of the windows.
-        log_steps: steps between two lines of the log.
-        evaluation_steps: steps between two evaluations on all held-out text; 0 for one at the end.
+        log_steps: steps between two points of the curves by layer, of throughput and of utilisation.
+        evaluation_steps: steps between two evaluations on all held-out text, of which the best model is kept; 0 for
+            one at the end.
         save_steps: steps between two checkpoints; 0 for none but the model at the end.
+        checkpoints_kept: how many of the newest stay.
         gradient_checkpointing: work activations out again in the backward pass, to save memory.
         bf16: autocast to bfloat16.
+        compile: compile the blocks with torch.compile.
+        peak_flops: FLOP/s of one device, for utilisation; null for what its maker says, or what a matrix product
+            reaches on a device that is not known.
         report_to: where else to log, by transformers' names: "tensorboard", "wandb", ...
     """
 
@@ -108,6 +129,7 @@ class TrainingSettings:
     learning_rate: float = 3e-3
     gate_learning_rate_scale: float = 0.1
     warmup_share: float = 0.1
+    warmup_start: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -117,22 +139,27 @@ class TrainingSettings:
     log_steps: int = 10
     evaluation_steps: int = 0
     save_steps: int = 200
+    checkpoints_kept: int = 2
     gradient_checkpointing: bool = False
     bf16: bool = False
+    compile: bool = False
+    peak_flops: float | None = None
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation_steps", "log_steps"):
+        for name in ("steps", "batch_size", "accumulation_steps", "log_steps", "checkpoints_kept"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected at least 1")
         for name in ("evaluation_steps", "save_steps", "gate_learning_rate_scale", "weight_decay", "clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:  # false for NaN too
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0 <= self.warmup_start <= 1:
+            raise ValueError(f"training.warmup_start is {self.warmup_start}; expected from 0 to 1")
         for name in ("warmup_share", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected from 0 to below 1")
-        for name in ("learning_rate", "epsilon"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("learning_rate", "epsilon", "peak_flops"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected above 0")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"training.seed is {self.seed}; expected from 0 to below 2**32")
@@ -175,7 +202,7 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write it as YAML that `read_recipe` reads."""
-        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False), encoding="utf-8")
+        write_whole(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
 def recipe_parser() -> ArgumentParser:
@@ -211,3 +238,12 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
         if not isinstance(given[name], dict):
             raise ValueError(f"the recipe cannot be used: {name} is {given[name]!r}; expected settings by name")
     return Recipe(given["output"], **{name: group(**given[name]) for name, group in groups.items()})
+
+
+def changes(earlier: Recipe, now: Recipe) -> list[str]:
+    """The settings that differ, as `group.name: old -> new`; the output folder may have moved, and is not looked at."""
+    found = []
+    for group in ("data", "model", "controller", "training"):
+        old, new = asdict(getattr(earlier, group)), asdict(getattr(now, group))
+        found += [f"{group}.{name}: {old[name]!r} -> {new[name]!r}" for name in old if old[name] != new[name]]
+    return found

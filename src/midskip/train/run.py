@@ -3,233 +3,275 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import dataclass, replace
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from rich.console import Console
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from midskip.data import (
-    TokenWindows,
-    encode_documents,
-    load_documents,
-    split_documents,
-    token_bytes,
-    train_tokenizer,
-)
+from midskip.controllers import Controller
+from midskip.data import DataError, TokenWindows, token_bytes
+from midskip.data.prepared import Prepared
 from midskip.evaluate import depth_of_tokens, evaluate
 from midskip.model import MidskipForCausalLM
 from midskip.report import write_page, write_picture
-from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE
-from midskip.train.recipe import DataSettings, Recipe, TrainingSettings, read_recipe
-from midskip.train.trainer import CONTROLLER_FILE, HISTORY_FILE, MidskipTrainer, ProgressBar
+from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json
+from midskip.train.checkpoints import (
+    CONTROLLER_FILE,
+    HISTORY_FILE,
+    check_disk,
+    history_until,
+    newest_checkpoint,
+    remove_old,
+    step_of,
+    write_whole,
+)
+from midskip.train.peak import peak_flops
+from midskip.train.progress import ProgressBar
+from midskip.train.recipe import Recipe, TrainingSettings, changes, read_recipe
+from midskip.train.text import TEXT_FOLDER, cut_windows, open_text
+from midskip.train.trainer import BEST_FILE, BEST_FOLDER, MidskipTrainer
 
-# The Trainer goes on without any of these, from other numbers and in silence.
-CHECKPOINT_PARTS = ("model*.safetensors", "optimizer*", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
-
-
-@dataclass
-class PreparedData:
-    """Text ready to train on."""
-
-    tokenizer: PreTrainedTokenizerBase
-    training: TokenWindows
-    validation: TokenWindows
-    token_bytes: torch.Tensor
-
-
-def prepare_data(
-    settings: DataSettings, progress: bool = True, tokenizer: PreTrainedTokenizerBase | None = None
-) -> PreparedData:
-    """Load the text, hold some out, train a tokenizer on the rest (unless one is given), cut it into windows.
-
-    Raises:
-        DataError: no text, or not enough of it.
-    """
-    training, validation = split_documents(load_documents(settings.source, progress), settings.validation_share)
-    tokenizer = tokenizer or train_tokenizer(training, settings.vocab_size)
-    return PreparedData(
-        tokenizer,
-        TokenWindows(encode_documents(tokenizer, training, progress), settings.length),
-        TokenWindows(encode_documents(tokenizer, validation, progress), settings.length, drop_last=False),
-        token_bytes(tokenizer),
-    )
+START_FILE = "start.json"  # in the run folder: what else must be the same when it goes on
+OUTDATED = "resume with what is in the folder, give another --output, or accept it with --accept_changes"
 
 
 def train(
     recipe: Recipe,
     resume: bool = False,
-    data: PreparedData | None = None,
+    accept_changes: bool = False,
     title: str = "training",
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train what the recipe says and write its folder; returns what is in `report.json`.
 
+    Under `torchrun` each process calls this, and the first one writes.
+
     Args:
         resume: go on from the newest complete checkpoint in the folder; a run that is finished stays as it is.
-        data: what `prepare_data` gave for `recipe.data`, if it is already there.
+        accept_changes: go on although the recipe, the text or the number of processes is not the one it began with.
         title: of the progress bar.
 
     Raises:
         ValueError: something in the recipe, the text or the folder does not fit; found before training starts.
-        FloatingPointError: the loss or a weight is no longer finite.
+        FloatingPointError: the loss, a gradient or a weight is no longer finite.
     """
-    console = console or Console(stderr=True)
-    folder = Path(recipe.output)
-    _check_folder(folder, recipe, resume)
-    if (folder / PAGE_FILE).is_file():  # written last: the run is finished
-        return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    checkpoint = _newest_checkpoint(folder)
-    first_step = 0 if checkpoint is None else _step_of(checkpoint)
+    folder, settings = Path(recipe.output), recipe.training
     controller = recipe.build_controller()
+    _count_parameters(recipe, controller)  # what is wrong with the model is found before the text is read
+    _check_reporters(settings.report_to)
+    arguments = _arguments(settings, folder)  # joins the other processes, if there are any
+    is_first = arguments.process_index == 0
+    console = console or Console(stderr=True)
+    console = console if is_first else Console(quiet=True)
+    with _first_goes_first(arguments):
+        if is_first:
+            _check_folder(folder, recipe, resume, accept_changes)
+        if resume and (folder / PAGE_FILE).is_file():  # written last: the run is finished
+            return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")) if is_first else {}
+        tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        checkpoint = newest_checkpoint(folder, tell) if resume else None
+        if is_first and checkpoint is not None:
+            remove_old(folder, settings.checkpoints_kept)  # one that was half removed
+        text = open_text(recipe.data, folder, console)
+        training, validation = cut_windows(text, recipe.data)
+        training.require(settings.batch_size * settings.accumulation_steps * arguments.world_size)
+        if is_first:
+            num_parameters = _count_parameters(recipe, controller, text.vocab_size)
+            num_checkpoints = settings.checkpoints_kept if settings.save_steps else 0
+            check_disk(folder, num_parameters, num_checkpoints, best=bool(settings.evaluation_steps))
+            _begin(folder, recipe, text, arguments.world_size, accept_changes, console)
     if checkpoint is not None:
         controller.load_state_dict(json.loads((checkpoint / CONTROLLER_FILE).read_text(encoding="utf-8")))
-    recipe.build_config(vocab_size=2)  # what is wrong with the shape is found before the text is read
-    _check_reporters(recipe.training.report_to)
-    if data is None:
-        tokenizer = None if checkpoint is None else AutoTokenizer.from_pretrained(folder)
-        data = prepare_data(recipe.data, console.is_terminal, tokenizer)
-    set_seed(recipe.training.seed)
-    trained = checkpoint is not None and first_step == recipe.training.steps
+    first_step = 0 if checkpoint is None else step_of(checkpoint)
+    trained = checkpoint is not None and first_step >= settings.steps
+    set_seed(settings.seed)
     model = (
         MidskipForCausalLM.from_pretrained(checkpoint)
         if trained
-        else MidskipForCausalLM(recipe.build_config(len(data.tokenizer), _end_of_text(data.tokenizer)))
+        else MidskipForCausalLM(recipe.build_config(text.vocab_size, text.end_of_text))
     )
     controller.steer(model.model.policy)
-    if recipe.training.gradient_checkpointing:
+    if settings.gradient_checkpointing:
         # transformers 5.23 renamed it and warns of the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if settings.compile:
+        for block in model.model.layers:
+            block.forward = torch.compile(block.forward, dynamic=True)
+    num_bytes = _token_bytes(text.tokenizer)
 
-    def measure(module: nn.Module) -> dict[str, float]:
-        metrics = evaluate(module, data.validation, data.token_bytes, recipe.training.batch_size)  # pyright: ignore[reportArgumentType]
-        return {name: value for name, value in metrics.items() if not isinstance(value, list)}
+    def measure(module: MidskipForCausalLM) -> dict[str, Any]:
+        return evaluate(module, validation, num_bytes, settings.batch_size)
 
+    peak, peak_source = (settings.peak_flops, "the recipe") if settings.peak_flops else peak_flops(arguments)
+    windows = {"train_dataset": training, "eval_dataset": validation}
     trainer = MidskipTrainer(
-        controller,
-        measure,
-        model=model,
-        args=_arguments(recipe.training, folder),
-        train_dataset=data.training,
-        eval_dataset=data.validation,
-        optimizers=(build_optimizer(model, recipe.training), None),
+        controller, settings, measure, text.tokenizer, peak, model=model, args=arguments, **windows
     )
     trainer.remove_callback(PrinterCallback)
     progress = ProgressBar(title, trainer.history, console)
     trainer.add_callback(progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(folder / RECIPE_FILE)
-    data.tokenizer.save_pretrained(folder)
-    trainer.history += _history_until(folder / HISTORY_FILE, first_step)
-    if not trained:  # the Trainer would add a step
+    trainer.history += history_until(folder / HISTORY_FILE, first_step) if is_first else []
+    if trained:  # the Trainer would add a step
+        trainer.state.global_step = first_step
+    else:
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             progress.bar.stop()
         trainer.check_weights()
+    metrics = measure(trainer.bare_model)
+    if settings.evaluation_steps:
+        trainer.keep_best(metrics["loss"])
+    if not is_first:
+        return {}
+    model = trainer.bare_model
     model.save_pretrained(folder)
-    return write_reports(folder, model, data, recipe, trainer.history)
+    report = _report(recipe, model, metrics, trainer.history, {"flops_per_s": peak, "from": peak_source})
+    if (folder / BEST_FOLDER / BEST_FILE).is_file():
+        report["best"] = json.loads((folder / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))
+    (folder / REPORT_FILE).write_text(to_json(report) + "\n", encoding="utf-8")
+    write_pages(folder, model, text.tokenizer, validation, metrics, trainer.history)
+    return report
 
 
-def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW over three groups: matrices (decayed), vectors, and the policy with its own learning rate."""
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "policy": []}
-    for name, parameter in model.named_parameters():
-        kind = "policy" if ".policy." in name else "matrices" if parameter.ndim > 1 else "vectors"
-        groups[kind].append(parameter)
-    scale = {"policy": settings.gate_learning_rate_scale}
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": settings.learning_rate * scale.get(kind, 1.0),
-                "weight_decay": settings.weight_decay if kind == "matrices" else 0.0,
-            }
-            for kind, parameters in groups.items()
-            if parameters
-        ],
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-    )
+def write_pages(
+    folder: Path,
+    model: MidskipForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    validation: TokenWindows,
+    metrics: dict[str, Any],
+    history: list[dict[str, Any]],
+) -> None:
+    """The picture of shares over training, and the page of held-out text coloured by depth."""
+    drawn = history[:: max(1, len(history) // 500)]
+    shares = [(row["step"], row["share_by_layer"]) for row in drawn]
+    write_picture(folder / PICTURE_FILE, metrics["share_by_layer"], shares, f"Share of tokens that ran: {folder.name}")
+    num_passages = min(4, len(validation))
+    passages = []
+    for number in range(num_passages):
+        window = validation[number * len(validation) // num_passages]
+        valid = window["attention_mask"].bool()
+        ids, positions = window["input_ids"][valid].tolist(), window.get("position_ids")
+        tokens = depth_of_tokens(model, tokenizer, ids, None if positions is None else positions[valid].tolist())
+        passages.append((f"held-out text, passage {number + 1}", tokens))
+    summary = {
+        "validation loss": f"{metrics['loss']:.4f} nats a token",
+        "block-tokens that ran": f"{metrics['executed_share']:.1%}",
+    }
+    part = folder / f"{PAGE_FILE}.part"
+    write_page(part, f"Depth by token: {folder.name}", passages, model.config.num_hidden_layers, summary)
+    part.replace(folder / PAGE_FILE)  # whole or not there: it marks the run as finished
 
 
-def write_reports(
-    folder: Path, model: MidskipForCausalLM, data: PreparedData, recipe: Recipe, history: list[dict]
+def _report(
+    recipe: Recipe,
+    model: MidskipForCausalLM,
+    metrics: dict[str, Any],
+    history: list[dict[str, Any]],
+    peak: dict[str, Any],
 ) -> dict[str, Any]:
-    """Evaluate on all held-out text and write `report.json`, the picture and the page."""
-    metrics = evaluate(model, data.validation, data.token_bytes, recipe.training.batch_size)
-    report = {
+    logged = [row for row in history if "tokens_per_s" in row]
+    speed = {
+        name: statistics.median(row[name] for row in logged) if logged else None
+        for name in ("tokens_per_s", "utilisation")
+    }
+    return {
         "validation": metrics,
         "training": {
             "steps": history[-1]["step"],
             "num_tokens": sum(row["num_tokens"] for row in history),
             "seconds": history[-1]["seconds"],
             "executed_share": sum(row["executed_share"] for row in history) / len(history),
+            **speed,
+            "peak": peak,
         },
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_parameters": model.num_parameters(),
         "recipe": RECIPE_FILE,
     }
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    shares = [(row["step"], row["share_by_layer"]) for row in history]
-    write_picture(folder / PICTURE_FILE, metrics["share_by_layer"], shares, f"Share of tokens that ran: {folder.name}")
-    num_passages = min(4, len(data.validation))
-    passages = []
-    for number in range(num_passages):
-        window = data.validation[number * len(data.validation) // num_passages]
-        ids = window["input_ids"][window["attention_mask"].bool()].tolist()
-        passages.append((f"held-out text, passage {number + 1}", depth_of_tokens(model, data.tokenizer, ids)))
-    summary = {
-        "validation loss": f"{metrics['loss']:.4f} nats a token",
-        "block-tokens that ran": f"{metrics['executed_share']:.1%}",
-    }
-    write_page(folder / PAGE_FILE, f"Depth by token: {folder.name}", passages, model.config.num_hidden_layers, summary)
-    return report
 
 
-def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+@contextmanager
+def _first_goes_first(arguments: TrainingArguments) -> Iterator[None]:
+    """The first process goes ahead; where it fails, the others do nothing and raise a ValueError that says the same."""
+    failure: list[str | None] = [None]
+    alone, is_first = arguments.world_size == 1, arguments.process_index == 0
+    if not alone and not is_first:
+        torch.distributed.broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise ValueError(failure[0])
+    try:
+        yield
+    except Exception as error:
+        failure = [str(error)]
+        raise
+    finally:
+        if not alone and is_first:
+            torch.distributed.broadcast_object_list(failure)
+
+
+def _count_parameters(recipe: Recipe, controller: Controller, vocab_size: int = 2) -> int:
+    """Of the model, without making it. Raises ValueError if shape, policy and controller do not fit."""
+    with torch.device("meta"):
+        model = MidskipForCausalLM(recipe.build_config(vocab_size))
+    controller.steer(model.model.policy)
+    return model.num_parameters()
+
+
+def _check_folder(folder: Path, recipe: Recipe, resume: bool, accept_changes: bool) -> None:
     """Refuses a folder that holds something else, or another run."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {str(folder)!r}, which is a file; expected a folder")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / RECIPE_FILE).is_file():
+        if {path.name for path in folder.iterdir()} <= {TEXT_FOLDER, f"{RECIPE_FILE}.part"}:
+            return  # it did not come to its first step
         raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
     if not resume:
         raise ValueError(f"{str(folder)!r} already holds a run; go on with it by --resume, or give another --output")
-    if replace(read_recipe(folder / RECIPE_FILE), output=recipe.output) != recipe:  # a folder may have moved
-        raise ValueError(
-            f"the recipe is not the one in {str(folder / RECIPE_FILE)!r}: resume with that, or give another --output"
-        )
+    changed = changes(read_recipe(folder / RECIPE_FILE), recipe)
+    if changed and (folder / PAGE_FILE).is_file():
+        raise ValueError(f"the run is finished, with another recipe ({'; '.join(changed)}): give another --output")
+    if changed and not accept_changes:
+        raise ValueError(f"the recipe is not the one this run began with ({'; '.join(changed)}): {OUTDATED}")
+    if fixed := [change for change in changed if change.startswith("model.")]:
+        raise ValueError(f"the shape of a model cannot change in a run ({'; '.join(fixed)}): give another --output")
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from, if any; removes those that were half-written when the run was killed."""
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        if not path.name.removeprefix("checkpoint-").isdecimal():
-            continue  # none of ours
-        if (path / CONTROLLER_FILE).is_file():
-            complete.append(path)
-        else:
-            shutil.rmtree(path)
-    if not complete:
-        return None
-    newest = max(complete, key=_step_of)
-    if lacking := [part for part in CHECKPOINT_PARTS if not any(newest.glob(part))]:
-        raise ValueError(
-            f"the checkpoint {str(newest)!r} lacks {', '.join(lacking)}, so the run would not go on as it was: put it "
-            "back, or remove the checkpoint to go on from the one before"
-        )
-    return newest
+def _begin(
+    folder: Path, recipe: Recipe, text: Prepared, world_size: int, accept_changes: bool, console: Console
+) -> None:
+    """Check the text, and write down, or compare with what was written down, what the run began with."""
+    start = {"num_processes": world_size, "shards": text.check(console)}
+    if (folder / START_FILE).is_file() and not accept_changes:
+        earlier = json.loads((folder / START_FILE).read_text(encoding="utf-8"))
+        if changed := _differences(earlier, start):
+            raise ValueError(f"this run did not begin like that ({'; '.join(changed)}): {OUTDATED}")
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.save(folder / RECIPE_FILE)  # first: it makes the folder that of a run
+    write_whole(folder / START_FILE, json.dumps(start, indent=1))
+    text.tokenizer.save_pretrained(folder)
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is not as it was, in words."""
+    found = []
+    if earlier["num_processes"] != now["num_processes"]:
+        found.append(f"{earlier['num_processes']} processes and now {now['num_processes']}")
+    for side in now["shards"]:
+        before, after = ({shard["name"]: shard for shard in start["shards"][side]} for start in (earlier, now))
+        if other := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
+            found.append(f"other {side} shards: {', '.join(other[:3])}{', ...' * (len(other) > 3)}")
+    return found
 
 
 def _check_reporters(names: list[str]) -> None:
@@ -243,40 +285,32 @@ def _check_reporters(names: list[str]) -> None:
             )
 
 
-def _history_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows up to `step`, which are also all that is left in the file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # cut short when the run was killed
-        if row["step"] <= step:
-            rows.append(row)
-    part = path.with_suffix(".part")  # renamed when whole
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
-    return rows
-
-
-def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    return tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
+def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
+    with suppress(DataError):  # not every kind of tokenizer tells
+        return token_bytes(tokenizer)
+    return None
 
 
 def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
+    on_cpu = not torch.cuda.is_available()
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise ValueError(
+            "accelerate was told to use FSDP, with which `midskip train` has not been tested (without a GPU it would "
+            "be DDP, and not say so): use plain data parallelism, as `torchrun -m midskip.cli train ...` does"
+        )
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=int(settings.warmup_share * settings.steps),
-        max_grad_norm=settings.clip_norm,
+        max_grad_norm=0.0,  # clipped by the trainer's callback, which looks at the norm anyway
         seed=settings.seed,
         bf16=settings.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
+        use_cpu=on_cpu,  # else bf16 is refused there
+        ddp_backend="gloo" if on_cpu and num_processes > 1 else None,
+        ddp_find_unused_parameters=False,  # a block that no token reaches has gradients of 0, not none
+        ddp_timeout=7200,  # the others wait while the first prepares text
         logging_strategy="no",
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,
@@ -284,9 +318,10 @@ def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
         eval_steps=settings.evaluation_steps or None,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
-        save_total_limit=2,
         report_to=settings.report_to,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # without torchrun one device, not nn.DataParallel over all
+    return arguments

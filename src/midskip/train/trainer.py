@@ -12,17 +12,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from midskip.controllers import Controller
-from midskip.statistics import LayerStatistics
+from midskip.data import TokenWindows, WindowOrder
+from midskip.model import MidskipForCausalLM
+from midskip.train.checkpoints import CONTROLLER_FILE, HISTORY_FILE, mark_complete, remove_old, write_whole
+from midskip.train.optimizer import build_optimizer, build_scheduler
+from midskip.train.recipe import TrainingSettings
+from midskip.train.record import StepRecord, Watch
 
-CONTROLLER_FILE = "controller.json"  # in a checkpoint; written last, it marks the checkpoint as complete
-HISTORY_FILE = "history.jsonl"  # in the run folder, a line a step
+BEST_FOLDER, BEST_FILE = "best", "evaluation.json"  # in the run folder: the model that evaluated best, and how
 
 
 class MidskipTrainer(Trainer):
@@ -30,16 +40,36 @@ class MidskipTrainer(Trainer):
 
     Args:
         controller: the gate regulariser; it is updated after each optimizer step from the gates of the whole step.
-        measure: called by `evaluate`, gives the metrics of the model on all held-out text.
+        settings: the optimisation.
+        measure: called by `evaluate` on all ranks, gives the metrics of the model on all held-out text.
+        tokenizer: saved beside the best model.
+        peak_flops: of one device in a second, for utilisation.
         arguments: those of `transformers.Trainer`.
+
+    Attributes:
+        history: a row a step; see `_AfterStep`.
     """
 
-    def __init__(self, controller: Controller, measure: Callable[[nn.Module], dict[str, float]], **arguments: Any):
+    def __init__(
+        self,
+        controller: Controller,
+        settings: TrainingSettings,
+        measure: Callable[[MidskipForCausalLM], dict[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        peak_flops: float,
+        **arguments: Any,
+    ):
+        self.settings = settings
         super().__init__(**arguments)
-        self.controller, self.measure = controller, measure
+        self.controller, self.measure, self.tokenizer, self.peak_flops = controller, measure, tokenizer, peak_flops
         self.step = StepRecord()
         self.history: list[dict[str, Any]] = []
-        self.add_callback(_AfterStep(self))
+        self.add_callback(_AroundStep(self))
+
+    @property
+    def bare_model(self) -> MidskipForCausalLM:
+        """The model without what accelerate wrapped around it."""
+        return self.accelerator.unwrap_model(self.model)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -52,139 +82,190 @@ class MidskipTrainer(Trainer):
         regulariser = self.controller.loss(outputs.gates, valid_BT)
         self.step.add(outputs.loss, regulariser, outputs.gates, valid_BT)
         total = outputs.loss + regulariser
-        if not math.isfinite(total.item()):
-            raise FloatingPointError(
-                f"the loss is {total.item()} in step {self.state.global_step + 1} (cross-entropy "
-                f"{outputs.loss.item():.4g}, regulariser {regulariser.item():.4g}): lower the learning rate or clip; "
-                "the last checkpoint is kept"
-            )
         return (total, outputs) if return_outputs else total
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """See `build_optimizer`."""
+        if self.optimizer is None:
+            wrapped: Any = self.model if model is None else model
+            self.optimizer = build_optimizer(wrapped, self.settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """See `build_scheduler`."""
+        if self.lr_scheduler is None:
+            used: Any = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = build_scheduler(used, self.settings)
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> WindowOrder:
+        windows: Any = self.train_dataset
+        assert isinstance(windows, TokenWindows)
+        per_step = self.settings.batch_size * self.settings.accumulation_steps * self.args.world_size
+        return WindowOrder(len(windows), self.settings.steps * per_step, self.settings.seed)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """To the reporters alone: what the run keeps is in its history, not in each checkpoint again."""
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The metrics of `measure` on all held-out text, the regulariser never among them."""
-        metrics = {
-            f"{metric_key_prefix}_{name}": value
-            for name, value in self.measure(self.accelerator.unwrap_model(self.model)).items()
-        }
+        result = self.measure(self.bare_model)
+        self.keep_best(result["loss"])
+        metrics = {f"{metric_key_prefix}_{name}": float(v) for name, v in result.items() if not isinstance(v, list)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def keep_best(self, loss: float) -> None:
+        """Save the model, weights alone, if no evaluation was better; each file is replaced as a whole."""
+        best = Path(str(self.args.output_dir)) / BEST_FOLDER
+        earlier = json.loads((best / BEST_FILE).read_text())["loss"] if (best / BEST_FILE).is_file() else math.inf
+        if not loss < earlier:
+            return
+        self.check_weights()
+        if self.args.should_save:
+            part = best.with_name(best.name + ".part")
+            self.bare_model.save_pretrained(part)
+            self.tokenizer.save_pretrained(part)
+            best.mkdir(exist_ok=True)
+            for file in part.iterdir():
+                file.replace(best / file.name)
+            part.rmdir()
+            write_whole(best / BEST_FILE, json.dumps({"step": self.state.global_step, "loss": loss}))
+
     def check_weights(self) -> None:
-        """FloatingPointError if a weight is not finite: a gradient that overflows shows in no loss of its own step."""
-        model = self.accelerator.unwrap_model(self.model)
-        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        """FloatingPointError if a weight is not finite."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.bare_model.parameters()):
             raise FloatingPointError(
                 f"a weight is no longer finite after step {self.state.global_step}: lower the learning rate or clip; "
                 "the last checkpoint is kept"
             )
 
-    def steer(self) -> None:
-        """Let the controller set what the policy leaves to it."""
-        self.controller.steer(self.accelerator.unwrap_model(self.model).model.policy)
 
-
-class StepRecord:
-    """What is known of one optimizer step: the parts of its loss and its gates, over all its forward passes."""
-
-    def __init__(self) -> None:
-        self.cross_entropy: list[float] = []
-        self.regulariser: list[float] = []
-        self.statistics = LayerStatistics()
-        self.num_tokens = 0
-
-    def add(self, cross_entropy: Tensor, regulariser: Tensor, gates_LBT: Tensor, valid_BT: Tensor | None) -> None:
-        self.cross_entropy.append(cross_entropy.item())
-        self.regulariser.append(regulariser.item())
-        self.statistics.add_gates(gates_LBT.detach(), valid_BT=valid_BT)
-        self.num_tokens += gates_LBT[0].numel() if valid_BT is None else int(valid_BT.sum())
-
-    def losses(self) -> tuple[float, float]:
-        """Cross-entropy and regulariser, each the mean over the passes."""
-        return sum(self.cross_entropy) / len(self.cross_entropy), sum(self.regulariser) / len(self.regulariser)
-
-    def share_by_layer(self) -> Tensor:
-        """Share of the valid tokens that was present, [L]."""
-        return 1 - self.statistics.mean("skipped")
-
-
-class _AfterStep(TrainerCallback):
-    """Updates the controller, keeps the history, and saves the controller with each checkpoint, as its last file."""
+class _AroundStep(TrainerCallback):
+    """Stops before a step that is not finite, updates the controller, keeps the history, completes checkpoints."""
 
     def __init__(self, trainer: MidskipTrainer):
         self.trainer, self.folder = trainer, Path(str(trainer.args.output_dir))
+        self.watch: Watch | None = None
+        self.gradient_norm = math.nan
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.steer()
+        self._steer()
         earlier_s = self.trainer.history[-1]["seconds"] if self.trainer.history else 0.0
         self.started_s = time.perf_counter() - earlier_s
+        self.resumed_s = time.perf_counter()
+        self.rows: list[dict[str, Any]] = []  # since the last log
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if (state.global_step + 1) % args.logging_steps == 0:
+            self.watch = Watch(self.trainer.bare_model).__enter__()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = self.trainer.step
+        if self.watch is not None:
+            self.watch.__exit__()
+            self.watch.give(step)
+            self.watch = None
+        step.reduce()
+        parameters = self.trainer.model.parameters()  # pyright: ignore[reportOptionalMemberAccess]
+        norm = nn.utils.clip_grad_norm_(parameters, self.trainer.settings.clip_norm or math.inf)
+        self.gradient_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if not math.isfinite(step.cross_entropy + step.regulariser + self.gradient_norm):
+            raise FloatingPointError(
+                f"step {state.global_step + 1} is not finite (cross-entropy {step.cross_entropy:.4g}, regulariser "
+                f"{step.regulariser:.4g}, norm of the gradient {self.gradient_norm:.4g}), so it was not taken: lower "
+                "the learning rate or clip; the last checkpoint is kept"
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        step, self.trainer.step = self.trainer.step, StepRecord()
+        trainer = self.trainer
+        step, trainer.step = trainer.step, StepRecord()
         share_L = step.share_by_layer()
         mean_L, variance_L = step.statistics.mean("gate"), step.statistics.variance("gate")
-        self.trainer.controller.update(mean_L.float(), variance_L.float(), share_L.float())
-        self.trainer.steer()
-        cross_entropy, regulariser = step.losses()
+        trainer.controller.update(mean_L.float(), variance_L.float(), share_L.float())
+        self._steer()
+        now_s = time.perf_counter()
         row = {
             "step": state.global_step,
-            "cross_entropy": cross_entropy,
-            "regulariser": regulariser,
-            "total": cross_entropy + regulariser,
+            "cross_entropy": step.cross_entropy,
+            "regulariser": step.regulariser,
+            "total": step.cross_entropy + step.regulariser,
+            "gradient_norm": self.gradient_norm,
             "executed_share": share_L.mean().item(),
             "share_by_layer": share_L.tolist(),
             "gate_mean_by_layer": mean_L.tolist(),
+            "gate_variance_by_layer": variance_L.tolist(),
             "num_tokens": step.num_tokens,
-            "seconds": time.perf_counter() - self.started_s,
+            "step_seconds": now_s - self.resumed_s,
+            "seconds": now_s - self.started_s,
         }
-        self.trainer.history.append(row)
-        with (self.folder / HISTORY_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
         if state.global_step % args.logging_steps == 0:
-            self.trainer.log({name: row[name] for name in ("cross_entropy", "regulariser", "total", "executed_share")})
+            row.update(self._at_log(step))
+            trainer.log(self._curves(row))
+            self.rows = []
+        trainer.history.append(row)
+        if state.is_world_process_zero:
+            with (self.folder / HISTORY_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        self.resumed_s = time.perf_counter()
+
+    def _at_log(self, step: StepRecord) -> dict[str, Any]:
+        """Work and speed, and the norms around the blocks, which are looked at when logging alone."""
+        rate = sum(row["num_tokens"] for row in self.rows) / sum(row["step_seconds"] for row in self.rows)
+        flops_per_token = step.flops / step.num_tokens
+        sums = step.statistics.sums()
+        norms = {
+            f"{name}_by_layer": [total / count if count else None for count, total in sums[name][:2].T.tolist()]
+            for name in ("norm_in", "norm_out")
+        }
+        return norms | {
+            "tokens_per_s": rate,
+            "flops_per_token": flops_per_token,
+            "utilisation": rate * flops_per_token / (self.trainer.peak_flops * self.trainer.args.world_size),
+        }
+
+    def _curves(self, row: dict[str, Any]) -> dict[str, float]:
+        """A row as numbers by name, those by layer as `name/layer_00`, with the controller's beside them."""
+        rates = {
+            f"learning_rate/{group['name']}": group["lr"]
+            for group in self.trainer.lr_scheduler.optimizer.param_groups  # pyright: ignore[reportOptionalMemberAccess]
+        }
+        means = {
+            name: sum(recent[name] for recent in self.rows) / len(self.rows)
+            for name in ("cross_entropy", "regulariser", "total", "executed_share", "gradient_norm", "step_seconds")
+        }
+        by_layer = {name.removesuffix("_by_layer"): row[name] for name in row if name.endswith("_by_layer")}
+        by_layer |= {name: values_L.tolist() for name, values_L in self.trainer.controller.curves().items()}
+        curves = {
+            f"{name}/layer_{layer:02}": value
+            for name, values in by_layer.items()
+            for layer, value in enumerate(values)
+            if value is not None
+        }
+        speed = {name: row[name] for name in ("tokens_per_s", "flops_per_token", "utilisation")}
+        return means | rates | speed | curves
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.resumed_s = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.check_weights()
-        marker = self.folder / f"checkpoint-{state.global_step}" / CONTROLLER_FILE
-        part = marker.with_suffix(".part")  # renamed when whole
-        part.write_text(json.dumps(self.trainer.controller.state_dict()), encoding="utf-8")
-        part.replace(marker)
+        self.trainer.accelerator.wait_for_everyone()  # each rank wrote its random state
+        if args.should_save:
+            checkpoint = self.folder / f"checkpoint-{state.global_step}"
+            write_whole(checkpoint / CONTROLLER_FILE, json.dumps(self.trainer.controller.state_dict()))
+            mark_complete(checkpoint)
+            remove_old(self.folder, self.trainer.settings.checkpoints_kept)
+        self.resumed_s = time.perf_counter()
 
-
-class ProgressBar(TrainerCallback):
-    """Loss, share of block-tokens that ran, tokens a second and time left: a bar in a terminal, else lines."""
-
-    def __init__(self, title: str, history: list[dict[str, Any]], console: Console):
-        self.title, self.history, self.console = title, history, console
-        columns = "[bold]{task.description}", "{task.completed:.0f}/{task.total:.0f} steps", "{task.fields[numbers]}"
-        self.bar = Progress(
-            TextColumn(columns[0]), BarColumn(bar_width=20), TextColumn(columns[1]), TextColumn(columns[2]),
-            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar.start()
-        self.task = self.bar.add_task(escape(self.title), total=state.max_steps, numbers="")
-        self.first_step, self.started_s = state.global_step, time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        recent = self.history[-10:]
-        loss, share = (sum(row[name] for row in recent) / len(recent) for name in ("cross_entropy", "executed_share"))
-        steps_per_s = (state.global_step - self.first_step) / (time.perf_counter() - self.started_s)
-        numbers = f"loss {loss:.3f}, {share:.0%} ran, {steps_per_s * recent[-1]['num_tokens']:,.0f} tokens/s"
-        self.bar.update(self.task, completed=state.global_step, numbers=numbers)
-        if not self.console.is_terminal and (
-            state.global_step % (10 * args.logging_steps) == 0 or state.global_step == state.max_steps
-        ):
-            left_s = (state.max_steps - state.global_step) / steps_per_s
-            progress = f"step {state.global_step}/{state.max_steps}: {numbers}, {left_s:.0f} s left"
-            self.console.print(f"{escape(self.title)}, {progress}", highlight=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar.stop()
+    def _steer(self) -> None:
+        self.trainer.controller.steer(self.trainer.bare_model.model.policy)

@@ -1,0 +1,42 @@
+"""AdamW over weights, norms and gates, and its learning rate: up on a line, down on a cosine."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from midskip.train.recipe import TrainingSettings
+
+
+def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
+    """AdamW over three groups: weights (matrices, decayed), norms, and gates (the policy) with a rate of their own."""
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "gates": []}
+    for name, parameter in model.named_parameters():
+        groups["gates" if ".policy." in name else "weights" if parameter.ndim > 1 else "norms"].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "name": name,
+                "params": parameters,
+                "lr": settings.learning_rate * (settings.gate_learning_rate_scale if name == "gates" else 1),
+                "weight_decay": settings.weight_decay if name == "weights" else 0.0,
+            }
+            for name, parameters in groups.items()
+            if parameters
+        ],
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> LambdaLR:
+    """From `warmup_start` of the peak to the peak over the first `warmup_share` of the steps, then a cosine to 0."""
+    num_warmup = int(settings.warmup_share * settings.steps)
+
+    def share_of_peak(step: int) -> float:
+        if step < num_warmup:
+            return settings.warmup_start + (1 - settings.warmup_start) * step / num_warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, settings.steps - num_warmup)))
+
+    return LambdaLR(optimizer, share_of_peak)

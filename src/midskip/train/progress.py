@@ -1,0 +1,46 @@
+"""A progress bar for training."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ProgressBar(TrainerCallback):
+    """Loss, share of block-tokens that ran, tokens a second and time left: a bar in a terminal, else lines."""
+
+    def __init__(self, title: str, history: list[dict[str, Any]], console: Console):
+        self.title, self.history, self.console = title, history, console
+        columns = "[bold]{task.description}", "{task.completed:.0f}/{task.total:.0f} steps", "{task.fields[numbers]}"
+        self.bar = Progress(
+            TextColumn(columns[0]), BarColumn(bar_width=20), TextColumn(columns[1]), TextColumn(columns[2]),
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task(escape(self.title), total=state.max_steps, numbers="")
+        self.first_step, self.started_s = state.global_step, time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        recent = self.history[-10:]
+        loss, share = (sum(row[name] for row in recent) / len(recent) for name in ("cross_entropy", "executed_share"))
+        steps_per_s = (state.global_step - self.first_step) / (time.perf_counter() - self.started_s)
+        numbers = f"loss {loss:.3f}, {share:.0%} ran, {steps_per_s * recent[-1]['num_tokens']:,.0f} tokens/s"
+        self.bar.update(self.task, completed=state.global_step, numbers=numbers)
+        if not self.console.is_terminal and (
+            state.global_step % (10 * args.logging_steps) == 0 or state.global_step == state.max_steps
+        ):
+            left_s = (state.max_steps - state.global_step) / steps_per_s
+            progress = f"step {state.global_step}/{state.max_steps}: {numbers}, {left_s:.0f} s left"
+            self.console.print(f"{escape(self.title)}, {progress}", highlight=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.stop()

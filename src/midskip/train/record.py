@@ -1,0 +1,104 @@
+"""What is known of one optimizer step: over all its forward passes, and all ranks.
+
+B sequences, T columns, N tokens, D width, L layers; 3 is (count, sum, sum of squares).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from midskip.cost import Meter
+from midskip.model import MidskipForCausalLM
+from midskip.statistics import LayerStatistics
+
+
+class StepRecord:
+    """Adds up on the device, without waiting for it, and comes to the host once a step, in `reduce`.
+
+    Attributes, after `reduce`:
+        cross_entropy, regulariser: means over the passes of all ranks.
+        statistics: of the gates by layer; with a `Watch`, also of the norms of what went in and out of each block.
+        num_tokens: valid tokens.
+        flops: executed, forward and backward; 0 without a `Watch`.
+    """
+
+    def __init__(self) -> None:
+        self.statistics = LayerStatistics()
+        self._losses: list[Tensor] = []
+        self.cross_entropy = self.regulariser = math.nan
+        self.num_tokens = 0
+        self.flops = 0.0
+
+    def add(self, cross_entropy: Tensor, regulariser: Tensor, gates_LBT: Tensor, valid_BT: Tensor | None) -> None:
+        """Counts in one forward pass."""
+        self._losses.append(torch.stack([cross_entropy.detach(), regulariser.detach()]).double())
+        self.statistics.add_gates(gates_LBT.detach(), valid_BT=valid_BT)
+
+    def reduce(self) -> None:
+        """Sum over passes and ranks, in one exchange; called by all ranks."""
+        sums = self.statistics.sums()
+        device = self._losses[0].device
+        parts = [torch.stack(self._losses).sum(0), torch.tensor([len(self._losses), self.flops], device=device)]
+        flat = torch.cat([part.double().to(device).flatten() for part in (*parts, *sums.values())])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(flat)
+        cross_entropy, regulariser, num_passes, self.flops, *values = flat.tolist()
+        self.cross_entropy, self.regulariser = cross_entropy / num_passes, regulariser / num_passes
+        self.statistics = LayerStatistics()
+        rest = torch.tensor(values, dtype=torch.float64)
+        for name, sums_3L in sums.items():
+            part, rest = rest[: sums_3L.numel()], rest[sums_3L.numel() :]
+            self.statistics.add_sums({name: part.view(sums_3L.shape)})
+        self.num_tokens = int(self.statistics.sums()["gate"][0, 0])
+
+    def share_by_layer(self) -> Tensor:
+        """Share of the valid tokens that was present, float64 [L]."""
+        return 1 - self.statistics.mean("skipped")
+
+
+class Watch:
+    """Looks into the blocks during some steps: FLOPs, and the norms of the hidden states that go in and come out.
+
+    Used as a context around the passes of one step; `give` then adds what was seen to that step's record.
+    """
+
+    def __init__(self, model: MidskipForCausalLM):
+        self.meter = Meter(model)
+        self.layers = model.model.layers
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Watch:
+        self.meter.reset()
+        self.meter.__enter__()
+        self._sums_2L: list[list[list[Tensor]]] = [[[] for _ in self.layers] for _ in range(2)]
+        self._hooks = [block.register_forward_hook(self._on_block(layer)) for layer, block in enumerate(self.layers)]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.meter.__exit__(None, None, None)
+        for hook in self._hooks:
+            hook.remove()
+
+    def give(self, record: StepRecord) -> None:
+        """Add what was seen to the record, before its `reduce`."""
+        record.flops = float(self.meter.flops(backward=True).total)
+        for name, sums_L in zip(("norm_in", "norm_out"), self._sums_2L, strict=True):
+            sums_3L = torch.stack([torch.stack(passes).sum(0) for passes in sums_L], 1)
+            record.statistics.add_sums({name: sums_3L})
+
+    def _on_block(self, layer: int) -> Any:
+        @torch.no_grad()
+        def look(block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # worked out again in a backward pass
+            for sums_L, h_ND in zip(self._sums_2L, (arguments[0], output), strict=True):
+                norm_N = torch.linalg.vector_norm(h_ND.detach(), dim=-1, dtype=torch.float32).double()
+                count = norm_N.new_tensor(float(norm_N.numel()))
+                sums_L[layer].append(torch.stack([count, norm_N.sum(), norm_N.square().sum()]))
+
+        return look

@@ -1,0 +1,357 @@
+"""Going on after a stop: which checkpoint is used, that the end is the same, and what may not have changed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny_runs import (
+    QUIET,
+    assert_same_weights,
+    everything,
+    history,
+    tiny_recipe,
+    weights,
+    write_documents,
+)
+
+from midskip.controllers import BudgetController, Controller, FeedbackController, build_controller
+from midskip.data import open_prepared, prepare
+from midskip.train import Recipe, read_recipe, train
+from midskip.train.checkpoints import MARKER_FILE, fault_of
+
+MakeRecipe = Callable[..., Recipe]
+pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
+
+BUDGET = ("budget", {"target_share": 0.4, "ramp_steps": 5}, BudgetController)
+GROWING = ("proportional_derivative", {"mean_targets": [0.9, 0.2], "coef_update_multiplier": 5.0}, FeedbackController)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at_step(monkeypatch: pytest.MonkeyPatch, family: type[Controller], step: int) -> None:
+    """The run dies in the controller's update of that step, once."""
+    update, seen = family.update, []
+
+    def dying(self: Controller, *args: Any) -> None:
+        seen.append(1)
+        if len(seen) == step:
+            raise Stop
+        update(self, *args)
+
+    monkeypatch.setattr(family, "update", dying)
+
+
+def differences(folder: Path, whole: Path) -> list[str]:
+    """Files that two runs do not share, but for what was set aside."""
+    for damaged in folder.glob("damaged-checkpoint-*"):
+        shutil.rmtree(damaged)
+    left, right = everything(folder), everything(whole)
+    return sorted(name for name in left | right if left.get(name) != right.get(name))
+
+
+def going_on(folder: Path, **more: Any) -> tuple[dict[str, Any], str]:
+    """Resume what is in a folder, wherever it was begun; its report, and what was said."""
+    screen = Console(file=StringIO(), width=500)
+    report = train(replace(read_recipe(folder / "recipe.yaml"), output=str(folder)), True, console=screen, **more)
+    assert isinstance(screen.file, StringIO)
+    return report, screen.file.getvalue()
+
+
+# ---- the same end
+
+
+@pytest.mark.parametrize(("controller", "settings", "family"), [BUDGET, GROWING], ids=lambda value: str(value)[:6])
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
+    make_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    controller: str,
+    settings: dict[str, Any],
+    family: type[Controller],
+) -> None:
+    common = {"steps": 8, "save_steps": 2, "evaluation_steps": 3, "log_steps": 3, "batch_size": 7}  # 1.3 epochs
+    whole, recipe = (make_recipe(controller, settings, output=f"{name}/run", **common) for name in ("whole", "stopped"))
+    expected = train(whole, console=QUIET)
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, family, 6)
+        with pytest.raises(Stop):
+            train(recipe, console=QUIET)
+    folder = Path(recipe.output)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert [row["step"] for row in history(recipe)] == [1, 2, 3, 4, 5]
+    with (folder / "history.jsonl").open("a") as file:
+        file.write('{"step": 6, "cross_')
+
+    report = train(recipe, resume=True, console=QUIET)
+    assert differences(folder, Path(whole.output)) == []
+    assert [row["step"] for row in history(recipe)] == list(range(1, 9))
+    assert report["validation"] == expected["validation"]
+    seconds = [row["seconds"] for row in history(recipe)]
+    assert seconds == sorted(seconds) and report["training"]["seconds"] == seconds[-1]
+    state = json.loads((folder / "checkpoint-8" / "controller.json").read_text())
+    fresh = build_controller(controller, 4, **settings).state_dict()
+    assert next(iter(fresh.values())) != state[next(iter(fresh))], "else the test tests nothing"
+
+
+@pytest.fixture(scope="module")
+def place(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """whole/run: a run of six steps; stopped/run: the same stopped in its fifth, with checkpoints of steps 2 and 4."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
+        for name in ("whole", "stopped"):
+            more = {"steps": 6, "save_steps": 2, "checkpoints_kept": 3, "evaluation_steps": 5, "accumulation_steps": 2}
+            recipe = tiny_recipe(prepared, place / name / "run", *BUDGET[:2], **more)
+            if name == "whole":
+                train(recipe, console=QUIET)
+            else:
+                stop_at_step(patch, BudgetController, 5)
+                with pytest.raises(Stop):
+                    train(recipe, console=QUIET)
+    return place
+
+
+@pytest.fixture
+def stopped(place: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run."""
+    return Path(shutil.copytree(place / "stopped" / "run", tmp_path / "run"))
+
+
+def cut(file: Path) -> None:
+    """Leave the first half."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "controller.json")
+BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
+    **{f"no {name}": (lambda folder, name=name: (folder / name).unlink(), f"lacks {name}") for name in PARTS},
+    **{
+        f"half of {name}": (lambda folder, name=name: cut(folder / name), f"another size than were written: {name}")
+        for name in PARTS
+    },
+    "no marker": (lambda folder: (folder / MARKER_FILE).unlink(), "was not written to its end"),
+    "half of the marker": (lambda folder: cut(folder / MARKER_FILE), "marker (complete.json) that cannot be read"),
+    "an empty marker": (lambda folder: (folder / MARKER_FILE).write_text("{}"), "that cannot be read: 'files'"),
+    "a marker of nothing": (lambda folder: (folder / MARKER_FILE).write_text('{"files": {}}\n') and [
+        (folder / name).unlink() for name in PARTS[1:]], "lacks optimizer*, scheduler.pt"),
+    "nothing": (lambda folder: [file.unlink() for file in folder.iterdir()] and None, "was not written to its end"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_broken_checkpoint_is_recognised_and_the_one_before_it_used(place: Path, stopped: Path, what: str) -> None:
+    spoil, word = BREAKS[what]
+    spoil(stopped / "checkpoint-4")
+    marked = (stopped / "checkpoint-4" / MARKER_FILE).is_file()
+    _, said = going_on(stopped)
+    (line,) = (line for line in said.splitlines() if line.startswith("checkpoint-4 "))
+    assert word in line and "the one before it used" in line
+    assert (stopped / "damaged-checkpoint-4").is_dir() == marked == ("set aside as damaged-checkpoint-4" in line)
+    assert differences(stopped, place / "whole" / "run") == []
+
+
+def test_without_a_whole_checkpoint_it_begins_again(place: Path, stopped: Path) -> None:
+    (stopped / "checkpoint-4" / MARKER_FILE).unlink()
+    (stopped / "checkpoint-2" / "optimizer.pt").unlink()
+    _, said = going_on(stopped)
+    assert "checkpoint-4 was not written to its end" in said and "checkpoint-2 lacks optimizer.pt" in said
+    assert differences(stopped, place / "whole" / "run") == []
+
+
+def test_a_whole_checkpoint_is_used_without_a_word(place: Path, stopped: Path) -> None:
+    (stopped / "checkpoint-best").mkdir()  # somebody's own is neither used nor removed
+    _, said = going_on(stopped)
+    assert "checkpoint" not in said and (stopped / "checkpoint-best").is_dir()
+    assert differences(stopped, place / "whole" / "run") == []
+
+
+# ---- which are there
+
+
+def test_the_newest_checkpoints_are_kept(make_recipe: MakeRecipe) -> None:
+    for kept, expected in ((1, {"checkpoint-5"}), (3, {"checkpoint-3", "checkpoint-4", "checkpoint-5"})):
+        recipe = make_recipe(output=f"{kept}", steps=5, save_steps=1, checkpoints_kept=kept)
+        train(recipe, console=QUIET)
+        assert {path.name for path in Path(recipe.output).glob("checkpoint-*")} == expected
+        assert all(fault_of(path) is None for path in Path(recipe.output).glob("checkpoint-*"))
+    assert_same_weights(weights(recipe, "checkpoint-5"), weights(recipe))
+
+
+def test_an_old_checkpoint_goes_only_when_the_new_one_is_whole(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(folder: Path, num_kept: int) -> None:
+        if (folder / "checkpoint-2").is_dir():
+            assert fault_of(folder / "checkpoint-2") is None, "not yet"
+            raise Stop
+
+    recipe = make_recipe(steps=3, save_steps=1, checkpoints_kept=1)
+    monkeypatch.setattr("midskip.train.trainer.remove_old", dying)
+    with pytest.raises(Stop):
+        train(recipe, console=QUIET)
+    assert {path.name for path in Path(recipe.output).glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_the_end_is_reached_once(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(*BUDGET[:2], steps=4, save_steps=2, evaluation_steps=9)
+    report = train(recipe, console=QUIET)
+    folder, rows = Path(recipe.output), history(recipe)
+    found = everything(folder)
+
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert train(recipe, resume=True, console=QUIET) == report
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == times
+
+    for name in ("model.safetensors", "report.json", "page.html"):  # it was killed after the last step
+        (folder / name).unlink()
+    shutil.rmtree(folder / "best")
+    assert train(recipe, resume=True, console=QUIET) == report
+    assert everything(folder) == found and history(recipe) == rows
+
+    moved = replace(recipe, output=str(folder.with_name("moved")))
+    shutil.move(folder, moved.output)
+    assert train(moved, resume=True, console=QUIET) == report
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(save_steps=0, steps=2)
+    report = train(recipe, console=QUIET)
+    rows = history(recipe)
+    assert not list(Path(recipe.output).glob("checkpoint-*"))
+    assert train(recipe, resume=True, console=QUIET) == report
+    assert history(recipe) == rows
+
+
+# ---- what changed
+
+
+def test_a_changed_recipe_is_named_and_needs_a_flag(place: Path, stopped: Path) -> None:
+    recipe = replace(read_recipe(stopped / "recipe.yaml"), output=str(stopped))
+    changed = replace(
+        recipe,
+        data=replace(recipe.data, separate_documents=False),
+        training=replace(recipe.training, learning_rate=1e-4, clip_norm=0.0),
+    )
+    names = (
+        r"data\.separate_documents: True -> False; training\.learning_rate: 0\.003 -> 0\.0001; "
+        r"training\.clip_norm: 1\.0 -> 0\.0"
+    )
+    before = everything(stopped)
+    with pytest.raises(ValueError, match=rf"not the one this run began with \({names}\): .*--accept_changes"):
+        train(changed, resume=True, console=QUIET)
+    assert everything(stopped) == before
+    train(changed, resume=True, accept_changes=True, console=QUIET)
+    assert read_recipe(stopped / "recipe.yaml") == changed
+    rows, unchanged = (everything(folder)["history.jsonl"] for folder in (stopped, place / "whole" / "run"))
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert rows[:4] == unchanged[:4] and rows[4] != unchanged[4]
+
+
+def test_the_shape_of_a_model_never_changes(stopped: Path) -> None:
+    recipe = replace(read_recipe(stopped / "recipe.yaml"), output=str(stopped))
+    wider = replace(recipe, model=replace(recipe.model, hidden_size=32))
+    before = everything(stopped)
+    message = r"the shape of a model cannot change in a run \(model\.hidden_size: 16 -> 32\): give another --output"
+    with pytest.raises(ValueError, match=message):
+        train(wider, resume=True, accept_changes=True, console=QUIET)
+    assert everything(stopped) == before
+
+
+def test_a_finished_run_takes_no_other_recipe(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(steps=1)
+    train(recipe, console=QUIET)
+    longer = replace(recipe, training=replace(recipe.training, steps=2))
+    for accept_changes in (False, True):
+        with pytest.raises(ValueError, match=r"is finished, with another recipe \(training\.steps: 1 -> 2\): give"):
+            train(longer, True, accept_changes, console=QUIET)
+    with pytest.raises(ValueError, match=r"run' already holds a run; go on with it by --resume, or give another"):
+        train(recipe, console=QUIET)
+
+
+def test_changed_shards_are_noticed(
+    make_recipe: MakeRecipe, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(*BUDGET[:2], source=shutil.copytree(prepared, tmp_path / "shards"), save_steps=2)
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, BudgetController, 3)
+        with pytest.raises(Stop):
+            train(recipe, console=QUIET)
+    shutil.rmtree(tmp_path / "shards")
+    text = write_documents(tmp_path / "text", 31)  # one more
+    prepare(str(text), tmp_path / "shards", vocab_size=300, validation_share=0.2, console=QUIET)
+    shards = r"other training shards: train_000000\.bin; other validation shards: validation_000000\.bin"
+    with pytest.raises(ValueError, match=rf"this run did not begin like that \({shards}\): .*--accept_changes"):
+        train(recipe, resume=True, console=QUIET)
+    assert [row["step"] for row in history(recipe)] == [1, 2]
+    train(recipe, resume=True, accept_changes=True, console=QUIET)
+    assert [row["step"] for row in history(recipe)] == [1, 2, 3, 4]
+    found = json.loads(Path(recipe.output, "start.json").read_text())["shards"]
+    assert found == open_prepared(tmp_path / "shards").check(QUIET)
+
+
+def test_another_number_of_processes_is_noticed(stopped: Path) -> None:
+    start = json.loads((stopped / "start.json").read_text())
+    (stopped / "start.json").write_text(json.dumps(start | {"num_processes": 8}))
+    with pytest.raises(ValueError, match=r"did not begin like that \(8 processes and now 1\): .*--accept_changes"):
+        going_on(stopped)
+    going_on(stopped, accept_changes=True)
+    assert json.loads((stopped / "start.json").read_text()) == start
+
+
+# ---- killed while it begins or ends
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "writer",
+    [
+        "midskip.train.recipe.Recipe.save",
+        "midskip.train.run.write_whole",
+        "transformers.PreTrainedTokenizerBase.save_pretrained",
+    ],
+)
+def test_a_run_killed_as_it_begins_can_go_on(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, writer: str, before: bool
+) -> None:
+    owner, _, name = writer.rpartition(".")
+    original = getattr(resolve_name(owner), name)
+
+    def dying(*args: Any, **kwargs: Any) -> None:
+        if not before:
+            original(*args, **kwargs)
+        raise Stop
+
+    recipe = make_recipe(steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, dying)
+        with pytest.raises(Stop):
+            train(recipe, console=QUIET)
+    assert not Path(recipe.output, "history.jsonl").exists(), "not a step yet"
+    train(recipe, resume=True, console=QUIET)
+    whole = make_recipe(steps=1, output="whole/run")
+    train(whole, console=QUIET)
+    assert differences(Path(recipe.output), Path(whole.output)) == []
+
+
+def test_half_a_page_is_not_the_end(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(path: Path, *args: Any) -> None:
+        path.write_text("<!doctype")
+        raise Stop
+
+    recipe = make_recipe(steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("midskip.train.run.write_page", half)
+        with pytest.raises(Stop):
+            train(recipe, console=QUIET)
+    assert not Path(recipe.output, "page.html").exists()
+    train(recipe, resume=True, console=QUIET)
+    assert Path(recipe.output, "page.html").read_text().endswith("</html>\n")
+    assert not list(Path(recipe.output).glob("*.part"))

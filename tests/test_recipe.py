@@ -1,0 +1,169 @@
+"""Recipes: reading and writing them, what is refused, and the command line's help."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from midskip.cli import main
+from midskip.train import Recipe, read_recipe
+from midskip.train.recipe import ControllerSettings, DataSettings, ModelSettings, TrainingSettings, changes
+
+GROUPS = {"data": DataSettings, "model": ModelSettings, "controller": ControllerSettings, "training": TrainingSettings}
+
+
+def test_a_recipe_survives_writing_and_reading(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe(
+        "budget",
+        {"target_share": 0.5, "ramp_steps": 3},
+        model={"num_key_value_heads": 1, "keys": "all", "norms": "pre", "policy_settings": {"start": "spread"}},
+        data={"separate_documents": False, "validation": "there", "max_tokens": 7},
+        epsilon=1e-10,
+        learning_rate=1e-4,
+        peak_flops=3e12,
+        report_to=["tensorboard", "none"],
+    )
+    recipe.save(tmp_path / "recipe.yaml")
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+    assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert read_recipe() == Recipe()
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "output: there\n"
+        "training: {steps: 3, learning_rate: 1e-4}\n"
+        "controller: {name: budget, settings: {target_share: 0.5, gain: 0.1}}\n"
+    )
+    recipe = read_recipe(
+        file, ["--training.steps=5", "--model.keys", "all", "--controller.settings.target_share=0.7", "--output=here"]
+    )
+    assert recipe.output == "here" and recipe.model.keys == "all"
+    assert recipe.training == TrainingSettings(steps=5, learning_rate=1e-4)
+    assert recipe.controller.settings == {"target_share": 0.7, "gain": 0.1}
+    assert recipe.data == DataSettings()
+
+
+def test_changes_are_told_by_name() -> None:
+    earlier = read_recipe(None, ["--controller.settings.target_share=0.5", "--output=there"])
+    now = read_recipe(None, ["--controller.settings.target_share=0.6", "--model.keys=all", "--data.validation=x.txt"])
+    assert changes(earlier, now) == [
+        "data.validation: None -> 'x.txt'",
+        "model.keys: 'gated' -> 'all'",
+        "controller.settings: {'target_share': 0.5} -> {'target_share': 0.6}",
+    ]
+    assert changes(now, now) == []
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("training: {stepz: 3}", "'stepz'"),
+        ("trainin: {steps: 3}", "trainin"),
+        ("training: {steps: many}", r"training\.steps.*many"),
+        ("training: {steps: 1.5}", r"training\.steps.*1\.5"),
+        ("training: {bf16: 3}", r"training\.bf16.*3"),
+        ("training: {report_to: tensorboard}", r"training\.report_to.*tensorboard"),
+        ("model: {norms: post}", r"model\.norms.*sandwich.*pre.*post"),
+        ("data: {separate_documents: maybe}", r"data\.separate_documents.*maybe"),
+        ("training: 3", "training is 3; expected settings by name"),
+        ("training: null\noutput: x", "training is None; expected settings by name"),
+        ("- a\n- b", "cannot be used"),
+        ("", "cannot be used"),
+        ("training: {steps: [", "cannot be used"),
+        (b"\xff\xfe", "cannot be used.*utf-8"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, yaml: str | bytes, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(yaml if isinstance(yaml, bytes) else yaml.encode())
+    with pytest.raises(ValueError, match=r"(?s)the recipe cannot be used: .*" + message.replace("cannot be used", "")):
+        read_recipe(file)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "--training.learning_rat=1",
+        "--training.step=3",
+        "--trainin.steps=3",
+        "--training.stepz=3",
+        "--nonsense=1",
+        "nonsense",
+        "--training.steps",
+    ],
+)
+def test_overrides_that_are_no_settings_are_refused(override: str) -> None:
+    with pytest.raises(ValueError, match=r"the recipe cannot be used: .*" + override.split("=")[0]):
+        read_recipe(None, [override])
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.yaml"):
+        with pytest.raises(ValueError, match=r"there is no recipe at '.*'; expected a YAML file"):
+            read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        ("steps", (0, -1), (1,)),
+        ("batch_size", (0,), (1,)),
+        ("accumulation_steps", (0,), (1,)),
+        ("log_steps", (0,), (1,)),
+        ("checkpoints_kept", (0, -1), (1,)),
+        ("evaluation_steps", (-1,), (0,)),
+        ("save_steps", (-1,), (0,)),
+        ("learning_rate", (0.0, -1e-3, math.nan, math.inf), (1e-9,)),
+        ("gate_learning_rate_scale", (-0.1, math.nan), (0.0, 2.0)),
+        ("warmup_share", (-0.1, 1.0, math.nan), (0.0, 0.99)),
+        ("warmup_start", (-0.1, 1.1, math.nan), (0.0, 0.1, 1.0)),
+        ("beta1", (-0.1, 1.0, math.nan), (0.0,)),
+        ("beta2", (-0.1, 1.0, math.nan), (0.999,)),
+        ("epsilon", (0.0, -1e-8, math.nan), (1e-10,)),
+        ("weight_decay", (-0.1, math.nan, math.inf), (0.0,)),
+        ("clip_norm", (-1.0, math.nan), (0.0,)),
+        ("peak_flops", (0.0, -1.0, math.nan), (1e12,)),
+        ("seed", (-1, 2**32), (0, 2**32 - 1)),
+    ],
+)
+def test_settings_out_of_range_are_refused(name: str, bad: tuple, good: tuple) -> None:
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"training\.{name} is {value}; expected "):
+            TrainingSettings(**{name: value})
+        text = {"nan": ".nan", "inf": ".inf"}.get(str(value), str(value))
+        with pytest.raises(ValueError, match=rf"training\.{name} is {value}; expected "):
+            read_recipe(None, [f"--training.{name}={text}"])
+    for value in good:
+        assert asdict(read_recipe(None, [f"--training.{name}={value}"]).training)[name] == value
+
+
+# ---- help
+
+
+def explained(settings: type) -> dict[str, str]:
+    """What the docstring says of each field, without its white space."""
+    text = inspect.cleandoc(settings.__doc__ or "").split("Args:\n")[1]
+    entries = re.split(r"^    (?=\w+: )", text, flags=re.MULTILINE)[1:]
+    return {name: "".join(sentence.split()) for name, _, sentence in (entry.partition(": ") for entry in entries)}
+
+
+def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    for switch in ("--resume", "--accept_changes", "torchrun", "--output", "folder of the run"):
+        assert switch in out
+    entries = {entry.split()[0]: "".join(entry.split()) for entry in re.split(r"^  (?=--)", out, flags=re.MULTILINE)}
+    for group, settings in GROUPS.items():
+        sentences = explained(settings)
+        assert list(sentences) == [field.name for field in fields(settings)]
+        for name, sentence in sentences.items():
+            assert len(sentence) > 5 and sentence in entries[f"--{group}.{name}"], f"{group}.{name}"
