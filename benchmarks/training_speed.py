@@ -56,13 +56,15 @@ class StepTimes(TrainerCallback):
         self.last_s = time.perf_counter()
 
 
-def turn(model: nn.Module, recipe: Recipe, windows: TokenWindows, controller: Any) -> tuple[list[float], list[dict]]:
+def turn(
+    model: nn.Module, recipe: Recipe, windows: TokenWindows, tokenizer: Any, controller: Any
+) -> tuple[list[float], list[dict]]:
     """Train on for a few steps; seconds of each but the first ones, and our history."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(recipe.training, Path(folder))
         common: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": windows}
         if isinstance(model, MidskipForCausalLM):
-            trainer: Trainer = MidskipTrainer(controller, recipe.training, lambda module: {}, 1.0, **common)
+            trainer: Trainer = MidskipTrainer(controller, recipe.training, lambda module: {}, tokenizer, 1.0, **common)
         else:
             arguments.max_grad_norm = recipe.training.clip_norm
             trainer = Trainer(optimizers=(build_optimizer(model, recipe.training), None), **common)
@@ -103,7 +105,7 @@ def llama(recipe: Recipe, vocab_size: int) -> LlamaForCausalLM:
 
 
 def compare(
-    models: dict[str, tuple[nn.Module, Recipe, Any]], windows: TokenWindows, rounds: int
+    models: dict[str, tuple[nn.Module, Recipe, Any]], windows: TokenWindows, tokenizer: Any, rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Median step seconds, and what ran, of each model."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -111,7 +113,7 @@ def compare(
     for _ in range(rounds):
         for name in random.sample(list(models), len(models)):
             model, recipe, controller = models[name]
-            times, history = turn(model, recipe, windows, controller)
+            times, history = turn(model, recipe, windows, tokenizer, controller)
             seconds[name] += times
             ran[name] += history
     rows = {}
@@ -169,7 +171,7 @@ def main() -> None:
         ("documents together", ours | others, together),
         ("as the recipe says", ours, apart),
     ):
-        rows = result[kind] = compare(models, windows, arguments.rounds)
+        rows = result[kind] = compare(models, windows, tokenizer, arguments.rounds)
         ran, twin = rows["gated, trained"], rows["dense twin"]
         ran["flops_of_twin"] = ran["flops_per_token"] / twin["flops_per_token"]
         ran["time_of_twin"] = ran["step_seconds"] / twin["step_seconds"]

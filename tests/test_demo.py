@@ -73,6 +73,7 @@ def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(
 ) -> None:
     monkeypatch.setattr("midskip.train.run.write_picture", lambda path, *args: path.write_bytes(b"slow to draw"))
     monkeypatch.setattr("midskip.train.run.peak_flops", lambda arguments: (1e12, "slow to measure"))
+    monkeypatch.setattr("midskip.demo.generate", lambda model, tokenizer, prompt, **_: tokenizer(prompt)["input_ids"])
     first, _ = run(tmp_path / "demo", source, steps=1)
     with pytest.raises(DataError, match="There is nothing at"):
         run(tmp_path / "demo", source / "none")

@@ -35,7 +35,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def windows(tokenizer: PreTrainedTokenizerFast) -> TokenWindows:
-    ids = encode_documents(tokenizer, DOCUMENTS, progress=False)
+    ids = encode_documents(tokenizer, DOCUMENTS)
     stride = LENGTH - 1  # each window starts with the last token of the one before
     ids = ids[: (len(ids) - 5) // stride * stride + 5]
     return TokenWindows(ids, LENGTH, drop_last=False)
@@ -84,7 +84,7 @@ def test_loss_and_bits_per_byte_are_those_of_all_tokens(
         assert result["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-5)
         assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
         assert result["num_tokens"] == sum(map(len, sequences))
-        assert result["num_targets"] == targets == len(windows.token_ids) - 1, "each token once, but the first"
+        assert result["num_targets"] == targets == len(windows.shards[0]) - 1, "each token once, but the first"
     assert "bits_per_byte" not in evaluate(model, windows)
 
 
@@ -369,7 +369,7 @@ def test_the_command_takes_any_text(
     assert printed == (tmp_path / "numbers.json").read_text()
     assert len(printed.splitlines()) < 20, "a list is one line"
     read, tokenizer = load_run(folder)
-    ids = encode_documents(tokenizer, DOCUMENTS, progress=False)
+    ids = encode_documents(tokenizer, DOCUMENTS)
     apart = TokenWindows(ids, 64, drop_last=False, end_of_text=tokenizer.eos_token_id)
     expected = evaluate(read, apart, token_bytes(tokenizer))
     assert json.loads(printed) == expected

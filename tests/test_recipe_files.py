@@ -42,7 +42,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("fineweb").mkdir()
     for name, count in (("fineweb_train", 60), ("fineweb_val", 4)):
         with ShardWriter(Path("fineweb"), name, GPT2_TOKENS) as writer:
-            writer.write(encode_documents(tokenizer, documents[:count], progress=False).astype(np.uint16))
+            writer.write(encode_documents(tokenizer, documents[:count]).astype(np.uint16))
     return tmp_path
 
 

@@ -116,7 +116,7 @@ def shards(tmp_path: Path) -> Path:
     folder.mkdir()
     for name, some in (("train", documents[:50]), ("val", documents[50:])):
         with ShardWriter(folder, name, 257, shard_tokens=900) as writer:
-            writer.write(encode_documents(bytes_tokenizer(), some, progress=False))
+            writer.write(encode_documents(bytes_tokenizer(), some))
     return folder
 
 

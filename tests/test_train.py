@@ -277,12 +277,13 @@ def test_best_is_the_model_of_the_lowest_loss(make_recipe: MakeRecipe, monkeypat
 
 # ---- from outside
 
-OUTSIDE = '''
+POLICY = '''
 import torch
 from torch import nn
 
-from midskip.controllers import Controller
 from midskip.policies import Decision, Policy
+
+OPEN = torch.zeros(1)  # on the CPU, whoever imports this, and when
 
 
 class Alternate(Policy):
@@ -297,7 +298,12 @@ class Alternate(Policy):
         if layer % 2:
             return Decision()
         gate_N = (self.linear(h_ND).squeeze(1) + self.offset).clamp(0, 1)
-        return Decision(gate_N > 0, gate_N, gate_N)
+        return Decision(gate_N > OPEN, gate_N, gate_N)
+'''
+CONTROLLER = '''
+import torch
+
+from midskip.controllers import Controller
 
 
 class Rising(Controller):
@@ -318,10 +324,11 @@ class Rising(Controller):
 def test_a_policy_and_a_controller_from_outside(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "outside_author.py").write_text(OUTSIDE)
+    (tmp_path / "outside_policy.py").write_text(POLICY)
+    (tmp_path / "outside_controller.py").write_text(CONTROLLER)
     monkeypatch.syspath_prepend(str(tmp_path))
-    model = {"policy": "outside_author:Alternate", "policy_settings": {"offset": 0.1}}
-    recipe = make_recipe("outside_author:Rising", {"step": 0.25}, model=model, steps=3, save_steps=3)
+    model = {"policy": "outside_policy:Alternate", "policy_settings": {"offset": 0.1}}
+    recipe = make_recipe("outside_controller:Rising", {"step": 0.25}, model=model, steps=3, save_steps=3)
     recipe.save(tmp_path / "recipe.yaml")
     report = train(read_recipe(tmp_path / "recipe.yaml"), console=QUIET)
     share = report["validation"]["share_by_layer"]

@@ -51,7 +51,7 @@ def _fail(message: str, status: int) -> int:
     from midskip.report.page import visible
 
     line = visible("midskip: error: " + re.sub(r"\s*\n\s*", " ", message))
-    Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(line, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
     return status
 
 

@@ -3,6 +3,8 @@
 import importlib
 import inspect
 
+import torch
+
 
 def load_class(path: str, base: type, kind: str, names: tuple[str, ...]) -> type:
     """The class at "package.module:Class".
@@ -21,7 +23,8 @@ def load_class(path: str, base: type, kind: str, names: tuple[str, ...]) -> type
         known = ", ".join(map(repr, names))
         raise ValueError(f"unknown {kind} {path!r}; expected one of {known} or 'package.module:Class'")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        with torch.device("cpu"):  # `from_pretrained` builds models on "meta"; what a module makes for itself is real
+            found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{kind} {path!r} cannot be loaded: {error}; is its module installed?") from error
     if not (inspect.isclass(found) and issubclass(found, base)):

@@ -64,10 +64,6 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
                 "length or a smaller batch."
             )
 
-    @property
-    def token_ids(self) -> np.ndarray:
-        return self.shards[0]
-
     def __len__(self) -> int:
         return self._first[-1]
 

@@ -159,8 +159,9 @@ class Block(nn.Module):
             [N, D], the new hidden states of the tokens present.
         """
         assert queries.rotary and keys.rotary, "the model sets the angles before the first block"
-        # 0 and 1 tokens would each be compiled apart, and there is nothing to gain there
-        before, after = _halves(self.backend if x_ND.shape[0] > 1 else None)
+        before, after = Block._before, Block._after
+        if self.backend is not None and x_ND.shape[0] > 1:  # 0 and 1 would each be compiled apart, for nothing
+            before, after = _compiled(self.backend)
         rows_N = None if others_MD is None else queries.rows_N
         q_NHJ, k_MGJ, v_MGJ = before(self, x_ND, others_MD, rows_N, queries.rotary, keys.rotary, key_gate_M)
         out_NHJ = attend(q_NHJ, k_MGJ, v_MGJ, queries, keys, self.self_attn.head_width)
@@ -195,10 +196,7 @@ def compile_blocks(layers: Iterable[nn.Module], backend: str = "inductor") -> No
 
 
 @cache
-def _halves(backend: str | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What stands before and after attention: functions of a block, which can so still be copied and pickled."""
-    halves = Block._before, Block._after
-    if backend is None:
-        return halves
-    before, after = (torch.compile(half, dynamic=True, backend=backend) for half in halves)
+def _compiled(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The halves of a block, as functions of it, so that it can still be copied and pickled."""
+    before, after = (torch.compile(half, dynamic=True, backend=backend) for half in (Block._before, Block._after))
     return before, after

@@ -22,6 +22,7 @@ from midskip.data import DataError, TokenWindows, token_bytes
 from midskip.data.prepared import Prepared
 from midskip.evaluate import depth_of_tokens, evaluate
 from midskip.model import MidskipForCausalLM
+from midskip.nn.layers import compile_blocks
 from midskip.report import write_page, write_picture
 from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json
 from midskip.train.checkpoints import (
@@ -104,8 +105,7 @@ def train(
         # transformers 5.23 renamed it and warns of the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if settings.compile:
-        for block in model.model.layers:
-            block.forward = torch.compile(block.forward, dynamic=True)
+        compile_blocks(model.model.layers)
     num_bytes = _token_bytes(text.tokenizer)
 
     def measure(module: MidskipForCausalLM) -> dict[str, Any]:
