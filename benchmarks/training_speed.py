@@ -36,7 +36,7 @@ from midskip.model import MidskipForCausalLM
 from midskip.runs import RECIPE_FILE, load_run
 from midskip.train.optimizer import build_optimizer
 from midskip.train.recipe import Recipe, read_recipe
-from midskip.train.run import _arguments
+from midskip.train.run import training_arguments
 from midskip.train.text import cut_windows, open_text
 from midskip.train.trainer import MidskipTrainer
 
@@ -61,7 +61,7 @@ def turn(
 ) -> tuple[list[float], list[dict]]:
     """Train on for a few steps; seconds of each but the first ones, and our history."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = _arguments(recipe.training, Path(folder))
+        arguments = training_arguments(recipe.training, Path(folder))
         common: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": windows}
         if isinstance(model, MidskipForCausalLM):
             trainer: Trainer = MidskipTrainer(controller, recipe.training, lambda module: {}, tokenizer, 1.0, **common)

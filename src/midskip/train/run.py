@@ -69,7 +69,7 @@ def train(
     controller = recipe.build_controller()
     _count_parameters(recipe, controller)  # what is wrong with the model is found before the text is read
     _check_reporters(settings.report_to)
-    arguments = _arguments(settings, folder)  # joins the other processes, if there are any
+    arguments = training_arguments(settings, folder)
     is_first = arguments.process_index == 0
     console = console or Console(stderr=True)
     console = console if is_first else Console(quiet=True)
@@ -291,7 +291,8 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
     return None
 
 
-def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
+def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
+    """The settings as transformers has them; making them joins the other processes, if there are any."""
     on_cpu = not torch.cuda.is_available()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         raise ValueError(
