@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,9 @@ def utilisation(bench: Bench) -> None:
     whole = layers.attend
     for compiled in (False, True):
         for name, build in {
-            "ours": lambda: ours(bench, PAPER, compiled, **dense),  # noqa: B023
-            "llama": lambda: llama(bench, PAPER, compiled),  # noqa: B023
-            "ours, norms as in llama": lambda: ours(bench, PAPER, compiled, **dense, norms="pre"),  # noqa: B023
+            "ours": partial(ours, bench, PAPER, compiled, **dense),
+            "llama": partial(llama, bench, PAPER, compiled),
+            "ours, norms as in llama": partial(ours, bench, PAPER, compiled, **dense, norms="pre"),
         }.items():
             with bench.attempt(model=name, compiled=compiled):
                 measure(name, compiled, build())

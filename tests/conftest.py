@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from sample_text import sample_documents
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from midskip import MidskipConfig, MidskipForCausalLM
@@ -165,3 +167,19 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[MidskipTrainer]:
 
     monkeypatch.setattr("midskip.train.run.MidskipTrainer", Seen)
     return made
+
+
+@pytest.fixture(scope="session")
+def learnt() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the sample text."""
+    from midskip.data import train_tokenizer
+
+    return train_tokenizer(sample_documents(), 320)
+
+
+@pytest.fixture(params=["bpe", "bytes"])
+def lossless(request: pytest.FixtureRequest, learnt: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer that loses nothing of any text, of either kind."""
+    from midskip.data import bytes_tokenizer
+
+    return learnt if request.param == "bpe" else bytes_tokenizer()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from sample_text import sample_documents
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -33,20 +34,6 @@ TEXTS = [
     f"a {END_OF_TEXT} b{END_OF_TEXT}",
     "".join(map(chr, range(256))),
 ]
-
-
-def sample_documents(count: int = 40) -> list[str]:
-    return [f"Document {i} says that layer {i * 7 % 11} was left out.\n\nAnd so on, {i}.\n" for i in range(count)]
-
-
-@pytest.fixture(scope="module")
-def learnt() -> PreTrainedTokenizerFast:
-    return train_tokenizer(sample_documents(), 320)
-
-
-@pytest.fixture(params=["bpe", "bytes"])
-def lossless(request: pytest.FixtureRequest, learnt: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    return learnt if request.param == "bpe" else bytes_tokenizer()
 
 
 def test_each_document_follows_the_end_of_text(lossless: PreTrainedTokenizerFast) -> None:

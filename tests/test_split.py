@@ -1,12 +1,9 @@
 """The split of documents into training and validation text."""
 
 import pytest
+from sample_text import sample_documents
 
 from midskip.data import DataError, split, split_documents, split_stream
-
-
-def sample_documents(count: int = 40) -> list[str]:
-    return [f"Document {i} says that layer {i * 7 % 11} was left out.\n\nAnd so on, {i}.\n" for i in range(count)]
 
 
 def test_the_split_depends_on_nothing_but_each_text() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sample_text import sample_documents
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -40,21 +41,7 @@ ODD_TEXTS = [
 ]
 
 
-def sample_documents(count: int = 40) -> list[str]:
-    return [f"Document {i} says that layer {i * 7 % 11} was left out.\n\nAnd so on, {i}.\n" for i in range(count)]
-
-
-@pytest.fixture(scope="module")
-def learnt() -> PreTrainedTokenizerFast:
-    return train_tokenizer(sample_documents(), 320)
-
-
 # The tokenizer
-
-
-@pytest.fixture(params=["bpe", "bytes"])
-def lossless(request: pytest.FixtureRequest, learnt: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    return learnt if request.param == "bpe" else bytes_tokenizer()
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)

@@ -275,6 +275,22 @@ def test_best_is_the_model_of_the_lowest_loss(make_recipe: MakeRecipe, monkeypat
     assert evaluate(model, validation, token_bytes(tokenizer), 2)["loss"] == found[best - 1]
 
 
+@pytest.mark.parametrize("evaluation_steps, num_passes", [(0, 1), (2, 2), (3, 2)])
+def test_a_model_is_evaluated_once(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, evaluation_steps: int, num_passes: int
+) -> None:
+    """Also where a run ends with a step that is evaluated: 4 is one, for every 2 steps."""
+    seen = []
+
+    def counted(*arguments: Any, **more: Any) -> dict[str, Any]:
+        seen.append(arguments)
+        return evaluate(*arguments, **more)
+
+    monkeypatch.setattr("midskip.train.run.evaluate", counted)
+    train(make_recipe(steps=4, evaluation_steps=evaluation_steps), console=QUIET)
+    assert len(seen) == num_passes
+
+
 # ---- from outside
 
 POLICY = '''

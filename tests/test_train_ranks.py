@@ -217,7 +217,9 @@ def test_two_ranks_train_as_one_with_twice_the_batch(ranks: Ranks, name: str) ->
     assert states[0].keys() == states[1].keys() and (name != "budget" or states[1]["num_updates"] == 6)
     for key in states[0]:
         assert states[1][key] == pytest.approx(states[0][key], rel=1e-4)
-    scheduler = [torch.load(Path(recipe.output, "checkpoint-6", "scheduler.pt")) for recipe in (one, two)]
+    scheduler = [
+        torch.load(Path(recipe.output, "checkpoint-6", "scheduler.pt"), weights_only=True) for recipe in (one, two)
+    ]
     assert scheduler[0]["_last_lr"] == scheduler[1]["_last_lr"] and scheduler[1]["last_epoch"] == 6
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import set_seed
+from transformers.trainer_pt_utils import safe_globals
 
 from midskip import MidskipForCausalLM
 from midskip.data import TokenWindows
@@ -86,7 +87,8 @@ def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 def state_of(file: Path) -> Any:
     """What `torch.save` wrote, with every tensor and array as (dtype, shape, bytes), so that == compares bits."""
-    return _plain(torch.load(file, weights_only=False))
+    with safe_globals():
+        return _plain(torch.load(file, weights_only=True))
 
 
 def _plain(value: Any) -> Any:

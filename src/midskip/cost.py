@@ -191,7 +191,7 @@ class Meter:
 
     def _on_block(self, layer: int) -> Any:
         def count(block: Block, arguments: tuple[Any, ...], output: Tensor) -> None:
-            if _is_backward():
+            if is_backward():
                 return
             x_ND, others_MD, queries, keys, _, key_gate_M = arguments
             work = LayerWork.of(queries, keys, key_gate_M is not None)
@@ -203,16 +203,16 @@ class Meter:
         return count
 
     def _on_policy(self, policy: Policy, arguments: tuple[Any, ...], output: Any) -> None:
-        if _is_backward():
+        if is_backward():
             return
         layer, _, state, layout = arguments
         self.lengths += layout.lengths if layer == 0 else []
         self.policy_flops += policy.flops(layer, state, layout)
 
     def _on_head(self, head: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        self.head_rows += 0 if _is_backward() else output.shape[:-1].numel()
+        self.head_rows += 0 if is_backward() else output.shape[:-1].numel()
 
 
-def _is_backward() -> bool:
-    """Whether this runs within a backward pass, as recomputation does."""
+def is_backward() -> bool:
+    """Whether this runs within a backward pass, as what gradient checkpointing runs again does."""
     return torch._C._current_graph_task_id() != -1

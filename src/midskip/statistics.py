@@ -9,6 +9,19 @@ import torch
 from torch import Tensor
 
 
+def valid_of(values_LBT: Tensor, valid_BT: Tensor | None) -> Tensor:
+    """`valid_BT`, or True everywhere for None. ValueError unless it is torch.bool [B, T] of the values."""
+    shape_BT = values_LBT.shape[1:]
+    if valid_BT is None:
+        return torch.ones(shape_BT, dtype=torch.bool, device=values_LBT.device)
+    if valid_BT.dtype != torch.bool or valid_BT.shape != shape_BT:
+        raise ValueError(
+            f"valid must be torch.bool {list(shape_BT)}, to go with values {list(values_LBT.shape)}, "
+            f"got {valid_BT.dtype} {list(valid_BT.shape)}"
+        )
+    return valid_BT
+
+
 class LayerStatistics:
     """Mean and population variance, by layer, of named quantities that each valid token has at each layer.
 
@@ -34,13 +47,7 @@ class LayerStatistics:
         """
         if values_LBT.dim() != 3:
             raise ValueError(f"{name!r} must be [layers, sequences, positions], got {list(values_LBT.shape)}")
-        if valid_BT is None:
-            valid_BT = torch.ones(values_LBT.shape[1:], dtype=torch.bool, device=values_LBT.device)
-        elif valid_BT.dtype != torch.bool or valid_BT.shape != values_LBT.shape[1:]:
-            raise ValueError(
-                f"valid must be torch.bool {list(values_LBT.shape[1:])}, as {name!r} has it, "
-                f"got {valid_BT.dtype} {list(valid_BT.shape)}"
-            )
+        valid_BT = valid_of(values_LBT, valid_BT)
         values_LBT = values_LBT.detach().double().where(valid_BT, 0.0)
         count_L = valid_BT.sum().double().expand(len(values_LBT))
         sums_3L = torch.stack([count_L, values_LBT.sum((1, 2)), values_LBT.square().sum((1, 2))])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from midskip.policies.base import Policy
+from midskip.statistics import valid_of
 
 
 class Controller:
@@ -123,13 +124,7 @@ class Controller:
                 f"gates must be floating point [{self.num_layers} layers, sequences, positions], "
                 f"got {gates_LBT.dtype} {list(gates_LBT.shape)}"
             )
-        if valid_BT is None:
-            valid_BT = torch.ones(gates_LBT.shape[1:], dtype=torch.bool, device=gates_LBT.device)
-        elif valid_BT.dtype != torch.bool or valid_BT.shape != gates_LBT.shape[1:]:
-            raise ValueError(
-                f"valid must be torch.bool {list(gates_LBT.shape[1:])}, to go with the gates, "
-                f"got {valid_BT.dtype} {list(valid_BT.shape)}"
-            )
+        valid_BT = valid_of(gates_LBT, valid_BT)
         gates_LBT = gates_LBT.to(torch.promote_types(gates_LBT.dtype, torch.float32))
         # Sums of what `where` leaves, not an index: for that the CPU must wait for a GPU to count tokens.
         count = valid_BT.sum()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from midskip.cost import Meter
+from midskip.cost import Meter, is_backward
 from midskip.model import MidskipForCausalLM
 from midskip.statistics import LayerStatistics
 
@@ -94,8 +94,8 @@ class Watch:
     def _on_block(self, layer: int) -> Any:
         @torch.no_grad()
         def look(block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            if torch._C._current_graph_task_id() != -1:
-                return  # worked out again in a backward pass
+            if is_backward():
+                return
             for sums_L, h_ND in zip(self._sums_2L, (arguments[0], output), strict=True):
                 norm_N = torch.linalg.vector_norm(h_ND.detach(), dim=-1, dtype=torch.float32).double()
                 count = norm_N.new_tensor(float(norm_N.numel()))

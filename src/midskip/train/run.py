@@ -128,7 +128,7 @@ def train(
         finally:
             progress.bar.stop()
         trainer.check_weights()
-    metrics = measure(trainer.bare_model)
+    metrics = trainer.metrics()
     if settings.evaluation_steps:
         trainer.keep_best(metrics["loss"])
     if not is_first:
@@ -210,8 +210,8 @@ def _first_goes_first(arguments: TrainingArguments) -> Iterator[None]:
             raise ValueError(failure[0])
     try:
         yield
-    except Exception as error:
-        failure = [str(error)]
+    except BaseException as error:  # an interrupt too: else the others would go on alone
+        failure = [str(error) or type(error).__name__]
         raise
     finally:
         if not alone and is_first:

@@ -64,6 +64,7 @@ class MidskipTrainer(Trainer):
         self.controller, self.measure, self.tokenizer, self.peak_flops = controller, measure, tokenizer, peak_flops
         self.step = StepRecord()
         self.history: list[dict[str, Any]] = []
+        self._measured: tuple[int, dict[str, Any]] | None = None  # the step, and what was measured after it
         self.add_callback(_AroundStep(self))
 
     @property
@@ -110,12 +111,18 @@ class MidskipTrainer(Trainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The metrics of `measure` on all held-out text, the regulariser never among them."""
-        result = self.measure(self.bare_model)
+        result = self.metrics()
         self.keep_best(result["loss"])
         metrics = {f"{metric_key_prefix}_{name}": float(v) for name, v in result.items() if not isinstance(v, list)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def metrics(self) -> dict[str, Any]:
+        """What `measure` gives after the step that was taken last; measured once, also where a run ends with it."""
+        if self._measured is None or self._measured[0] != self.state.global_step:
+            self._measured = self.state.global_step, self.measure(self.bare_model)
+        return self._measured[1]
 
     def keep_best(self, loss: float) -> None:
         """Save the model, weights alone, if no evaluation was better; each file is replaced as a whole."""

@@ -1,0 +1,5 @@
+"""Documents for the tests of text, and tokenizers that lose nothing of any."""
+
+
+def sample_documents(count: int = 40) -> list[str]:
+    return [f"Document {i} says that layer {i * 7 % 11} was left out.\n\nAnd so on, {i}.\n" for i in range(count)]
