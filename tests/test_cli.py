@@ -94,7 +94,7 @@ def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) ->
         assert main(arguments) == 0
         out = capsys.readouterr().out
         assert out.startswith("usage: midskip COMMAND")
-        assert all(f"  {command} " in out for command in ("demo", "prepare", "train", "evaluate", "generate"))
+        assert all(f"  {command} " in out for command in cli.COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,10 @@ def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) ->
         ("demo", ["--output", "--steps", "--source", "pydocs"]),
         ("prepare", ["source", "--output", "--tokenizer", "--validation_share", "--max_tokens", "--shard_tokens"]),
         ("train", ["RECIPE.yaml", "--resume", "--accept_changes", "--training.learning_rate", "width of the hidden"]),
-        ("evaluate", ["--data", "--batch_size", "--output"]),
-        ("generate", ["--prompt", "--temperature", "--top_k", "--seed", "--max_new_tokens"]),
+        ("calibrate", ["--data", "--lowest", "--max_tokens", "--batch_size", "--name"]),
+        ("evaluate", ["--data", "--batch_size", "--output", "--budgets", "--picture"]),
+        ("generate", ["--prompt", "--temperature", "--seed", "--budget", "--ceiling", "--on_drift"]),
+        ("bench", ["--tasks", "--batch_sizes", "--shares", "--dtypes", "--gates", "--run", "--shape", "--output"]),
     ],
 )
 def test_every_command_has_help(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +116,8 @@ def test_every_command_has_help(command: str, words: list[str], capsys: pytest.C
         assert end.code == 0
     out = capsys.readouterr().out
     assert f"midskip {command}" in out and [word for word in words if word not in out] == []
-    assert set(cli.COMMANDS) == {"demo", "prepare", "train", "evaluate", "generate"}, "else a command is not tested"
+    tested = {"demo", "prepare", "train", "calibrate", "evaluate", "generate", "bench"}
+    assert set(cli.COMMANDS) == tested, "else a command is not tested"
 
 
 # What works
@@ -237,7 +240,8 @@ def test_an_error_is_one_line_of_harmless_text(error: Callable[..., str], tmp_pa
 
 
 def test_commands_and_options_that_are_none(error: Callable[..., str], place: Path) -> None:
-    assert error("trian") == "there is no command 'trian'; expected one of demo, prepare, train, evaluate, generate"
+    expected = "expected one of demo, prepare, train, evaluate, calibrate, generate, bench"
+    assert error("trian") == f"there is no command 'trian'; {expected}"
     for command, *arguments in (
         ("demo", "--step", "3"),
         ("demo", "--steps", "0"),

@@ -198,19 +198,6 @@ def test_meter_lets_go_after_an_error(make_model: Make) -> None:
     assert meter.num_tokens == 0
 
 
-def test_meter_under_generate(make_model: Make) -> None:
-    model, ids_BT = make_model(dtype=torch.float32).eval(), torch.randint(31, (2, 5))
-    with Meter(model) as meter:
-        generated_BT = model.generate(ids_BT, max_new_tokens=3, do_sample=False)
-    assert meter.num_tokens == 2 * (5 + 6 + 7) and meter.head_rows == 2 * 3
-    expected = Flops()
-    for length in (5, 6, 7):  # each step is a full pass, the head at the last token
-        with Meter(model) as step:
-            model(generated_BT[:, :length], logits_to_keep=1)
-        expected += step.flops()
-    assert meter.flops() == expected
-
-
 def test_gated_keys_cost_one_feature_a_head(tiny: Callable[..., MidskipConfig]) -> None:
     config = tiny()
     plain, gated = (block_flops(config, LayerWork(3, 3, 6, 9, gated)) for gated in (False, True))

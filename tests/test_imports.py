@@ -12,11 +12,12 @@ import midskip
 
 PACKAGE = Path(midskip.__file__).parent
 ORDER = (
-    ("config", "plugins", "statistics", "nn"),
-    ("policies", "controllers"),
+    ("config", "plugins", "statistics", "budget", "nn"),
+    ("policies", "controllers", "cache"),
+    ("outputs", "decoding"),
     ("model",),
-    ("cost", "data", "convert", "testing", "report", "runs"),
-    ("evaluate", "generate", "bench"),
+    ("cost", "energy", "data", "convert", "testing", "report", "runs"),
+    ("evaluate", "calibrate", "generate", "bench"),
     ("train",),  # a run ends with its own evaluation and report
     ("demo",),
     ("cli", "__main__"),
@@ -97,8 +98,10 @@ def test_nn_knows_torch_alone(name: str) -> None:
 def test_the_plain_twin_is_for_tests_only() -> None:
     for name in MODULES:
         if not name.startswith("midskip.testing"):
-            users = [other for other in inner(name) if other.startswith("midskip.testing")]
-            assert users in ([], ["midskip.testing.policies"]), f"{name} imports {users}"
+            used = [other for other in inner(name) if other.startswith("midskip.testing")]
+            # nothing is timed that does not agree with it; there no user's path leads through it
+            allowed = ["midskip.testing"] if name == "midskip.bench.agree" else ["midskip.testing.policies"]
+            assert used in ([], allowed), f"{name} imports {used}"
 
 
 def test_nothing_heavy_is_loaded_by_the_model() -> None:

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from midskip import MidskipConfig, MidskipForCausalLM, MidskipModel
 from midskip.testing import naive_forward
@@ -116,9 +115,10 @@ def test_return_dict_false_gives_a_tuple(make_model: Make) -> None:
     model, ids_BT = make_model().eval(), prompt(2, 5)
     output = model(ids_BT, labels=ids_BT)
     found = model(ids_BT, labels=ids_BT, return_dict=False)
-    assert isinstance(found, tuple) and len(found) == 4
-    for got, expected in zip(found, (output.loss, output.logits, output.gates, output.depth_scores), strict=True):
+    assert isinstance(found, tuple) and len(found) == 5
+    for got, expected in zip(found, (output.loss, output.logits, output.gates, output.depth_scores), strict=False):
         assert torch.equal(got, expected)
+    assert found[4] == output.executed_share
     assert isinstance(model.model(ids_BT, return_dict=False), tuple)
 
 
@@ -370,8 +370,8 @@ def by_hand(model: MidskipForCausalLM, ids_BT: Tensor, steps: int) -> Tensor:
 def test_greedy_generation_is_full_forwards(make_model: Make) -> None:
     model, ids_BT = make_model(dtype=torch.float32).eval(), prompt(2, 5)
     expected = by_hand(model, ids_BT, 8)
-    assert torch.equal(model.generate(ids_BT, max_new_tokens=8, do_sample=False), expected)
-    assert torch.equal(model.generate(ids_BT, max_new_tokens=8, do_sample=False, use_cache=True), expected)
+    for use_cache in (True, False):
+        assert torch.equal(model.generate(ids_BT, max_new_tokens=8, do_sample=False, use_cache=use_cache), expected)
     assert len(expected[:, 5:].unique()) > 2
     found = model.generate(
         ids_BT, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True,
@@ -430,22 +430,6 @@ def test_generation_stops_at_the_end_token(make_model: Make) -> None:
     assert found == free[: free.index(end) + 1]
 
 
-@pytest.mark.filterwarnings("ignore:.*cache_implementation.*")
-def test_caches_are_refused(make_model: Make) -> None:
-    model, ids_BT = make_model(dtype=torch.float32).eval(), prompt(1, 5)
-    with pytest.raises(ValueError, match="use_cache is True; midskip has no key-value cache yet"):
-        model(ids_BT, use_cache=True)
-    model(ids_BT, use_cache=False)
-    refused: list[dict[str, Any]] = [{"past_key_values": DynamicCache()}, {"cache_implementation": "static"}]
-    for options in refused:
-        with pytest.raises(ValueError, match="no key-value cache yet: leave out past_key_values and cache_impl"):
-            model.generate(ids_BT, max_new_tokens=2, **options)
-    with pytest.raises(TypeError, match="past_key_values"):
-        model(ids_BT, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="give input_ids: midskip has no key-value cache yet"):
-        model.generate(inputs_embeds=model.model.embed_tokens(ids_BT), max_new_tokens=2)
-
-
 # ---- clear errors
 
 
@@ -487,7 +471,10 @@ def test_the_longest_input_works_and_generation_past_it_is_refused(make_model: M
     model = make_model(dtype=torch.float32, max_position_embeddings=12).eval()
     assert model(prompt(1, 12)).logits.shape == (1, 12, 31)
     with pytest.raises(ValueError, match="has 13 tokens and this model takes at most 12"):
-        model.generate(prompt(1, 8), max_new_tokens=9, do_sample=False)
+        model(prompt(1, 13))
+    with pytest.raises(ValueError, match="prompt and new tokens make 14 tokens; this model takes at most 12 and one"):
+        model.generate(prompt(1, 8), max_new_tokens=6, do_sample=False)
+    assert model.generate(prompt(1, 8), max_new_tokens=5, do_sample=False).shape == (1, 13)
 
 
 def test_blocks_stay_whole_when_a_model_is_split(make_model: Make) -> None:

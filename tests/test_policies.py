@@ -260,6 +260,28 @@ class KnowsTheLength(Threshold):
         return super().scores(layer, h_ND, layout) * length_N / 10
 
 
+class ReadsItsPast(Threshold):
+    """Of each sequence, the token before; nothing else is wrong with it."""
+
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        follows_N = layout.sequence_N == layout.sequence_N.roll(1)
+        follows_N[:1] = False
+        return super().scores(layer, h_ND + torch.where(follows_N[:, None], h_ND.roll(1, 0), 0), layout)
+
+
+class ReadsItsPastAndSaysSo(ReadsItsPast):
+    looks_back = True
+
+
+class AsksForItsFirstToken(Threshold):
+    """It is not there where a pass goes on from a cache."""
+
+    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+        if layout.position_N[layout.rank_N == 0].any():
+            raise RuntimeError("where is it")
+        return super().scores(layer, h_ND, layout)
+
+
 class SlopeWithoutEnd(Threshold):
     """At its start the weight is 0 in one layer: the square root's slope is infinite there."""
 
@@ -322,9 +344,10 @@ class ForgetsATensor(Threshold):
         return super().scores(layer, h_ND, layout) * self.direction[layer]
 
 
+@pytest.mark.parametrize("policy", [Threshold, ReadsItsPastAndSaysSo])
 @pytest.mark.parametrize("keys", ["gated", "all"])
-def test_what_the_lawless_are_made_from_is_lawful(keys: str) -> None:
-    check_policy(f"{__name__}:Threshold", num_layers=4, keys=keys, seed=3)
+def test_what_the_lawless_are_made_from_is_lawful(policy: type[Policy], keys: str) -> None:
+    check_policy(f"{__name__}:{policy.__name__}", num_layers=4, keys=keys, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +373,8 @@ def test_what_the_lawless_are_made_from_is_lawful(keys: str) -> None:
         (SeesItsBatchMates, "batch", "sequence . of a batch, and the same alone"),
         (CountsPads, "batch", "2 more pads on the left"),
         (KnowsTheLength, "prefix", "the first 1 of 7 tokens alone"),
+        (ReadsItsPast, "decode", "1 columns at a time .* set looks_back = True.*; gates differ by"),
+        (AsksForItsFirstToken, "decode", "the former fails: where is it; if the policy reads the past, set looks_back"),
         (SlopeWithoutEnd, "finite gradients", "gets a gradient that is not finite"),
         (UnusedParameter, "finite gradients", "model.policy.spare gets no gradient in training, not even 0"),
         (GradientByBatchSize, "packed = naive", "the gradients of .* differ by"),

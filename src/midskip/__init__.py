@@ -2,9 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from midskip.cache import SkipCache
 from midskip.config import MidskipConfig
 from midskip.controllers import build_controller
-from midskip.cost import Meter
+from midskip.cost import Meter, meter
 from midskip.model import MidskipForCausalLM, MidskipModel
 
 AutoConfig.register("midskip", MidskipConfig)
@@ -12,4 +13,12 @@ AutoModel.register(MidskipConfig, MidskipModel)
 AutoModelForCausalLM.register(MidskipConfig, MidskipForCausalLM)
 
 __version__ = "0.1.0"
-__all__ = ["Meter", "MidskipConfig", "MidskipForCausalLM", "MidskipModel", "build_controller"]
+__all__ = [
+    "Meter",
+    "MidskipConfig",
+    "MidskipForCausalLM",
+    "MidskipModel",
+    "SkipCache",
+    "build_controller",
+    "meter",
+]

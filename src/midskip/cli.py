@@ -1,4 +1,6 @@
-"""The command line: midskip demo | prepare | train | evaluate | generate."""
+"""The command line: midskip demo | prepare | train | evaluate | calibrate | generate | bench."""
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -6,18 +8,33 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import transformers
 from rich.console import Console
+
+from midskip.budget import ON_DRIFT, BudgetDriftError
+
+if TYPE_CHECKING:  # else `--help` would wait for them
+    from transformers import PreTrainedTokenizerBase
+
+    from midskip.data import TokenWindows
+    from midskip.model import MidskipForCausalLM
 
 COMMANDS = {
     "demo": "train a gated model and its dense twin in minutes, and compare them",
     "prepare": "turn text into shards of tokens",
     "train": "train a model from a recipe",
     "evaluate": "loss and work of a trained model on text",
+    "calibrate": "measure what a budget at run time costs, and save it with the model",
     "generate": "go on with a prompt, coloured by the depth each token used",
+    "bench": "time prefill, decode and training against Llama of the same shape, with the work that really ran",
 }
+
+HELD_OUT = "held-out text of the run"
+_SHAPE = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,12 +52,18 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time here
     transformers.utils.logging.set_verbosity_error()
     try:
-        {"demo": _demo, "prepare": _prepare, "train": _train, "evaluate": _evaluate, "generate": _generate}[command](
-            rest
-        )
+        {
+            "demo": _demo,
+            "prepare": _prepare,
+            "train": _train,
+            "evaluate": _evaluate,
+            "calibrate": _calibrate,
+            "generate": _generate,
+            "bench": _bench,
+        }[command](rest)
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
-    except FloatingPointError as error:
+    except (FloatingPointError, BudgetDriftError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -129,43 +152,106 @@ def _evaluate(arguments: list[str]) -> None:
         epilog="On several devices: torchrun --nproc-per-node=N -m midskip.cli evaluate ...",
         allow_abbrev=False,
     )
-    parser.add_argument("run", help="run folder")
-    parser.add_argument(
-        "--data", help="text, as `midskip prepare` takes it, all of it used; by default the run's own held-out text"
-    )
-    parser.add_argument("--batch_size", type=_at_least_one, default=8, help="windows a pass (default: %(default)s)")
+    _add_text(parser)
     parser.add_argument("--output", type=Path, help="also write the numbers to this file")
+    parser.add_argument(
+        "--budgets", type=_numbers, help="shares of blocks, as 0.3,0.5,1: also loss at each, beside the calibration's"
+    )
+    parser.add_argument("--picture", type=Path, help="with --budgets: also draw loss against the share that ran (PNG)")
     options = parser.parse_args(arguments)
-    from midskip.data import DataError, TokenWindows, encode_source, end_of_text_id, token_bytes
+    if options.picture and not options.budgets:
+        raise ValueError("--picture draws loss at several budgets: give --budgets too")
+    if options.picture and not options.picture.parent.is_dir():
+        raise ValueError(f"there is no folder {str(options.picture.parent)!r} to draw the picture into: make it first")
+    from midskip.calibrate import factors_for, loss_by_budget
+    from midskip.data import DataError, token_bytes
     from midskip.evaluate import evaluate, joined_ranks
-    from midskip.runs import RECIPE_FILE, load_run, to_json
-    from midskip.train.recipe import DataSettings, read_recipe
-    from midskip.train.text import cut_windows, open_text
+    from midskip.report import budget_table, write_curves
+    from midskip.runs import load_run, to_json
 
     with joined_ranks() as rank:
         model, tokenizer = load_run(options.run)
-        recipe_file = Path(options.run) / RECIPE_FILE
-        if options.data is None and not recipe_file.is_file():
-            raise ValueError(f"{options.run!r} has no {RECIPE_FILE} that names its held-out text: give text by --data")
-        settings = read_recipe(recipe_file).data if recipe_file.is_file() else DataSettings()
+        calibration = factors_for(model, options.budgets)[0] if options.budgets else None
         console = Console(stderr=True, quiet=rank > 0)
-        if options.data is None:
-            text = open_text(settings, Path(options.run), console)
-            windows = cut_windows(text, settings)[1]
-        else:
-            ids = encode_source(tokenizer, options.data, console=console)
-            end_of_text = end_of_text_id(tokenizer) if settings.separate_documents else None
-            windows = TokenWindows(ids, model.config.max_position_embeddings, drop_last=False, end_of_text=end_of_text)
+        windows = _text(options, model, tokenizer, console)
         num_bytes = None
         with suppress(DataError):  # not every kind of tokenizer tells
             num_bytes = token_bytes(tokenizer)
         result = evaluate(model, windows, num_bytes, options.batch_size, progress=True)
+        if calibration:
+            result["budgets"] = loss_by_budget(model, windows, options.budgets, options.batch_size, progress=True)
     if rank:
         return
     numbers = to_json(result)
     print(numbers)
     if options.output:
         options.output.write_text(numbers + "\n", encoding="utf-8")
+    if calibration:
+        console.print(budget_table(result["budgets"], options.data or HELD_OUT))
+    if calibration and options.picture:
+        here = [(row["executed_share"], row["loss"]) for row in result["budgets"]]
+        there = list(zip(calibration.share, calibration.loss, strict=True))
+        write_curves(options.picture, [(calibration.text, there), (options.data or HELD_OUT, here)])
+
+
+def _calibrate(arguments: list[str]) -> None:
+    parser = _Parser("midskip calibrate", description=COMMANDS["calibrate"], allow_abbrev=False)
+    _add_text(parser, ", but text like the prompts to come is best")
+    parser.add_argument("--name", help="what to call the text in reports and warnings (default: DATA)")
+    parser.add_argument(
+        "--lowest", type=float, default=0.1, help="share of blocks below which to stop (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_tokens", type=_at_least_one, default=2**16,
+        help="of the text, evenly spread; it is read some 20 to 40 times (default: %(default)s)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    from midskip.calibrate import calibrate, check_settings, save_calibration, thinned
+    from midskip.evaluate import joined_ranks
+    from midskip.report import calibration_table
+    from midskip.runs import load_run, to_json
+
+    with joined_ranks():
+        model, tokenizer = load_run(options.run)
+        check_settings(model, options.lowest)
+        console = Console(stderr=True)
+        windows = thinned(_text(options, model, tokenizer, console), options.max_tokens)
+        name = options.name or options.data or HELD_OUT
+        calibration = calibrate(
+            model, windows, name, lowest=options.lowest, batch_size=options.batch_size, progress=True
+        )
+    save_calibration(options.run, calibration)
+    print(to_json(calibration.to_dict()))
+    console.print(calibration_table(calibration))
+
+
+def _add_text(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument("run", help="run folder")
+    parser.add_argument(
+        "--data",
+        help=f"text, as `midskip prepare` takes it, all of it used; by default the run's own held-out text{more}",
+    )
+    parser.add_argument("--batch_size", type=_at_least_one, default=8, help="windows a pass (default: %(default)s)")
+
+
+def _text(
+    options: argparse.Namespace, model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> TokenWindows:
+    """The text that the options of `_add_text` name."""
+    from midskip.data import TokenWindows, encode_source, end_of_text_id
+    from midskip.runs import RECIPE_FILE
+    from midskip.train.recipe import DataSettings, read_recipe
+    from midskip.train.text import cut_windows, open_text
+
+    recipe_file = Path(options.run) / RECIPE_FILE
+    if options.data is None and not recipe_file.is_file():
+        raise ValueError(f"{options.run!r} has no {RECIPE_FILE} that names its held-out text: give text by --data")
+    settings = read_recipe(recipe_file).data if recipe_file.is_file() else DataSettings()
+    if options.data is None:
+        return cut_windows(open_text(settings, Path(options.run), console), settings)[1]
+    ids = encode_source(tokenizer, options.data, console=console)
+    end_of_text = end_of_text_id(tokenizer) if settings.separate_documents else None
+    return TokenWindows(ids, model.config.max_position_embeddings, drop_last=False, end_of_text=end_of_text)
 
 
 def _generate(arguments: list[str]) -> None:
@@ -178,19 +264,79 @@ def _generate(arguments: list[str]) -> None:
     )
     parser.add_argument("--top_k", type=int, default=50, help="draw among the k most likely (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    parser.add_argument("--budget", type=float, help="share of the blocks to run, in (0, 1] (default: as trained)")
+    parser.add_argument("--ceiling", type=_at_least_one, help="the most blocks that a token may run (default: all)")
+    parser.add_argument(
+        "--on_drift", choices=ON_DRIFT, default="keep", help="if the prompt is unlike what the budget was calibrated on"
+    )
     options = parser.parse_args(arguments)
+    from midskip.cost import Meter
     from midskip.evaluate import depth_of_tokens
     from midskip.generate import generate
     from midskip.report import depth_text, legend
     from midskip.runs import load_run
 
     model, tokenizer = load_run(options.run)
-    ids = generate(
-        model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed
-    )
+    model.set_budget(options.budget, options.ceiling, options.on_drift)
+    with Meter(model) as meter:
+        ids = generate(
+            model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed
+        )
     console, num_layers = Console(), model.config.num_hidden_layers
     console.print(depth_text(depth_of_tokens(model, tokenizer, ids), num_layers))
+    console.print(f"{meter.executed_share:.1%} of the blocks ran")
     console.print(legend(num_layers))
+
+
+def _bench(arguments: list[str]) -> None:
+    parser = _Parser("midskip bench", description=COMMANDS["bench"], allow_abbrev=False)
+    add = parser.add_argument
+    add("--shape", help="paper (12 layers, d 768), small or tiny; also sets sizes and repeats (default: paper)")
+    for name in _SHAPE:
+        add(f"--{name}", type=_at_least_one, help="instead of the shape's")
+    add("--run", help="time the model of this run folder, with its own gates, against itself with nothing skipped")
+    add("--data", help="with --run: text, as `midskip prepare` takes it (default: the run's held-out text)")
+    add("--tasks", type=_words, help="default: prefill,decode,training")
+    add("--batch_sizes", type=_counts, help="sequences decoded at once (default: 1,8,32)")
+    add("--shares", type=_numbers, help="of block-tokens skipped (default: 0,0.25,0.5,0.75)")
+    add("--dtypes", type=_words, help="default: float32,bfloat16; with --run float32")
+    add("--gates", type=_words, help="of the tokens present: fixed at 1, or fractional (default: fixed,fractional)")
+    add("--norms", help="sandwich or pre (default: sandwich)")
+    add("--prompt_tokens", type=_at_least_one, help="prefilled (default: 1024)")
+    add("--context_tokens", type=_at_least_one, help="before decoding, and of a training sequence (default: 512)")
+    add("--new_tokens", type=_at_least_one, help="decoded in a stretch (default: 32)")
+    add("--training_batch_size", type=_at_least_one, help="sequences of a training step (default: 2)")
+    add("--repeats", type=_at_least_one, help="of everything, in turns (default: 9)")
+    add("--seed", type=int, help="of weights, tokens, depths and turns (default: 0)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--output", default="runs/bench", help="folder for the numbers and the picture (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    from midskip.bench import BenchSettings, bench, bench_run, run_settings
+    from midskip.runs import load_run
+
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    output, run, data = given.pop("output"), given.pop("run", None), given.pop("data", None)
+    if run is None:
+        if data is not None:
+            raise ValueError("--data is text for a trained model: give its run folder by --run")
+        shape = {name: given.pop(name) for name in _SHAPE if name in given}
+        bench(BenchSettings.of(given.pop("shape", "paper"), shape, **given), output)
+        return
+    model, tokenizer = load_run(run)
+    settings = run_settings(model, Path(run).resolve().name, **given)
+    bench_run(settings, model, _text(options, model, tokenizer, Console(stderr=True)), output)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_at_least_one(part) for part in text.split(","))
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def _at_least_one(text: str) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from midskip.budget import Calibration
+
 NORMS = ("sandwich", "pre")
 KEYS = ("gated", "all")
 
@@ -33,6 +35,8 @@ class MidskipConfig(PretrainedConfig):
             gated (what the paper's released code computes).
         policy: who skips: a name in `midskip.policies` (`"middle_out"`, `"dense"`) or `"package.module:Class"`.
         policy_settings: keyword arguments of that policy.
+        use_cache: whether `generate()` uses a cache; a forward pass does if it is told to.
+        calibration: what `midskip calibrate` measured, for a budget at run time: a `Calibration` as a dictionary.
 
     The defaults are the shape of the paper's 12-layer model with GPT-2's vocabulary (arXiv 2506.21103).
 
@@ -42,7 +46,7 @@ class MidskipConfig(PretrainedConfig):
     """
 
     model_type = "midskip"
-    keys_to_ignore_at_inference = ["past_key_values", "gates", "depth_scores"]
+    keys_to_ignore_at_inference = ["past_key_values", "gates", "depth_scores", "executed_share"]
 
     vocab_size: int = 50257
     hidden_size: int = 768
@@ -56,7 +60,7 @@ class MidskipConfig(PretrainedConfig):
     initializer_range: float = 0.02
     rope_parameters: dict = None  # pyright: ignore[reportAssignmentType]
     tie_word_embeddings: bool = False
-    use_cache: bool = False
+    use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -64,6 +68,7 @@ class MidskipConfig(PretrainedConfig):
     keys: str = "gated"
     policy: str = "middle_out"
     policy_settings: dict = None  # pyright: ignore[reportAssignmentType]
+    calibration: Any = None  # checked here, so that what is wrong in it is named
 
     def __post_init__(self, **kwargs: Any):
         _refuse_unknown(kwargs, {field.name for field in fields(self)})
@@ -113,9 +118,11 @@ class MidskipConfig(PretrainedConfig):
                 "output_attentions and chunk_size_feed_forward would have no effect: packed attention never holds its "
                 "weights, and a block always runs whole; leave them out"
             )
-        if self.use_cache:
-            raise ValueError("use_cache is True; midskip has no key-value cache yet: leave use_cache out")
+        if not isinstance(self.use_cache, bool):
+            raise ValueError(f"use_cache is {self.use_cache!r}; expected True or False")
         self._check_rope()
+        if self.calibration is not None:
+            self.calibration = Calibration.from_dict(self.calibration).to_dict()
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters

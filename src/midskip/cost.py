@@ -6,7 +6,9 @@ A multiply-add is two FLOPs; only matrix products count, as in torch's FlopCount
 - `"counter"`, to compare with FlopCounterMode under the math backend: attention costs the full square of queries and
   keys of each sequence, which that backend computes.
 
-A backward pass costs twice the forward. N queries, M keys, D width, L layers.
+A backward pass costs twice the forward. Bytes are those of weights and of a cache that a pass has to read once.
+
+N queries, M keys, D width, L layers.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from midskip.config import MidskipConfig
 from midskip.model import MidskipForCausalLM
+from midskip.nn.cache import LayerCache
 from midskip.nn.layers import Block
 from midskip.nn.layout import Layout
 from midskip.policies import Policy
@@ -35,9 +38,10 @@ class LayerWork:
     Attributes:
         query_rows: tokens that ran the block.
         key_rows: tokens that made a key and a value.
-        causal_pairs: (query, key) with the key at the same or an earlier column.
+        causal_pairs: (query, key) with the key at the same or an earlier column, new or in a cache.
         square_pairs: all (query, key) of the same sequence.
-        gated: whether keys carried a gate, which widens every head by one feature.
+        gated: whether keys carried a gate as one more feature of every head.
+        cache_tokens: tokens whose keys and values were read from a cache, those just added to it included.
     """
 
     query_rows: int
@@ -45,18 +49,23 @@ class LayerWork:
     causal_pairs: int
     square_pairs: int
     gated: bool
+    cache_tokens: int = 0
 
     @classmethod
-    def of(cls, queries: Layout, keys: Layout, gated: bool) -> LayerWork:
-        """The work of a block on these queries and keys."""
+    def of(cls, queries: Layout, keys: Layout, gated: bool, past: LayerCache | None = None) -> LayerWork:
+        """The work of a block on these queries and keys, the latter just added to `past`, if that is given."""
         if queries is keys:
             causal = sum(n * (n + 1) // 2 for n in queries.lengths)
         else:  # a key's place in its sequence is how many keys came before it
             starts = torch.tensor([0, *keys.lengths[:-1]]).cumsum(0).repeat_interleave(torch.tensor(queries.lengths))
             rows = torch.arange(keys.num_tokens) if queries.rows_N is None else queries.rows_N.cpu()
             causal = int((rows - starts + 1).sum())
-        square = sum(n * m for n, m in zip(queries.lengths, keys.lengths, strict=True))
-        return cls(queries.num_tokens, keys.num_tokens, causal, square, gated)
+        seen = keys.lengths if past is None else past.lengths
+        earlier = sum(n * (all_ - m) for n, m, all_ in zip(queries.lengths, keys.lengths, seen, strict=True))
+        square = sum(n * m for n, m in zip(queries.lengths, seen, strict=True))
+        goes_on = sum(seen) > sum(keys.lengths)
+        read = sum(m for n, m in zip(queries.lengths, seen, strict=True) if n) if goes_on else 0
+        return cls(queries.num_tokens, keys.num_tokens, causal + earlier, square, gated and not goes_on, read)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,26 @@ class Flops:
         return {part.name: getattr(self, part.name) for part in fields(self)} | {"total": self.total}
 
 
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes that have to be read.
+
+    Attributes:
+        weights: of what ran, once a pass: blocks, embeddings of the tokens, norms, policy and head.
+        cache: keys, values and gates that a cache held of the sequences that asked.
+    """
+
+    weights: int = 0
+    cache: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.weights + other.weights, self.cache + other.cache)
+
+
 def block_flops(config: MidskipConfig, work: LayerWork, convention: str = "causal") -> Flops:
     """FLOPs of one block's forward pass."""
     if convention not in CONVENTIONS:
@@ -107,35 +136,36 @@ def head_flops(config: MidskipConfig, rows: int) -> Flops:
 
 
 def dense_flops(
-    config: MidskipConfig, lengths: Sequence[int], head_rows: int | None = None, convention: str = "causal"
-) -> Flops:
+    config: MidskipConfig, lengths: Sequence[int], head_rows: int | None = None, convention: str = "causal",
+    past_lengths: Sequence[int] | None = None,
+) -> Flops:  # fmt: skip
     """FLOPs of a forward pass in which nothing is skipped and no key is gated.
 
     Args:
         lengths: valid tokens of each sequence, or of each document where positions tell several in one row apart.
         head_rows: tokens that the head runs on; all by default.
+        past_lengths: tokens of each sequence that a cache holds; none by default.
     """
-    causal, square = sum(n * (n + 1) // 2 for n in lengths), sum(n * n for n in lengths)
+    held = sum(n * past for n, past in zip(lengths, past_lengths, strict=True)) if past_lengths else 0
+    causal, square = held + sum(n * (n + 1) // 2 for n in lengths), held + sum(n * n for n in lengths)
     work = LayerWork(sum(lengths), sum(lengths), causal, square, gated=False)
     blocks = block_flops(config, work, convention) * config.num_hidden_layers
     return blocks + head_flops(config, sum(lengths) if head_rows is None else head_rows)
 
 
 class Meter:
-    """Counts what the blocks of a model really run, from the tensors that go into them.
-
-        with Meter(model) as meter:
-            model(input_ids)
-        meter.flops().total
+    """Counts what a model really runs and reads, from the tensors that go into its blocks; made by `meter`.
 
     Forward passes count, and what gradient checkpointing runs again in a backward pass does not.
 
     Attributes:
         query_rows_L: rows that went through each block.
         layers: for each layer, the `LayerWork` of each of its calls, in order.
-        lengths: tokens of each sequence (or document) that entered layer 0.
-        num_tokens: their sum.
+        lengths, past_lengths: tokens of each sequence (or document) that entered layer 0, and of those before them in a
+            cache.
+        num_tokens: the sum of `lengths`.
         head_rows: rows that went through the head.
+        bytes: `Bytes` read.
     """
 
     def __init__(self, model: MidskipForCausalLM):
@@ -147,13 +177,16 @@ class Meter:
         """Forget what was counted."""
         self.layers: list[list[LayerWork]] = [[] for _ in range(self.config.num_hidden_layers)]
         self.lengths: list[int] = []
+        self.past_lengths: list[int] = []
         self.policy_flops = self.head_rows = 0
+        self.bytes, self._dense_bytes = Bytes(), Bytes()
 
     def __enter__(self) -> Meter:
         body = self.model.model
         self._hooks = [block.register_forward_hook(self._on_block(layer)) for layer, block in enumerate(body.layers)]
         self._hooks += [
             body.policy.register_forward_hook(self._on_policy),
+            body.embed_tokens.register_forward_hook(self._on_embedding),
             self.model.lm_head.register_forward_hook(self._on_head),
         ]
         return self
@@ -187,30 +220,73 @@ class Meter:
 
     def dense_flops(self, convention: str = "causal") -> Flops:
         """FLOPs of the same forward passes with nothing skipped and no key gated, the head as it ran."""
-        return dense_flops(self.config, self.lengths, self.head_rows, convention)
+        return dense_flops(self.config, self.lengths, self.head_rows, convention, self.past_lengths)
+
+    def dense_bytes(self) -> Bytes:
+        """Bytes that the same forward passes would read with nothing skipped and no key gated."""
+        return self._dense_bytes
 
     def _on_block(self, layer: int) -> Any:
         def count(block: Block, arguments: tuple[Any, ...], output: Tensor) -> None:
             if is_backward():
                 return
-            x_ND, others_MD, queries, keys, _, key_gate_M = arguments
-            work = LayerWork.of(queries, keys, key_gate_M is not None)
+            x_ND, others_MD, queries, keys, _, key_gate_M, past = arguments
+            work = LayerWork.of(queries, keys, key_gate_M is not None, past)
             rows = x_ND.shape[0], x_ND.shape[0] if others_MD is None else others_MD.shape[0]
             if rows != (work.query_rows, work.key_rows):
                 raise RuntimeError(f"block {layer} ran on {rows} rows and its layouts say {work}")
             self.layers[layer].append(work)
+            of_keys = (block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
+            weights = _bytes_of(block) if work.query_rows else sum(map(_bytes_of, of_keys)) if work.key_rows else 0
+            # what a cache notes of columns is for cropping, and is not read
+            token_bytes = 0 if past is None else past.token_bytes - past.columns.element_size()
+            self.bytes += Bytes(weights, work.cache_tokens * token_bytes)
 
         return count
 
     def _on_policy(self, policy: Policy, arguments: tuple[Any, ...], output: Any) -> None:
         if is_backward():
             return
-        layer, _, state, layout = arguments
-        self.lengths += layout.lengths if layer == 0 else []
+        layer, h_ND, state, layout = arguments
         self.policy_flops += policy.flops(layer, state, layout)
+        if layer:
+            return
+        past = layout.past_lengths or [0] * len(layout.lengths)
+        self.lengths += layout.lengths
+        self.past_lengths += past
+        body = self.model.model
+        others = sum(map(_bytes_of, (body.embed_layernorm, body.norm)))
+        self.bytes += Bytes(others + _bytes_of(policy))
+        seen = sum(n + held for n, held in zip(layout.lengths, past, strict=True) if n) if any(past) else 0
+        key_width = self.config.num_key_value_heads * self.config.head_dim
+        a_token = 2 * key_width * h_ND.element_size() * len(body.layers)
+        self._dense_bytes += Bytes(others + sum(map(_bytes_of, body.layers)), seen * a_token)
+
+    def _on_embedding(self, embedding: nn.Embedding, arguments: tuple[Any, ...], output: Tensor) -> None:
+        self._both(0 if is_backward() else output.numel() * embedding.weight.element_size())
 
     def _on_head(self, head: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        self.head_rows += 0 if is_backward() else output.shape[:-1].numel()
+        if not is_backward():
+            self.head_rows += output.shape[:-1].numel()
+            self._both(_bytes_of(head))
+
+    def _both(self, weights: int) -> None:
+        self.bytes += Bytes(weights)
+        self._dense_bytes += Bytes(weights)
+
+
+def meter(model: MidskipForCausalLM) -> Meter:
+    """A meter of what `model` really runs and reads.
+
+    with midskip.meter(model) as work:
+        model.generate(input_ids)
+    work.executed_share, work.flops().total, work.bytes.total
+    """
+    return Meter(model)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def is_backward() -> bool:

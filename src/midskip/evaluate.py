@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,19 @@ def joined_ranks() -> Iterator[int]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def effort_kept(model: MidskipForCausalLM) -> Iterator[None]:
+    """What is run within is not live: no watch sees it, and afterwards the effort is that of before."""
+    policy = model.model.policy
+    before, watch = (policy.factor, policy.ceiling), model.watch
+    model.watch = None
+    try:
+        yield
+    finally:
+        policy.set_effort(*before)
+        model.watch = watch
+
+
 @torch.no_grad()
 def evaluate(
     model: MidskipForCausalLM,
@@ -49,8 +62,11 @@ def evaluate(
     token_bytes: Tensor | None = None,
     batch_size: int = 8,
     progress: bool = False,
+    title: str = "Evaluating",
+    each: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """Loss and work on every window, without any regulariser.
+    """Loss and work on every window, without any regulariser, under the budget in force if there is one. This is no
+    live prompt: a watch over those does not see it.
 
     Where `torch.distributed` is initialised every rank has to call this, with the same windows: the batches are dealt
     out among the ranks, and each returns the numbers of them all. Weights may be copies or sharded.
@@ -60,7 +76,9 @@ def evaluate(
             and maybe `attention_mask` and `position_ids`, each [T], as the model takes them.
         token_bytes: int64 [V], bytes of text each token stands for; without it there are no bits per byte.
         batch_size: windows of a forward pass.
-        progress: show a bar in a terminal.
+        progress: show a bar in a terminal, with this title.
+        each: called after each batch of this rank with two float64 tensors, of its valid tokens in order: the nats of
+            the prediction each made, NaN where it made none, and the blocks it ran.
 
     Returns:
         - num_targets: predictions that were scored; loss: their mean cross-entropy in nats; perplexity: its
@@ -84,12 +102,12 @@ def evaluate(
         rank, world_size = dist.get_rank(), dist.get_world_size()
     batches = range(0, len(windows), batch_size)
     own = batches[rank::world_size]
-    sums = _Sums(model, token_bytes)
+    sums = _Sums(model, token_bytes, each)
     was_training = model.training
     model.eval()
     try:
-        with Meter(model) as meter:
-            for start in progress_bar(own, "Evaluating", progress and rank == 0):
+        with Meter(model) as meter, effort_kept(model):
+            for start in progress_bar(own, title, progress and rank == 0):
                 batch = _batch(windows, range(start, min(start + batch_size, len(windows))), model.device)
                 labels_BT = batch.pop("labels")
                 output = model(**batch)
@@ -109,7 +127,10 @@ def _batch(windows: TokenWindows | Sequence[dict[str, Tensor]], rows: range, dev
 class _Sums:
     """What `evaluate` adds up: one float64 tensor on the model's device, read once, at the end."""
 
-    def __init__(self, model: MidskipForCausalLM, token_bytes: Tensor | None):
+    def __init__(
+        self, model: MidskipForCausalLM, token_bytes: Tensor | None, each: Callable[[Tensor, Tensor], None] | None
+    ):
+        self.each = each
         self.num_layers, num_positions = model.config.num_hidden_layers, model.config.max_position_embeddings
         self.token_bytes_V = None if token_bytes is None else token_bytes.to(model.device)
         sizes = {
@@ -144,6 +165,9 @@ class _Sums:
             parts[f"num_targets_by_{name}"].index_add_(0, index_N, scored_N.double())
         if self.token_bytes_V is not None:
             parts["text"][1] += (self.token_bytes_V[target_N.clamp(min=0)] * scored_N).sum()
+        if self.each is not None:
+            valid_N = valid_BT.flatten()
+            self.each(torch.where(scored_N, loss_N, math.nan)[valid_N], blocks_N[valid_N].double())
 
     def result(self, meter: Meter, num_columns: int, world_size: int) -> dict[str, Any]:
         """The numbers of all ranks."""
@@ -200,10 +224,11 @@ def depth_of_tokens(
     positions: Sequence[int] | None = None,
 ) -> list[TokenDepth]:
     """Text, blocks run, gates and loss (of predicting it, in nats) of every token of one sequence, or of the documents
-    that `positions` tell apart."""
+    that `positions` tell apart. A watch over live prompts does not see it."""
     ids_1T = torch.tensor([list(ids)], device=model.device)
     position_1T = None if positions is None else torch.tensor([list(positions)], device=model.device)
-    output = model(ids_1T, position_ids=position_1T)
+    with effort_kept(model):
+        output = model(ids_1T, position_ids=position_1T)
     losses = -output.logits[0, :-1].float().log_softmax(-1).gather(1, ids_1T[0, 1:, None]).squeeze(1)
     gates_TL = output.gates[:, 0].T.cpu()
     return [

@@ -5,7 +5,8 @@ B sequences, T columns, N valid tokens, D width, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,74 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.generation.utils import GenerationMixin
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
+from midskip.budget import DriftWatch, calibration_in, check_on_drift
+from midskip.cache import IN_GENERATE, SkipCache
 from midskip.config import MidskipConfig
+from midskip.decoding import CachedGeneration, check_kind
+from midskip.nn.cache import LayerCache
 from midskip.nn.layers import Block, RMSNorm, RotaryEmbedding
 from midskip.nn.layout import Layout
+from midskip.outputs import MidskipCausalLMOutput, MidskipModelOutput, Packed
 from midskip.policies import Decision, Policy, build_policy
-
-
-@dataclass
-class MidskipModelOutput(ModelOutput):
-    """What `MidskipModel` gives.
-
-    Attributes:
-        last_hidden_state: [B, T, D], after the last norm; 0 at pads.
-        gates: float32 [L, B, T], the gate of each token in each layer; exactly 0 where it was not present.
-        depth_scores: float32 [ceil(L/2), B, T] with the policy `middle_out`, else None. A score grows until it
-            reaches 1 and then stays.
-        hidden_states: L + 1 tensors [B, T, D] if asked for: the embedding, then the output of each block (the last
-            one before the last norm); 0 at pads.
-    """
-
-    last_hidden_state: Tensor | None = None
-    gates: Tensor | None = None
-    depth_scores: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class MidskipCausalLMOutput(ModelOutput):
-    """What `MidskipForCausalLM` gives; see `MidskipModelOutput` for the fields not named here.
-
-    Attributes:
-        loss: mean cross-entropy in nats of the next tokens, if labels were given.
-        logits: [B, T, V], or [B, k, V] with `logits_to_keep=k`; 0 at pads.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    gates: Tensor | None = None
-    depth_scores: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class _Packed:
-    """One pass through the layers, still packed."""
-
-    h_ND: Tensor
-    layout: Layout
-    decisions: list[Decision]
-    state: dict[str, Any]
-    hidden_states: list[Tensor] | None
-
-    def gates_LBT(self) -> Tensor:
-        ones_N = torch.ones(self.layout.num_tokens, device=self.h_ND.device)
-        gates = []
-        for decision in self.decisions:
-            gate_N = ones_N if decision.output_gate_N is None else decision.output_gate_N
-            gates.append(gate_N if decision.keep_N is None else torch.where(decision.keep_N, gate_N, 0))
-        return self.layout.unpack(torch.stack(gates, 1)).movedim(-1, 0)
-
-    def outputs(self) -> dict[str, Any]:
-        scores, hidden = self.state.get("depth_scores"), self.hidden_states
-        return {
-            "gates": self.gates_LBT(),
-            "depth_scores": self.layout.unpack(torch.stack(scores, 1)).movedim(-1, 0) if scores else None,
-            "hidden_states": None if hidden is None else tuple(self.layout.unpack(h_ND) for h_ND in hidden),
-        }
 
 
 def _has_ranks() -> bool:
@@ -139,6 +83,8 @@ class MidskipModel(MidskipPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: SkipCache | None = None,
+        use_cache: bool | None = None,
     ) -> MidskipModelOutput:
         """Hidden states of every token.
 
@@ -149,14 +95,20 @@ class MidskipModel(MidskipPreTrainedModel):
                 from 0. If given, they also tell the documents of a row apart: a valid token whose position is not
                 greater than that of the valid token before it starts a new one, and attention never crosses from one
                 document to another. (transformers' models start one wherever a position is not the last plus 1, if
-                given neither attention_mask nor cache; where each document counts 0, 1, 2, ..., both agree.)
+                given neither attention_mask nor cache; where each document counts 0, 1, 2, ..., both agree.) With a
+                cache a row is one sequence, and its positions have to rise; by default they go on where it stopped.
             output_hidden_states: also give the hidden states between the blocks.
+            past_key_values: a cache of the columns before these; `attention_mask`, if given, then covers both. The
+                tokens that run are added to it.
+            use_cache: True makes a cache if none is given; by default a given one is used and none is made.
 
         Raises:
             ValueError: shapes that do not fit, ids outside the vocabulary, more columns or positions than
-                `max_position_embeddings`.
+                `max_position_embeddings`, a cache that does not fit, or one used with gradients on.
         """
-        packed = self.run(input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states)
+        packed = self.run(
+            input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
+        )
         return MidskipModelOutput(last_hidden_state=packed.layout.unpack(packed.h_ND), **packed.outputs())
 
     def run(
@@ -166,9 +118,23 @@ class MidskipModel(MidskipPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
-    ) -> _Packed:
+        past_key_values: SkipCache | None = None,
+        use_cache: bool | None = None,
+    ) -> Packed:
         """The pass of `forward`, its results still packed."""
-        layout = self._layout(input_ids, attention_mask, position_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        layout = self._layout(input_ids, attention_mask, position_ids, inputs_embeds, cache)
+        try:
+            return self._run(layout, input_ids, inputs_embeds, output_hidden_states, cache)
+        except BaseException:
+            if cache is not None:
+                cache.crop(-layout.num_columns)  # what a pass that broke off left there
+            raise
+
+    def _run(
+        self, layout: Layout, input_ids: Tensor | None, inputs_embeds: Tensor | None,
+        output_hidden_states: bool | None, cache: SkipCache | None,
+    ) -> Packed:  # fmt: skip
         if inputs_embeds is not None:
             h_ND = layout.pack(inputs_embeds)
         else:
@@ -186,26 +152,35 @@ class MidskipModel(MidskipPreTrainedModel):
         for layer, block in enumerate(self.layers):
             decision = self.policy(layer, h_ND, state, layout)
             decisions.append(decision)
-            h_ND = self._run_block(block, h_ND, decision, layout, in_place)
+            past = None if cache is None else cache.layers[layer]
+            h_ND = self._run_block(block, h_ND, decision, layout, in_place, past)
             if hidden_states is not None:
                 hidden_states.append(h_ND)
-        return _Packed(self.norm(h_ND), layout, decisions, state, hidden_states)
+        packed = Packed(self.norm(h_ND), layout, decisions, state, hidden_states, cache)
+        if cache is not None:
+            cache.num_valid_tokens += layout.num_tokens
+            cache.num_block_tokens += packed.num_block_tokens
+        return packed
 
-    def _run_block(self, block: nn.Module, h_ND: Tensor, decision: Decision, layout: Layout, in_place: bool) -> Tensor:
+    def _run_block(
+        self, block: nn.Module, h_ND: Tensor, decision: Decision, layout: Layout, in_place: bool,
+        past: LayerCache | None,
+    ) -> Tensor:  # fmt: skip
         """Take the tokens present, run the block on them as if the others did not exist, put the results back."""
         present = layout.keep(decision.keep_N)
         rows_N = present.rows_N
         gated = self.config.keys == "gated"
-        if not (present.num_tokens or self.training or _has_ranks()):
+        for_others = not gated and past is not None  # keys and values of all tokens are wanted later
+        if not (present.num_tokens or for_others or self.training or _has_ranks()):
             return h_ND
         x_ND = h_ND if rows_N is None else h_ND.index_select(0, rows_N)
         output_gate_N, key_gate_N = (
             gate if gate is None or rows_N is None else gate.index_select(0, rows_N)
             for gate in (decision.output_gate_N, decision.key_gate_N if gated else None)
         )
-        others_MD = None if gated or rows_N is None or not present.num_tokens else h_ND
+        others_MD = None if gated or rows_N is None or not (present.num_tokens or for_others) else h_ND
         keys = present if others_MD is None else layout
-        arguments = (x_ND, others_MD, present, keys, output_gate_N, key_gate_N)
+        arguments = (x_ND, others_MD, present, keys, output_gate_N, key_gate_N, past)
         if self.gradient_checkpointing and self.training:
             x_ND = self._gradient_checkpointing_func(block.__call__, *arguments)
         else:
@@ -215,9 +190,25 @@ class MidskipModel(MidskipPreTrainedModel):
         put_back = h_ND.index_copy_ if in_place else h_ND.index_copy
         return put_back(0, rows_N, x_ND.to(h_ND.dtype))
 
+    def _cache(self, past_key_values: Any, use_cache: bool | None) -> SkipCache | None:
+        """The cache to use: the one given, a new one, or none."""
+        if past_key_values is None and not use_cache:
+            return None
+        if use_cache is False:
+            raise ValueError("past_key_values is given and use_cache is False: leave one of them out")
+        check_kind(past_key_values)
+        if torch.is_grad_enabled():
+            raise ValueError("a cache carries no gradients: run the model under torch.no_grad(), or without a cache")
+        if self.policy.looks_back:
+            raise ValueError(
+                f"the policy {type(self.policy).__name__} looks at a token's past (looks_back), which a cache does not "
+                "hold: run without one (use_cache=False)"
+            )
+        return SkipCache(self.config) if past_key_values is None else past_key_values
+
     def _layout(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
+        inputs_embeds: Tensor | None, cache: SkipCache | None,
     ) -> Layout:  # fmt: skip
         """Check the input and say who is where."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -227,12 +218,17 @@ class MidskipModel(MidskipPreTrainedModel):
         wanted = "[B, T]" if inputs_embeds is None else f"[B, T, {self.config.hidden_size}]"
         trailing = () if inputs_embeds is None else (self.config.hidden_size,)
         if given.ndim != 2 + len(trailing) or given.shape[2:] != trailing or not given.numel():
-            raise ValueError(f"the input has the shape {list(given.shape)}; expected {wanted} with at least one token")
-        shape, limit = given.shape[:2], self.config.max_position_embeddings
-        if shape[1] > limit:
+            hint = f": {IN_GENERATE}" if cache is not None and cache.num_columns else ""
             raise ValueError(
-                f"the input has {shape[1]} tokens and this model takes at most {limit} (max_position_embeddings): "
-                "shorten it, or train with a larger max_position_embeddings"
+                f"the input has the shape {list(given.shape)}; expected {wanted} with at least one token{hint}"
+            )
+        shape, limit = given.shape[:2], self.config.max_position_embeddings
+        num_columns = shape[1] + (0 if cache is None else cache.num_columns)
+        if num_columns > limit:
+            held = "" if num_columns == shape[1] else ", with those in the cache,"
+            raise ValueError(
+                f"the input{held} has {num_columns} tokens and this model takes at most {limit} "
+                "(max_position_embeddings): shorten it, or train with a larger max_position_embeddings"
             )
         if input_ids is not None and input_ids.device.type == "cpu":
             low, high = (int(x) for x in input_ids.aminmax())
@@ -241,14 +237,16 @@ class MidskipModel(MidskipPreTrainedModel):
                     f"input_ids reach from {low} to {high}; this model's vocabulary is 0 to "
                     f"{self.config.vocab_size - 1}: is it the model's own tokenizer?"
                 )
+        if position_ids is not None and position_ids.shape not in (shape, (1, shape[1])):
+            raise ValueError(f"position_ids has the shape {list(position_ids.shape)}; expected {list(shape)}")
+        if cache is not None:
+            return cache.admit(self, (shape[0], shape[1]), attention_mask, position_ids, given.device)
         if attention_mask is None:
             valid_BT = torch.ones(shape, dtype=torch.bool, device=given.device)
         elif attention_mask.shape != shape:
             raise ValueError(f"attention_mask has the shape {list(attention_mask.shape)}; expected {list(shape)}")
         else:
             valid_BT = attention_mask.bool()
-        if position_ids is not None and position_ids.shape not in (shape, (1, shape[1])):
-            raise ValueError(f"position_ids has the shape {list(position_ids.shape)}; expected {list(shape)}")
         layout = Layout.from_rectangle(valid_BT, position_ids)
         if position_ids is not None and layout.num_tokens:
             low, high = torch.stack(layout.position_N.aminmax()).tolist()
@@ -257,7 +255,7 @@ class MidskipModel(MidskipPreTrainedModel):
         return layout
 
 
-class MidskipForCausalLM(MidskipPreTrainedModel, GenerationMixin):
+class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMixin):
     """A causal language model whose tokens skip layers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -266,7 +264,45 @@ class MidskipForCausalLM(MidskipPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MidskipModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.watch: DriftWatch | None = None  # of the budget in force
+        self._warned_of_range = False
         self.post_init()
+
+    def set_budget(self, budget: float | None = None, ceiling: int | None = None, on_drift: str = "keep") -> None:
+        """How much may be computed from now on, in evaluation mode. Without arguments: the gates as trained.
+
+        What is decided about a token still depends on it and its past alone, not on who shares its batch.
+
+        Args:
+            budget: share of the block-tokens that shall run on average, in (0, 1]; 1 runs every block. It becomes a
+                factor of the policy's scores, by the calibration in `config.calibration`; below the shares calibrated
+                the largest factor is taken, with a warning, once.
+            ceiling: the most blocks that one token may run, 1 to L, for a latency that is known beforehand.
+            on_drift: what to do when the share or the loss on live prompts leaves the band of the calibration (see
+                `DriftWatch`): `"keep"`: warn once; `"run_all"`: warn once, drop budget and ceiling both, and run every
+                block from the next pass on; `"error"`: raise `BudgetDriftError`.
+
+        Raises:
+            ValueError: a value out of range, a budget without calibration, or a policy that has no budget.
+        """
+        policy = self.model.policy
+        check_on_drift(on_drift, budget)
+        if budget is None:
+            policy.set_effort(1.0, ceiling)
+            self.watch = None
+            return
+        calibration = calibration_in(self.config.calibration, policy.adjustable)
+        factor = calibration.factor_for(budget)
+        policy.set_effort(factor, ceiling)
+        self.watch = DriftWatch(calibration, factor, ceiling, on_drift, partial(policy.set_effort, 0.0))
+        if budget < calibration.share[-1] and not self._warned_of_range:
+            self._warned_of_range = True
+            lowest = f"{calibration.share[-1]:.3f}"
+            warnings.warn(
+                f"the budget of {budget:.3g} is below the range that was calibrated, {lowest} to 1: about {lowest} of "
+                "the blocks will run",
+                stacklevel=2,
+            )
 
     @can_return_tuple
     def forward(
@@ -278,6 +314,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
+        past_key_values: SkipCache | None = None,
         use_cache: bool | None = None,
     ) -> MidskipCausalLMOutput:
         """Logits of the next token, and their loss.
@@ -287,20 +324,23 @@ class MidskipForCausalLM(MidskipPreTrainedModel, GenerationMixin):
                 that is a pad or follows one. The last token of a document predicts the first of the next.
             logits_to_keep: 0 for all columns, k > 0 for the last k, or an int64 tensor of columns; the head runs on
                 those only. With labels it must be 0.
-            use_cache: must not be True: there is no key-value cache yet.
 
         The other arguments, and the errors, are those of `MidskipModel.forward`.
         """
-        if use_cache:
-            raise ValueError("use_cache is True; midskip has no key-value cache yet: leave it out")
-        packed = self.model.run(input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states)
+        packed = self.model.run(
+            input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
+        )
+        if self.watch is not None and not self.training:
+            layout = packed.layout
+            ids_N = None if input_ids is None else layout.pack(input_ids)
+            self.watch.see(layout.lengths, packed.executed_share, packed.h_ND, ids_N, self.lm_head)
         if labels is not None:
             logits, loss = self._logits_and_loss(packed, labels, logits_to_keep)
         else:
             logits, loss = self._logits(packed, logits_to_keep), None
         return MidskipCausalLMOutput(loss=loss, logits=logits, **packed.outputs())
 
-    def _logits(self, packed: _Packed, logits_to_keep: int | Tensor) -> Tensor:
+    def _logits(self, packed: Packed, logits_to_keep: int | Tensor) -> Tensor:
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
             return packed.layout.unpack(self.lm_head(packed.h_ND))
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
@@ -308,7 +348,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, GenerationMixin):
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return self.lm_head(packed.layout.unpack(packed.h_ND)[:, columns])
 
-    def _logits_and_loss(self, packed: _Packed, labels: Tensor, logits_to_keep: int | Tensor) -> tuple[Tensor, Tensor]:
+    def _logits_and_loss(self, packed: Packed, labels: Tensor, logits_to_keep: int | Tensor) -> tuple[Tensor, Tensor]:
         layout = packed.layout
         shape = (layout.batch_size, layout.num_columns)
         if labels.shape != shape:
@@ -322,13 +362,3 @@ class MidskipForCausalLM(MidskipPreTrainedModel, GenerationMixin):
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         total = F.cross_entropy(logits_NV.to(wide), target_N, ignore_index=-100, reduction="sum")
         return layout.unpack(logits_NV), total / (target_N != -100).sum().clamp(min=1)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
-    ) -> Any:
-        """`generate()` runs without a cache: every step is a full forward pass."""
-        if generation_config.cache_implementation is not None or model_kwargs.get("past_key_values") is not None:
-            raise ValueError("midskip has no key-value cache yet: leave out past_key_values and cache_implementation")
-        if model_kwargs.get("inputs_embeds") is not None:  # without a cache, transformers drops them after one step
-            raise ValueError("give input_ids: midskip has no key-value cache yet to go on from inputs_embeds")
-        generation_config.use_cache = model_kwargs["use_cache"] = False

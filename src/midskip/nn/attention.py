@@ -3,7 +3,8 @@ may fuse with what stands before it; `attend` knows who belongs to which sequenc
 
     a(i, j) = g(j) exp(q_i.k_j / sqrt(K)) / sum over j' of g(j') exp(q_i.k_j' / sqrt(K))   (arXiv 2506.21103)
 
-N queries, M keys, H query heads, G key heads, K head width, J features of a head: K, or K + 1 with gates.
+B sequences, T columns, S slots of a cache, N queries, M keys, H query heads, G key heads, K head width, J features of
+a head: K, or K + 1 with gates.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from midskip.nn.cache import NO_COLUMN, LayerCache
 from midskip.nn.fused import rotate
 from midskip.nn.layout import Layout, Rotary
 
@@ -82,9 +84,79 @@ def _attend_each(
     return outputs
 
 
-def _attend(q_BTHJ: Tensor, k_BSGJ: Tensor, v_BSGJ: Tensor, scale: float, sees_TS: Tensor | None = None) -> Tensor:
+def attend_past(q_NHK: Tensor, queries: Layout, past: LayerCache) -> Tensor:
+    """Attention of packed queries to what a layer's cache holds of their sequences, at the same or an earlier column.
+
+    Gates of the keys are added to the scores as logarithms: where attention goes by positions a bias costs nothing
+    more, and the cache holds a number a token for it and no wider heads.
+
+    Args:
+        q_NHK: queries, turned.
+        queries: who they are. Their own keys are in the cache already.
+
+    Returns:
+        [N, H, K]; zero rows for zero queries.
+    """
+    if not queries.num_tokens:
+        return q_NHK
+    column_N = None if queries.num_columns == 1 else queries.absolute_column_N  # a last column sees all
+    if queries.is_even:  # all sequences ask
+        q_BTHK = q_NHK.unflatten(0, (queries.batch_size, -1))
+        column_BT = None if column_N is None else column_N.view(queries.batch_size, -1)
+        return _attend_slots(q_BTHK, column_BT, past).flatten(0, 1)
+    if _alone_is_cheaper(q_NHK.device):
+        return torch.cat(_attend_past_each(q_NHK, column_N, queries, past))
+    # one launch for all, with queries in the places of those that do not ask
+    place_N = queries.sequence_N * max(queries.lengths) + queries.rank_N
+    shape = queries.batch_size, max(queries.lengths)
+    q_BTHK = q_NHK.new_zeros(shape[0] * shape[1], *q_NHK.shape[1:]).index_copy_(0, place_N, q_NHK).unflatten(0, shape)
+    column_BT = None
+    if column_N is not None:
+        column_BT = column_N.new_zeros(shape[0] * shape[1]).index_copy_(0, place_N, column_N).view(shape)
+    return _attend_slots(q_BTHK, column_BT, past).flatten(0, 1).index_select(0, place_N)
+
+
+def _alone_is_cheaper(device: torch.device) -> bool:
+    """Whether a call for each sequence costs less than one for all that is padded to the longest."""
+    return device.type == "cpu"
+
+
+def _attend_past_each(q_NHK: Tensor, column_N: Tensor | None, queries: Layout, past: LayerCache) -> list[Tensor]:
+    """One call for each sequence that asks: the others' keys, and slots that are free, are not read."""
+    outputs, start = [], 0
+    for row, length in enumerate(queries.lengths):
+        if length:
+            rows = slice(start, start + length)
+            column_BT = None if column_N is None else column_N[None, rows]
+            outputs.append(_attend_slots(q_NHK[None, rows], column_BT, past, row)[0])
+            start += length
+    return outputs
+
+
+def _attend_slots(q_BTHK: Tensor, column_BT: Tensor | None, past: LayerCache, row: int | None = None) -> Tensor:
+    """Attention of queries to the slots of all sequences, or of one, up to the queries' columns if given."""
+    if row is None:
+        rows, num_slots, even = slice(None), max(past.lengths), past.is_even
+    else:
+        rows, num_slots, even = slice(row, row + 1), past.lengths[row], True
+    k_BSGK, v_BSGK, column_BS, *gates = (buffer[rows, :num_slots] for buffer in past.buffers)
+    bias = gates[0][:, None] if gates else None
+    if column_BT is not None or not even:
+        sees_BTS = column_BS[:, None] < NO_COLUMN if column_BT is None else column_BS[:, None] <= column_BT[:, :, None]
+        bias = sees_BTS if bias is None else torch.where(sees_BTS, bias, -math.inf)
+    if bias is not None:
+        bias = bias[:, None]  # the same for all heads
+        if q_BTHK.device.type != "cpu" and bias.is_floating_point():
+            bias = bias.to(q_BTHK.dtype)  # as fused kernels there want it
+    return _attend(q_BTHK, k_BSGK, v_BSGK, 1 / math.sqrt(q_BTHK.shape[-1]), bias, causal=False)
+
+
+def _attend(
+    q_BTHJ: Tensor, k_BSGJ: Tensor, v_BSGJ: Tensor, scale: float, bias: Tensor | None = None, causal: bool = True
+) -> Tensor:
+    """Attention of T queries to S keys; `bias` as torch's `attn_mask`, or causal without one."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHJ, k_BSGJ, v_BSGJ))
     out_BHTJ = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=sees_TS, is_causal=sees_TS is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out_BHTJ.transpose(1, 2)

@@ -1,7 +1,8 @@
 """Operations with their backward pass written out, because torch composes them from many passes over memory.
 
 Under torch.compile they are composed after all: the compiler makes few passes of that by itself, forward and backward,
-and together with what stands around.
+and together with what stands around. Without gradients only the forward is called: for a few rows, as in decoding,
+autograd's bookkeeping would cost as much as the work.
 
 N packed tokens, D width, H heads, K head width.
 """
@@ -17,18 +18,10 @@ class _ScaledNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float, gate_N: Tensor | None, residual_ND: Tensor | None
     ) -> Tensor:
-        wide = torch.promote_types(x_ND.dtype, torch.float32)
-        # no operation mixes dtypes: that is several times slower on CPU
-        wide_ND = x_ND.to(wide)
-        norm_N = torch.linalg.vector_norm(wide_ND, dim=-1)
-        inverse_N = norm_N.square_().div_(x_ND.shape[-1]).add_(eps).rsqrt_()
+        out_ND, inverse_N = _norm(x_ND, weight_D, eps, gate_N, residual_ND)
         ctx.save_for_backward(x_ND, weight_D, inverse_N, gate_N)
         ctx.has_residual = residual_ND is not None
-        scale_N1 = (inverse_N if gate_N is None else inverse_N * gate_N)[:, None]
-        out_ND = x_ND * scale_N1 if wide_ND is x_ND else wide_ND.mul_(scale_N1).to(x_ND.dtype)
-        if residual_ND is None:
-            return out_ND.mul_(weight_D)
-        return torch.addcmul(residual_ND, out_ND.to(residual_ND.dtype), weight_D.to(residual_ND.dtype))
+        return out_ND
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,6 +39,21 @@ class _ScaledNorm(torch.autograd.Function):
         return grad_x_ND.to(x_ND.dtype), grad_weight_D, None, grad_gate_N, grad_ND if ctx.has_residual else None
 
 
+def _norm(
+    x_ND: Tensor, weight_D: Tensor, eps: float, gate_N: Tensor | None, residual_ND: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `scaled_norm` gives, and the inverse root mean square of each row."""
+    # no operation mixes dtypes: that is several times slower on CPU
+    wide_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+    norm_N = torch.linalg.vector_norm(wide_ND, dim=-1)
+    inverse_N = norm_N.square_().div_(x_ND.shape[-1]).add_(eps).rsqrt_()
+    scale_N1 = (inverse_N if gate_N is None else inverse_N * gate_N)[:, None]
+    out_ND = x_ND * scale_N1 if wide_ND is x_ND else wide_ND.mul_(scale_N1).to(x_ND.dtype)
+    if residual_ND is None:
+        return out_ND.mul_(weight_D), inverse_N
+    return torch.addcmul(residual_ND, out_ND.to(residual_ND.dtype), weight_D.to(residual_ND.dtype)), inverse_N
+
+
 def scaled_norm(
     x_ND: Tensor, weight_D: Tensor, eps: float, gate_N: Tensor | None = None, residual_ND: Tensor | None = None
 ) -> Tensor:
@@ -61,6 +69,8 @@ def scaled_norm(
         out_ND = wide_ND * (wide_ND.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_D
         out_ND = out_ND if gate_N is None else out_ND * gate_N[:, None]
         return out_ND.to(x_ND.dtype) if residual_ND is None else (residual_ND + out_ND).to(residual_ND.dtype)
+    if not torch.is_grad_enabled():
+        return _norm(x_ND, weight_D, eps, gate_N, residual_ND)[0]
     return _ScaledNorm.apply(x_ND, weight_D, eps, gate_N, residual_ND)  # pyright: ignore[reportReturnType]
 
 
@@ -69,11 +79,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x_NHK: Tensor, cos: Tensor, sin: Tensor, feature_N: Tensor | None) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.has_feature = feature_N is not None
-        num_rows, num_heads, width = x_NHK.shape
-        out_NHK = x_NHK.new_empty(num_rows, num_heads, width + ctx.has_feature)
-        if feature_N is not None:
-            out_NHK[..., width:] = feature_N[:, None, None]
-        return _turn(x_NHK, cos, sin, out_NHK)
+        return _turn(x_NHK, cos, sin, feature_N)
 
     @staticmethod
     def backward(ctx: Any, grad_NHK: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -82,7 +88,7 @@ class _Rotate(torch.autograd.Function):
         if ctx.has_feature:
             grad_NHK, grad_feature_NH1 = grad_NHK.split((grad_NHK.shape[-1] - 1, 1), -1)
             grad_feature_N = grad_feature_NH1.sum((1, 2)) if ctx.needs_input_grad[3] else None
-        return _turn(grad_NHK, cos, -sin, torch.empty_like(grad_NHK)), None, None, grad_feature_N
+        return _turn(grad_NHK, cos, -sin), None, None, grad_feature_N
 
 
 def rotate(x_NHK: Tensor, rotary: tuple[Tensor, Tensor], feature_N: Tensor | None = None) -> Tensor:
@@ -98,12 +104,17 @@ def rotate(x_NHK: Tensor, rotary: tuple[Tensor, Tensor], feature_N: Tensor | Non
         turned = [first * cos_first - second * sin, second * cos_second + first * sin]
         feature = [] if feature_N is None else [feature_N[:, None, None].expand(-1, x_NHK.shape[1], 1)]
         return torch.cat(turned + feature, -1)
+    if not torch.is_grad_enabled():
+        return _turn(x_NHK, *rotary, feature_N)
     return _Rotate.apply(x_NHK, *rotary, feature_N)  # pyright: ignore[reportReturnType]
 
 
-def _turn(x_NHK: Tensor, cos: Tensor, sin: Tensor, out_NHK: Tensor) -> Tensor:
+def _turn(x_NHK: Tensor, cos: Tensor, sin: Tensor, feature_N: Tensor | None = None) -> Tensor:
     cos, sin = cos.to(x_NHK.dtype), sin.to(x_NHK.dtype)
-    width = x_NHK.shape[-1]
+    num_rows, num_heads, width = x_NHK.shape
+    out_NHK = x_NHK.new_empty(num_rows, num_heads, width + (feature_N is not None))
+    if feature_N is not None:
+        out_NHK[..., width:] = feature_N[:, None, None]
     first, second = x_NHK.chunk(2, -1)
     torch.mul(x_NHK, cos, out=out_NHK[..., :width])
     out_NHK[..., : width // 2].addcmul_(second, sin, value=-1)

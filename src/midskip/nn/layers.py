@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midskip.nn.attention import attend, turn_and_gate
+from midskip.nn.attention import attend, attend_past, turn_and_gate
+from midskip.nn.cache import LayerCache
 from midskip.nn.fused import scaled_norm
 from midskip.nn.layout import Layout, Rotary
 
@@ -145,7 +146,7 @@ class Block(nn.Module):
 
     def forward(
         self, x_ND: Tensor, others_MD: Tensor | None, queries: Layout, keys: Layout,
-        output_gate_N: Tensor | None = None, key_gate_M: Tensor | None = None,
+        output_gate_N: Tensor | None = None, key_gate_M: Tensor | None = None, past: LayerCache | None = None,
     ) -> Tensor:  # fmt: skip
         """Run the block.
 
@@ -154,6 +155,7 @@ class Block(nn.Module):
             others_MD: hidden states of all tokens that own a key; None: those of `x_ND` do.
             queries, keys: who the rows of both are, with their rotary angles.
             output_gate_N, key_gate_M: float32, gates of what is added and of the keys; None means 1.
+            past: keys and values of earlier columns, which are seen too; the new ones are added to it.
 
         Returns:
             [N, D], the new hidden states of the tokens present.
@@ -163,8 +165,15 @@ class Block(nn.Module):
         if self.backend is not None and x_ND.shape[0] > 1:  # 0 and 1 would each be compiled apart, for nothing
             before, after = _compiled(self.backend)
         rows_N = None if others_MD is None else queries.rows_N
-        q_NHJ, k_MGJ, v_MGJ = before(self, x_ND, others_MD, rows_N, queries.rotary, keys.rotary, key_gate_M)
-        out_NHJ = attend(q_NHJ, k_MGJ, v_MGJ, queries, keys, self.self_attn.head_width)
+        width, goes_on = self.self_attn.head_width, past is not None and bool(past.num_tokens)
+        feature_M = None if goes_on else key_gate_M  # against a cache, gates are in there
+        q_NHJ, k_MGJ, v_MGJ = before(self, x_ND, others_MD, rows_N, queries.rotary, keys.rotary, feature_M)
+        if past is not None:
+            past.append(k_MGJ[..., :width], v_MGJ[..., :width], key_gate_M, keys)
+        if past is not None and goes_on:
+            out_NHJ = attend_past(q_NHJ, queries, past)
+        else:
+            out_NHJ = attend(q_NHJ, k_MGJ, v_MGJ, queries, keys, width)
         return after(self, x_ND, out_NHJ, output_gate_N)
 
     def _before(

@@ -6,6 +6,8 @@ where positions tell several documents in it apart, a document.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ class Layout:
             is one sequence.
         rotary: cosines [N, 1, K] and sines [N, 1, K/2] of each token's rotary angles; set by the model.
         rows_N: int64 [N], row of each token in the layout that this one was kept from; None if not kept from one.
+        first_column: columns that stand before this rectangle, in a cache.
+        past_lengths: tokens of each sequence that stand there, pads not counted; None without a cache.
     """
 
     def __init__(
@@ -39,10 +43,13 @@ class Layout:
         document_N: Tensor | None = None,
         rotary: Rotary | None = None,
         rows_N: Tensor | None = None,
+        first_column: int = 0,
+        past_lengths: list[int] | None = None,
     ):
         self.batch_size, self.num_columns = batch_size, num_columns
         self.column_N, self.position_N, self.document_N = column_N, position_N, document_N
         self.lengths, self.rotary, self.rows_N = lengths, rotary, rows_N
+        self.first_column, self.past_lengths = first_column, past_lengths
         self._kept: dict[int, tuple[Tensor, Layout | None]] = {}
 
     @classmethod
@@ -56,10 +63,11 @@ class Layout:
                 valid token before it in its row starts a new document.
         """
         batch_size, num_columns = valid_BT.shape
-        column_N = valid_BT.flatten().nonzero().squeeze(1)
+        lengths = valid_BT.sum(1).tolist()
+        column_N = torch.nonzero_static(valid_BT.flatten(), size=sum(lengths)).squeeze(1)
         if position_BT is None:
             position_N = (valid_BT.long().cumsum(1) - 1).flatten()[column_N]
-            return cls(batch_size, num_columns, column_N, position_N, valid_BT.sum(1).tolist())
+            return cls(batch_size, num_columns, column_N, position_N, lengths)
         position_N = position_BT.expand(batch_size, num_columns).reshape(-1)[column_N]
         row_N = column_N // num_columns
         starts_N = torch.ones_like(column_N, dtype=torch.bool)
@@ -76,6 +84,21 @@ class Layout:
     def sequence_N(self) -> Tensor:
         """int64 [N], the sequence each token belongs to, an index into `lengths`."""
         return self.column_N // self.num_columns if self.document_N is None else self.document_N
+
+    @cached_property
+    def absolute_column_N(self) -> Tensor:
+        """int32 [N], column of each token in its row, those in a cache counted too."""
+        return (self.column_N % self.num_columns + self.first_column).int()
+
+    @cached_property
+    def rank_N(self) -> Tensor:
+        """int64 [N], tokens of its sequence in this layout that stand before each token."""
+        if max(self.lengths) == 1:
+            return torch.zeros_like(self.column_N)
+        sequence_N = self.sequence_N
+        length_S = self.column_N.new_zeros(len(self.lengths)).index_add_(0, sequence_N, torch.ones_like(sequence_N))
+        start_S = length_S.cumsum(0) - length_S
+        return torch.arange(self.num_tokens, device=sequence_N.device) - start_S.index_select(0, sequence_N)
 
     @property
     def is_even(self) -> bool:
@@ -95,16 +118,21 @@ class Layout:
         return known[1] or self
 
     def _keep(self, keep_N: Tensor) -> Layout | None:
-        rows_M = keep_N.nonzero().squeeze(1)
-        if rows_M.shape[0] == self.num_tokens:
+        # one count, brought to the host once: a GPU is waited for here and nowhere else
+        count_S = keep_N.new_zeros(len(self.lengths), dtype=torch.int64)
+        lengths = count_S.index_add_(0, self.sequence_N, keep_N.long()).tolist()
+        num_kept = sum(lengths)
+        if num_kept == self.num_tokens:
             return None  # all: not this layout, which would then hold on to itself and its memory
+        rows_M = torch.nonzero_static(keep_N, size=num_kept).squeeze(1)
         column_M = self.column_N.index_select(0, rows_M)
         document_M = None if self.document_N is None else self.document_N.index_select(0, rows_M)
-        sequence_M = column_M // self.num_columns if document_M is None else document_M
-        lengths = torch.bincount(sequence_M, minlength=len(self.lengths)).tolist()
         position_M = self.position_N.index_select(0, rows_M)
         rotary = self.rotary and (self.rotary[0].index_select(0, rows_M), self.rotary[1].index_select(0, rows_M))
-        return Layout(self.batch_size, self.num_columns, column_M, position_M, lengths, document_M, rotary, rows_M)
+        return Layout(
+            self.batch_size, self.num_columns, column_M, position_M, lengths, document_M, rotary, rows_M,
+            self.first_column, self.past_lengths,
+        )  # fmt: skip
 
     def pack(self, x_BT: Tensor) -> Tensor:
         """[B, T, ...] to [N, ...]: the rows of the tokens in this layout."""

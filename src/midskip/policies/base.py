@@ -6,6 +6,7 @@ N packed tokens, L layers, B sequences, T columns.
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,18 +48,37 @@ class Policy(nn.Module):
         width: D, of the hidden states.
         initializer_range: standard deviation of the model's weights at the start.
         settings: the policy's own, from `config.policy_settings`, as keyword arguments.
+
+    Attributes:
+        adjustable: whether `decide` honours `factor` and `ceiling`; a subclass that does sets it.
+        factor, ceiling: the effort in force, of `set_effort`; not saved.
+        looks_back: whether `decide` reads hidden states of a token's past beside its own; a subclass that does sets it.
+            A cache does not hold those, so such a model runs without one.
     """
+
+    adjustable: bool = False
+    looks_back: bool = False
 
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02):
         super().__init__()
         self.num_layers, self.width, self.initializer_range = num_layers, width, initializer_range
+        self.factor, self.ceiling = 1.0, None
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Set the starting values of the policy's own parameters, through `init` (`torch.nn.init`, or transformers'
         own, which leaves alone what a checkpoint has set). Linear layers inside a policy need none of it."""
 
     def forward(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
-        """`decide`, as a module call, so that hooks (meters, sharded weights) see it."""
+        """`decide`, as a module call, so that hooks (meters, sharded weights) see it.
+
+        Raises:
+            ValueError: in training mode under an effort: gradients are those of the gates as they are.
+        """
+        if self.training and (self.factor, self.ceiling) != (1.0, None):
+            raise ValueError(
+                f"the model is in training mode under a run-time budget (factor {self.factor}, ceiling {self.ceiling})"
+                ", which is for evaluation: call model.eval(), or model.set_budget() to go back to the gates as trained"
+            )
         return self.decide(layer, h_ND, state, layout)
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
@@ -73,6 +93,32 @@ class Policy(nn.Module):
             layout: who the N rows are.
         """
         raise NotImplementedError
+
+    def set_effort(self, factor: float = 1.0, ceiling: int | None = None) -> None:
+        """From now on, in evaluation mode, do more or less work than was trained for. Without arguments: as trained.
+
+        A policy that is `adjustable` reads `self.factor` and `self.ceiling` in `decide`. The laws: with (1.0, None)
+        nothing changes; with factor 0 every token runs every block with gate 1; a larger factor keeps no token that a
+        smaller one sends away from the same hidden state; no token runs more blocks than the ceiling; and the decision
+        about a token still depends on that token and its past alone.
+
+        Args:
+            factor: of the readiness to skip, at least 0.
+            ceiling: the most blocks that one token may run, 1 to L; None: all of them.
+
+        Raises:
+            ValueError: a value out of range, or any effort for a policy that is not adjustable.
+        """
+        if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 <= factor < math.inf:
+            raise ValueError(f"factor is {factor!r}; expected a finite number of at least 0")
+        whole = isinstance(ceiling, int) and not isinstance(ceiling, bool)
+        if ceiling is not None and not (whole and 1 <= ceiling <= self.num_layers):
+            raise ValueError(
+                f"ceiling is {ceiling!r}; expected a whole number of blocks from 1 to {self.num_layers}, or None"
+            )
+        if (factor, ceiling) != (1.0, None) and not self.adjustable:
+            raise ValueError(f"the policy {type(self).__name__} has no run-time budget: its gates run as they are")
+        self.factor, self.ceiling = float(factor), ceiling
 
     def flops(self, layer: int, state: dict[str, Any], layout: Layout) -> int:
         """FLOPs of the matrix products that `decide`, just called with the same arguments, has cost."""

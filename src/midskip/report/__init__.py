@@ -1,5 +1,6 @@
 """Reports on where a model spends its depth: an HTML page, pictures, and text for a terminal."""
 
+from midskip.report.curve import budget_table, calibration_table, write_curves
 from midskip.report.page import Shade, TokenDepth, palette, write_page
 from midskip.report.picture import write_idea, write_picture
 from midskip.report.terminal import comparison_table, depth_text, legend
@@ -7,10 +8,13 @@ from midskip.report.terminal import comparison_table, depth_text, legend
 __all__ = [
     "Shade",
     "TokenDepth",
+    "budget_table",
+    "calibration_table",
     "comparison_table",
     "depth_text",
     "legend",
     "palette",
+    "write_curves",
     "write_idea",
     "write_page",
     "write_picture",

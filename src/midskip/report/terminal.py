@@ -28,8 +28,8 @@ def legend(num_layers: int) -> Text:
     return _joined([("blocks run ", Style()), *swatches])
 
 
-def comparison_table(rows: Sequence[tuple[str, str, str]], columns: tuple[str, str, str], title: str) -> Table:
-    """A table of three columns, the first for names, the others for values, aligned right.
+def comparison_table(rows: Sequence[Sequence[str]], columns: Sequence[str], title: str) -> Table:
+    """A table, its first column for names, the others for values, aligned right.
 
     Raises ValueError for no rows, or for a row that has not as many cells as there are columns.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from transformers.utils import logging
 from midskip.config import KEYS, MidskipConfig
 from midskip.model import MidskipForCausalLM
 from midskip.policies import Decision
+from midskip.testing.decode import in_steps
+from midskip.testing.effort import broken_effort, effort
 from midskip.testing.naive import naive_forward
 
 TOLERANCE = 1e-6  # of the largest number of a tensor; wide enough for a policy that works in float32
@@ -54,10 +56,14 @@ def check_policy(
     - *no future leak*: in evaluation, changing a token changes nothing before it;
     - *batch*: a batch gives what its members give alone, in any order, with pads on any side;
     - *prefix*: a sequence fed as growing prefixes gives what it gives at once;
+    - *decode*: a sequence fed in steps, with a cache, gives what it gives at once; not of a policy that `looks_back`,
+      which runs without one;
     - *finite gradients*: in training every parameter gets a gradient, and a finite one;
     - *packed = naive*: the same values and gradients as `naive_forward`, which asks the policy about one sequence at
       a time and multiplies gates in;
-    - *state*: a saved and loaded model gives the same outputs.
+    - *state*: a saved and loaded model gives the same outputs;
+    - *budget*, of a policy that is `adjustable`: what `Policy.set_effort` says, and the laws from *no future leak* to
+      *packed = naive* under a factor and a ceiling.
 
     Args:
         policy, settings: as `policy` and `policy_settings` in `MidskipConfig`.
@@ -73,7 +79,10 @@ def check_policy(
         for key in KEYS if keys is None else (keys,):
             for moved in (False, True):
                 trial = _Trial.make(policy, dict(settings or {}), layers, key, moved, seed)
-                for law in (_gates, _repeatable, _no_future_leak, _batch, _prefix, _finite, _packed_is_naive, _state):
+                for law in (
+                    _gates, _repeatable, _no_future_leak, _batch, _prefix, _decode, _finite, _packed_is_naive, _state,
+                    _budget,
+                ):  # fmt: skip
                     law(trial)
 
 
@@ -230,6 +239,21 @@ def _prefix(trial: _Trial) -> None:
         trial.same("prefix", prefix, expected, f"the first {length} of {NUM_COLUMNS} tokens alone, and among all")
 
 
+def _decode(trial: _Trial) -> None:
+    if trial.model.model.policy.looks_back:
+        return
+    at_once = trial.run(trial.ids_BT, VALID_BT)
+    for columns in (1, 3):
+        what = f"{columns} columns at a time with a cache, and all at once"
+        advice = "if the policy reads the past, set looks_back = True"
+        try:
+            steps = [_by_token(output) for output in in_steps(trial.model, trial.ids_BT, VALID_BT, columns)]
+        except Exception as error:
+            raise trial.broken("decode", f"{what}: the former fails: {error}; {advice}") from error
+        together = {name: torch.cat([step[name] for step in steps], 1) for name in steps[0]}
+        trial.same("decode", together, at_once, f"{what} ({advice})")
+
+
 def _gradients(trial: _Trial, forward: Callable[..., Any]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     """Results by token, and the gradient of every parameter of a sum that reaches all of them."""
     labels_BT = trial.ids_BT
@@ -279,6 +303,19 @@ def _packed_is_naive(trial: _Trial) -> None:
                 "packed = naive",
                 f"the gradients of {name} in the packed pass and in the plain one differ by {distance}",
             )
+
+
+def _budget(trial: _Trial) -> None:
+    policy = trial.model.model.policy
+    if not policy.adjustable:
+        return
+    if problem := broken_effort(policy, lambda: trial.run(trial.ids_BT, VALID_BT)["gates"], VALID_BT):
+        raise trial.broken("budget", problem)
+    for factor, ceiling in ((3.0, None), (0.5, max(1, policy.num_layers - 2))):
+        limited = replace(trial, where=f"{trial.where}, factor {factor}, ceiling {ceiling}")
+        with effort(policy, factor, ceiling):
+            for law in (_no_future_leak, _batch, _prefix, _decode, _packed_is_naive):
+                law(limited)
 
 
 def _state(trial: _Trial) -> None:

@@ -137,8 +137,12 @@ def _middle_out_gate(policy: MiddleOut, layer: int, x_TD: Tensor, scores: list[T
     """Appends the depth score of this layer to `scores` in the first half; the mirrored gate in the second."""
     if layer >= policy.num_gates:
         return gates[policy.num_layers - 1 - layer]
-    score_T = torch.relu(x_TD @ policy.weight[layer] + policy.bias[layer])
-    scores.append(score_T if layer == 0 else scores[-1] + score_T)
+    score_T = policy.factor * torch.relu(x_TD @ policy.weight[layer] + policy.bias[layer])
+    depth_score_T = score_T if layer == 0 else scores[-1] + score_T
+    outer_blocks = sum(min(other, policy.num_layers - 1 - other) <= layer for other in range(policy.num_layers))
+    if policy.ceiling is not None and outer_blocks > policy.ceiling:
+        depth_score_T = depth_score_T.clamp(min=1)
+    scores.append(depth_score_T)
     # 1 - clamp(S, 0, 1), with slope 0 at S = 1
     return torch.where(scores[-1] < 1, 1 - scores[-1], 0)
 

@@ -11,10 +11,14 @@ from torch import Tensor
 from midskip.nn.layout import Layout
 from midskip.policies.base import Decision, Policy
 
+NUM_DRAWN = 2**16  # numbers of each kind; positions that lie so far apart share theirs
+
 
 class FixedDepths(Policy):
     """Random nested depths that depend on nothing but a token's position: a token runs the first d layers and the
-    last d, with d drawn so that `skip_share` of all block-tokens are skipped on average, evenly spread.
+    last d, with d drawn so that `skip_share` of all block-tokens are skipped on average, evenly spread. The numbers
+    are drawn once and looked up, so that deciding costs next to nothing. Rows of a batch keep the same columns unless
+    their positions differ.
 
     Args:
         skip_share: share of block-tokens skipped, in [0, 1].
@@ -32,6 +36,7 @@ class FixedDepths(Policy):
             raise ValueError(f"skip_share is {skip_share!r}; expected a number from 0 to 1")
         self.skip_share, self.fractional, self.seed = skip_share, fractional, seed
         self.num_gates = (num_layers + 1) // 2
+        self._drawn: dict[int, Tensor] = {}
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
         if layer == 0:
@@ -48,6 +53,8 @@ class FixedDepths(Policy):
 
     def _uniform(self, stream: int, layout: Layout) -> Tensor:
         """float32 [N] in [0, 1), the same for the same position."""
-        generator = torch.Generator().manual_seed(self.seed * 1000 + stream)
-        longest = int(layout.position_N.max()) + 1 if layout.num_tokens else 0
-        return torch.rand(longest, generator=generator).to(layout.position_N.device)[layout.position_N]
+        device = layout.position_N.device
+        if stream not in self._drawn or self._drawn[stream].device != device:
+            generator = torch.Generator().manual_seed(self.seed * 1000 + stream)
+            self._drawn[stream] = torch.rand(NUM_DRAWN, generator=generator).to(device)
+        return self._drawn[stream][layout.position_N % NUM_DRAWN]

@@ -322,6 +322,7 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
         report_to=settings.report_to,
         disable_tqdm=True,
         remove_unused_columns=False,
+        use_cache=True,  # is written into the saved configuration; a training pass makes no cache anyway
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # without torchrun one device, not nn.DataParallel over all

@@ -1,0 +1,132 @@
+"""The models that are timed, and how each is called.
+
+B sequences, T columns.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from midskip.bench.settings import BenchSettings
+from midskip.config import MidskipConfig
+from midskip.model import MidskipForCausalLM
+from midskip.policies import build_policy
+
+FIXED_DEPTHS = "midskip.testing.policies:FixedDepths"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of those that are compared.
+
+    Attributes:
+        name: as reported.
+        model: ours or transformers' Llama.
+        skip_share: of block-tokens, where it is imposed.
+        static: Llama's cache is allocated once, at its final length, and does not grow.
+        stretch: positions between the first tokens of one row and the next; 0: all rows start at 0.
+    """
+
+    name: str
+    model: Any
+    skip_share: float | None = None
+    static: bool = False
+    stretch: int = 0
+
+    @property
+    def is_ours(self) -> bool:
+        return isinstance(self.model, MidskipForCausalLM)
+
+    def call(self, ids_BT: Tensor, cache: Any = None, **more: Any) -> Any:
+        """A forward pass; with a cache, of what comes after its content."""
+        if self.is_ours and cache is None and self.stretch:  # a cache goes on with each row's own positions
+            more["position_ids"] = positions(ids_BT, self.stretch)
+        if cache is not None:
+            more["past_key_values"] = cache
+        return self.model(ids_BT, **more)
+
+    def empty_cache(self, num_columns: int) -> Any:
+        """What a first pass takes to hold `num_columns` in the end; None where the model makes it itself."""
+        return StaticCache(config=self.model.config, max_cache_len=num_columns) if self.static else None
+
+    def prefilled(self, ids_BT: Tensor, num_columns: int) -> Any:
+        """A cache with these tokens in it, that is to hold `num_columns` in the end."""
+        return self.call(ids_BT, self.empty_cache(num_columns), use_cache=True, logits_to_keep=1).past_key_values
+
+
+def positions(ids_BT: Tensor, stretch: int) -> Tensor:
+    """int64 [B, T]: each row its own stretch of positions, so that each draws depths of its own."""
+    row_B, column_T = (torch.arange(n, device=ids_BT.device) for n in ids_BT.shape)
+    return row_B[:, None] * stretch + column_T
+
+
+def build_ours(settings: BenchSettings, dtype: torch.dtype) -> MidskipForCausalLM:
+    """Our dense model, whose weights those that skip share."""
+    torch.manual_seed(settings.seed)
+    return placed(MidskipForCausalLM(settings.config()), dtype, settings.device)
+
+
+def build_llama(like: MidskipConfig, dtype: torch.dtype, device: str, seed: int = 0) -> LlamaForCausalLM:
+    """transformers' Llama of the same shape, with SDPA."""
+    torch.manual_seed(seed)
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
+        "tie_word_embeddings", "initializer_range",
+    )  # fmt: skip
+    shape = {name: getattr(like, name) for name in names}
+    config = LlamaConfig(**shape)
+    config._attn_implementation = "sdpa"
+    return placed(LlamaForCausalLM(config), dtype, device)
+
+
+def placed(model: Model, dtype: torch.dtype, device: str) -> Model:
+    """The model there, for evaluation."""
+    nn.Module.to(model, device, dtype)
+    return model.eval()
+
+
+def with_policy(model: MidskipForCausalLM, policy: str, settings: dict[str, Any]) -> MidskipForCausalLM:
+    """A model with another policy and the same weights, in the same memory."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    config = twin.config
+    config.policy, config.policy_settings = policy, settings
+    twin.model.policy = build_policy(
+        policy, config.num_hidden_layers, config.hidden_size, config.initializer_range, settings
+    )
+    return twin.train(model.training)
+
+
+def imposed(settings: BenchSettings, dense: MidskipForCausalLM, gates: str) -> list[Side]:
+    """Our sides at each skip share."""
+    sides = []
+    stretch = settings.max_positions // max(*settings.batch_sizes, settings.training_batch_size)
+    for share in settings.shares:
+        policy = {"skip_share": share, "fractional": gates == "fractional", "seed": settings.seed + 1}
+        model = with_policy(dense, FIXED_DEPTHS, policy)
+        sides.append(Side(f"skip {share:g}", model, share, stretch=stretch))
+    return sides
+
+
+def llama_with_our_equations(llama: LlamaForCausalLM, config: MidskipConfig) -> MidskipForCausalLM:
+    """Ours with Llama's norms, nothing skipped, and Llama's weights, in the same memory: the same function."""
+    config = copy.deepcopy(config)
+    config.norms, config.policy, config.policy_settings = "pre", "dense", {}
+    with torch.device("meta"):
+        ours = MidskipForCausalLM(config)
+    weights = {
+        name.replace("post_attention_layernorm", "pre_feedforward_layernorm"): tensor
+        for name, tensor in llama.state_dict().items()
+    }
+    ours.load_state_dict(weights, assign=True)
+    ours.model.rotary.inverse_wavelength = ours.model.rotary.compute().to(llama.device)
+    return ours.eval()

@@ -1,0 +1,270 @@
+"""`midskip bench`: check every side, time all in turns, write table, picture and numbers.
+
+B sequences, T columns.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
+
+from midskip.bench.agree import NUM_COLUMNS, NUM_ROWS, check_llama, check_ours
+from midskip.bench.models import Side, build_llama, build_ours, imposed, placed, with_policy
+from midskip.bench.results import case_rows, machine
+from midskip.bench.settings import BenchSettings
+from midskip.bench.table import case_table
+from midskip.bench.tasks import Decode, Prefill, Task, Training
+from midskip.bench.timing import WARM_UP_TURNS, interleave, waiter
+from midskip.config import MidskipConfig
+from midskip.data import TokenWindows
+from midskip.energy import EnergyMeter
+from midskip.model import MidskipForCausalLM
+from midskip.report.page import visible
+from midskip.report.speed import write_speed_picture
+from midskip.runs import to_json
+
+BENCH_FILE, BENCH_PICTURE_FILE = "bench.json", "bench.png"
+ENERGY_ROUNDS = 3
+WIDTH = 140  # of tables that go to a file
+
+Windows = TokenWindows | Sequence[dict[str, Tensor]]
+Tokens = Callable[[int, int], Tensor]  # so many rows of so many columns, int64
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sides that are compared with each other."""
+
+    dtype: str
+    gates: str
+    config: MidskipConfig
+    sides: list[Side]
+
+
+def bench(settings: BenchSettings, output: str | Path = "runs/bench", console: Console | None = None) -> dict[str, Any]:
+    """Time models whose tokens skip an imposed share of layers against transformers' Llama of the same shape.
+
+    Returns:
+        what `bench.json` holds: machine, settings, agreement (each comparison with the plain twin), energy (counters,
+        or why there are none), and a row for each side of each case.
+
+    Raises:
+        ValueError: the output cannot be written, or the models do not fit in memory.
+        DisagreementError: a side does not compute what it should; it is not timed.
+    """
+    config = settings.config()
+    draw = torch.Generator().manual_seed(settings.seed)
+
+    def tokens(num_rows: int, num_columns: int) -> Tensor:
+        return torch.randint(config.vocab_size, (num_rows, num_columns), generator=draw).to(settings.device)
+
+    return _Bench(settings, Path(output), console).run(_imposed_groups(settings), len(settings.gates), tokens)
+
+
+def bench_run(
+    settings: BenchSettings, model: MidskipForCausalLM, windows: Windows, output: str | Path = "runs/bench",
+    console: Console | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The same with the learned gates of a trained model, on text: against the model with nothing skipped, and Llama.
+
+    Args:
+        settings: as `run_settings` gives them.
+        windows: text in the model's own tokens; as many as the largest batch are used, each as one document.
+
+    Raises:
+        ValueError: as `bench`, and too little text or more tokens than the model takes.
+    """
+    rows = max(NUM_ROWS, *settings.batch_sizes, settings.training_batch_size)
+    columns = max(NUM_COLUMNS, settings.prompt_tokens, settings.context_tokens + settings.new_tokens)
+    limit = model.config.max_position_embeddings
+    if columns > limit:
+        raise ValueError(
+            f"{columns} tokens are asked for and the model takes at most {limit}: give smaller --prompt_tokens, "
+            "--context_tokens or --new_tokens"
+        )
+    found = []
+    for index in range(len(windows)):
+        ids_T = windows[index]["input_ids"]
+        if len(ids_T) >= columns and windows[index].get("attention_mask", ids_T[:1] + 1).all():
+            found.append(ids_T[:columns])
+        if len(found) == rows:
+            break
+    else:
+        raise ValueError(
+            f"the text has {len(found)} windows of {columns} tokens; {rows} are needed: give more text by --data, "
+            "smaller --batch_sizes or --training_batch_size, or fewer --prompt_tokens, --context_tokens or --new_tokens"
+        )
+    ids_WT = torch.stack(found).long()
+    ids_WT = ids_WT.to(settings.device)
+    return _Bench(settings, Path(output), console).run(
+        _trained_groups(settings, model), 1, lambda num_rows, num_columns: ids_WT[:num_rows, :num_columns]
+    )
+
+
+def _imposed_groups(settings: BenchSettings) -> Iterator[_Group]:
+    for name in settings.dtypes:
+        dtype = getattr(torch, name)
+        dense = build_ours(settings, dtype)
+        llamas = _llamas(settings, dense.config, dtype)
+        for gates in settings.gates:
+            yield _Group(name, gates, dense.config, [*llamas, *imposed(settings, dense, gates)])
+
+
+def _trained_groups(settings: BenchSettings, model: MidskipForCausalLM) -> Iterator[_Group]:
+    for name in settings.dtypes:
+        dtype = getattr(torch, name)
+        trained = placed(copy.deepcopy(model), dtype, settings.device)
+        twin = with_policy(trained, "dense", {})
+        ours = [Side("dense twin", twin), Side("trained", trained)]
+        yield _Group(name, "learned", twin.config, [*_llamas(settings, twin.config, dtype), *ours])
+
+
+def _llamas(settings: BenchSettings, config: MidskipConfig, dtype: torch.dtype) -> list[Side]:
+    llama = build_llama(config, dtype, settings.device, settings.seed)
+    return [Side("llama", llama), Side("llama, static cache", llama, static=True)]
+
+
+class _Bench:
+    def __init__(self, settings: BenchSettings, folder: Path, console: Console | None):
+        self.settings, self.folder = settings, folder
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output is {str(folder)!r}, which is a file; expected a folder")
+        settings.check_memory()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.console = console or Console()
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, WIDTH)
+        self.messages = Console(stderr=True)
+        self.wait, self.order = waiter(settings.device), random.Random(settings.seed)
+        self.energy = EnergyMeter(settings.device)
+        self.result: dict[str, Any] = {
+            "machine": machine(settings.device), "settings": settings.as_dict(), "energy": {}, "agreement": [],
+            "rows": [],
+        }  # fmt: skip
+
+    def run(
+        self, groups: Iterator[_Group], groups_a_dtype: int, tokens: Callable[[int, int], Tensor]
+    ) -> dict[str, Any]:
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn()
+        quiet = not self.messages.is_terminal
+        with Progress(*columns, console=self.messages, transient=True, disable=quiet) as bar:
+            cases = len(self.settings.tasks) + ("decode" in self.settings.tasks) * (len(self.settings.batch_sizes) - 1)
+            self.bar, self.job = bar, bar.add_task("", total=len(self.settings.dtypes) * groups_a_dtype * (cases + 1))
+            self._say("power at rest")
+            self.energy.measure_idle(self.settings.idle_s)
+            self.result["energy"] = self.energy.as_dict()
+            for group in groups:
+                self._group(group, tokens)
+                self._write()
+                del group
+                gc.collect()
+        self._finish()
+        return self.result
+
+    def _group(self, group: _Group, tokens: Tokens) -> None:
+        self._say(f"checking {group.dtype}, gates {group.gates}")
+        ids_BT = tokens(NUM_ROWS, NUM_COLUMNS)
+        for side in group.sides:
+            if side.is_ours:
+                found = check_ours(side, ids_BT, gradients="training" in self.settings.tasks)
+            else:
+                found = check_llama(side, group.config, ids_BT)
+            case = {"dtype_timed": group.dtype, "gates": group.gates}
+            self.result["agreement"] += [case | one.as_dict() for one in found]
+        self.bar.advance(self.job)
+        for task in self._tasks(tokens):
+            self._case(group, task)
+
+    def _tasks(self, tokens: Tokens) -> Iterator[Task]:
+        settings = self.settings
+        for name in settings.tasks:
+            if name == "prefill":
+                yield Prefill(tokens(1, settings.prompt_tokens))
+            elif name == "training":
+                yield Training(tokens(settings.training_batch_size, settings.context_tokens))
+            else:
+                for batch_size in settings.batch_sizes:
+                    ids_BT = tokens(batch_size, settings.context_tokens + settings.new_tokens)
+                    yield Decode(ids_BT, settings.new_tokens)
+
+    def _case(self, group: _Group, task: Task) -> None:
+        sides = [side for side in group.sides if task.is_for(side)]
+        case = {"dtype": group.dtype, "gates": group.gates}
+        self._say(f"{task.name} of {task.batch_size}, {group.dtype}, gates {group.gates}")
+        parts = len(sides) * (WARM_UP_TURNS + self.settings.repeats)
+        with torch.set_grad_enabled(task.trains):
+            works = {side.name: task.work(side) for side in sides}
+            seconds = interleave(
+                {side.name: lambda side=side: task.begin(side) for side in sides},
+                task.num_steps, self.settings.repeats, self.order, self.wait,
+                lambda: self.bar.advance(self.job, 1 / parts),
+            )  # fmt: skip
+            joules = self._joules(task, sides)
+        rows = case_rows(case, task, sides, seconds, works, joules)
+        self.result["rows"] += rows
+        self.console.print(case_table(rows))
+        self._write()
+
+    def _joules(self, task: Task, sides: Sequence[Side]) -> dict[str, list[float]]:
+        """Joules of a unit, in some rounds: stretch after stretch, what lies between them left out."""
+        rounds: dict[str, list[float]] = {side.name: [] for side in sides}
+        if self.energy.unavailable:
+            return {}
+        for _ in range(ENERGY_ROUNDS):
+            for side in self.order.sample(sides, len(sides)):
+                joules = duration_s = num_units = 0
+                while duration_s < self.settings.energy_s:
+                    step = task.begin(side)
+                    self.wait()
+                    self.energy.start()
+                    for number in range(task.num_steps):
+                        step(number)
+                        self.wait()
+                    if (used := self.energy.stop()) is None:
+                        return {}
+                    joules, duration_s = joules + used.joules, duration_s + used.duration_s
+                    num_units += task.num_units
+                rounds[side.name].append(joules / num_units)
+        return rounds
+
+    def _say(self, what: str) -> None:
+        self.bar.update(self.job, description=what)
+        if not self.messages.is_terminal:
+            self.messages.print(what, markup=False, highlight=False)
+
+    def _write(self) -> None:
+        (self.folder / BENCH_FILE).write_text(to_json(self.result) + "\n", encoding="utf-8")
+
+    def _finish(self) -> None:
+        lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for row in self.result["rows"]:
+            if not row["side"].startswith("llama"):
+                batch = f", batch {row['batch_size']}" if row["task"] == "decode" else ""
+                case = lines.setdefault(row["task"], {}).setdefault(f"{row['dtype']}, {row['gates']}{batch}", [])
+                case.append((row["ratios"]["llama"]["work"], row["ratios"]["llama"]["time"]))
+        where = self.result["machine"]
+        write_speed_picture(self.folder / BENCH_PICTURE_FILE, lines, where.get("gpu", where["cpu"]))
+        energy = self.energy
+        if energy.unavailable:
+            words = f"energy: unavailable: {energy.unavailable}"
+        else:
+            watts = ", ".join(f"{name} {value:.3g} W" for name, value in energy.as_dict()["idle_watts"].items())
+            words = f"energy: joules above what is used at rest ({watts})"
+            words += f"; not counted: {energy.left_out}" if energy.left_out else ""
+        for line in (
+            words,
+            "time / work: share of Llama's time over share of Llama's FLOPs (decode: of the bytes that must be read)",
+            f"numbers {self.folder / BENCH_FILE}, picture {self.folder / BENCH_PICTURE_FILE}",
+        ):
+            self.console.print(Text(visible(line)), soft_wrap=True)

@@ -1,0 +1,204 @@
+"""What is timed, at which size; everything about it that can be wrong is found here, before anything is built."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from midskip.config import MidskipConfig
+from midskip.model import MidskipForCausalLM
+
+TASKS = ("prefill", "decode", "training")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+GATES = ("fixed", "fractional")
+SHAPE_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
+)  # fmt: skip
+FEWEST_POSITIONS = 64  # for the rows that are checked before anything is timed
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "shape": {"vocab_size": 50257, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                  "num_attention_heads": 12},
+        "prompt_tokens": 1024, "context_tokens": 512, "new_tokens": 32, "batch_sizes": (1, 8, 32), "repeats": 9,
+        "idle_s": 5.0, "energy_s": 2.0,
+    },
+    "small": {
+        "shape": {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8,
+                  "num_attention_heads": 6},
+        "prompt_tokens": 512, "context_tokens": 256, "new_tokens": 32, "batch_sizes": (1, 8), "repeats": 7,
+        "idle_s": 3.0, "energy_s": 1.0,
+    },
+    "tiny": {
+        "shape": {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+                  "num_attention_heads": 2},
+        "prompt_tokens": 48, "context_tokens": 24, "new_tokens": 6, "batch_sizes": (1, 3), "repeats": 3,
+        "idle_s": 0.1, "energy_s": 0.05,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Settings of `bench`; `of` fills them from a preset.
+
+    Attributes:
+        shape: fields of `MidskipConfig`; Llama gets the same.
+        tasks: some of `TASKS`.
+        batch_sizes: sequences decoded at once. One prompt is prefilled, `training_batch_size` sequences are trained on.
+        shares: of block-tokens that are skipped.
+        dtypes: of weights and activations.
+        gates: of the tokens present: `"fixed"`, all 1, or `"fractional"`, drawn from (0.5, 1).
+        prompt_tokens: that are prefilled.
+        context_tokens: that stand in the cache before decoding begins; also the length of a training sequence.
+        new_tokens: decoded in a stretch.
+        repeats: of everything that is timed.
+        norms: as in `MidskipConfig`.
+        seed: of weights, tokens, depths and the order of turns.
+        device: that all of it runs on.
+        idle_s, energy_s: for how long the power at rest is measured, and each side at work.
+
+    Raises:
+        ValueError: a value that cannot be timed.
+    """
+
+    shape: dict[str, int]
+    tasks: tuple[str, ...] = TASKS
+    batch_sizes: tuple[int, ...] = (1,)
+    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    gates: tuple[str, ...] = GATES
+    prompt_tokens: int = 1024
+    context_tokens: int = 512
+    new_tokens: int = 32
+    training_batch_size: int = 2
+    repeats: int = 9
+    norms: str = "sandwich"
+    seed: int = 0
+    device: str = "cpu"
+    idle_s: float = 5.0
+    energy_s: float = 2.0
+    run: str | None = field(default=None)  # the name of the run folder whose model is timed
+
+    @classmethod
+    def of(cls, preset: str = "paper", shape: dict[str, int] | None = None, **changes: Any) -> BenchSettings:
+        """A preset with some of its settings, or of its shape, changed; None stands for "as in the preset"."""
+        if preset not in PRESETS:
+            raise ValueError(f"shape is {preset!r}; expected one of {', '.join(PRESETS)}")
+        given = {name: value for name, value in changes.items() if value is not None}
+        settings = PRESETS[preset] | given
+        settings["shape"] = settings["shape"] | {k: v for k, v in (shape or {}).items() if v is not None}
+        if "device" not in settings:
+            settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(**settings)
+
+    def __post_init__(self) -> None:
+        for name, known in (("tasks", TASKS), ("dtypes", DTYPES), ("gates", GATES)):
+            self._check_list(name, known)
+        self._check_list("batch_sizes")
+        self._check_list("shares")
+        for name in ("prompt_tokens", "context_tokens", "new_tokens", "training_batch_size", "repeats", *self.shape):
+            self._check_count(name, self.shape[name] if name in self.shape else getattr(self, name))
+        if "training" in self.tasks and self.context_tokens < 2:
+            raise ValueError("context_tokens is 1, and a training sequence needs a token to predict: give at least 2")
+        for batch_size in self.batch_sizes:
+            self._check_count("batch_sizes", batch_size)
+        for share in self.shares:
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+                raise ValueError(f"shares has {share!r}; expected shares of skipped block-tokens, from 0 to below 1")
+        for name in ("idle_s", "energy_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected seconds above 0")
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            kind = None
+        if kind not in ("cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; expected cpu, cuda or cuda:N")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {self.device!r} and torch finds no GPU: leave it out, or give cpu")
+        self.config()  # refuses a shape that cannot be built
+
+    def _check_list(self, name: str, known: tuple[str, ...] | None = None) -> None:
+        values = getattr(self, name)
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name} is {', '.join(map(str, values))!r}; expected at least one, none of them twice")
+        if known and (unknown := [value for value in values if value not in known]):
+            raise ValueError(f"{name} has {unknown[0]!r}; expected some of {', '.join(known)}")
+
+    def _check_count(self, name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} has {value!r}; expected a whole number of at least 1")
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that are used: each row of a batch has its own."""
+        decode = max(self.batch_sizes) * (self.context_tokens + self.new_tokens)
+        return max(FEWEST_POSITIONS, self.prompt_tokens, decode, self.training_batch_size * self.context_tokens)
+
+    def config(self, **changes: Any) -> MidskipConfig:
+        """Of our models."""
+        fields: dict[str, Any] = {"norms": self.norms, "max_position_embeddings": self.max_positions, "policy": "dense"}
+        fields |= self.shape
+        return MidskipConfig(**fields, **changes)
+
+    def check_memory(self) -> None:
+        """Raises ValueError if weights, gradients and caches would not fit what is free on the device."""
+        free_bytes = _free_bytes(torch.device(self.device))
+        config = self.config()
+        itemsize = max(getattr(torch, name).itemsize for name in self.dtypes)
+        width, layers = config.hidden_size, config.num_hidden_layers
+        num_weights = 2 * config.vocab_size * width + layers * width * (4 * width + 3 * config.intermediate_size)
+        copies = 4 if "training" in self.tasks else 2  # Llama's and ours, and their gradients
+        needed_bytes = copies * num_weights * itemsize
+        if self.device == "cpu":
+            exact_bytes = num_weights * (32 if "training" in self.tasks else 8)  # weights, gradients: all in float64
+            needed_bytes = max(needed_bytes, 2 * num_weights * itemsize + exact_bytes)
+        if "decode" in self.tasks:
+            columns = max(self.batch_sizes) * (self.context_tokens + self.new_tokens)
+            token_bytes = 2 * layers * config.num_key_value_heads * config.head_dim * itemsize
+            sides = 2 + sum(1 - share for share in self.shares)  # each with a cache and a copy of it
+            needed_bytes = max(needed_bytes, 2 * num_weights * itemsize + int(2 * sides * columns * token_bytes))
+        if free_bytes is not None and needed_bytes > free_bytes:
+            raise ValueError(
+                f"this needs about {needed_bytes / 1e9:.1f} GB and {self.device} has {free_bytes / 1e9:.1f} GB free: "
+                "give smaller --batch_sizes, fewer --shares, a smaller shape, or bfloat16 alone"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_settings(model: MidskipForCausalLM, name: str, **given: Any) -> BenchSettings:
+    """Settings to time a trained model of this name: its own shape and gates, no more tokens than it takes.
+
+    Raises:
+        ValueError: a setting that would change nothing, or a value that cannot be timed.
+    """
+    own = ("shape", "shares", "gates", "norms", *SHAPE_FIELDS)
+    if foreign := [setting for setting in own if setting in given]:
+        raise ValueError(f"--{foreign[0]} is of models with imposed depths; a run has its own: leave it out")
+    config, preset = model.config, PRESETS["paper"]
+    limit = config.max_position_embeddings
+    new_tokens = given.pop("new_tokens", min(preset["new_tokens"], max(1, limit // 4)))
+    sizes: dict[str, Any] = {
+        "shape": {field: getattr(config, field) for field in (*SHAPE_FIELDS, "head_dim")},
+        "prompt_tokens": min(preset["prompt_tokens"], limit),
+        "context_tokens": max(1, min(preset["context_tokens"], limit - new_tokens)),
+        "new_tokens": new_tokens, "norms": config.norms, "dtypes": ("float32",), "run": name,
+    }  # fmt: skip
+    sizes |= given
+    return BenchSettings.of(**sizes)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

@@ -1,0 +1,197 @@
+"""What is timed: prefill of a prompt, decoding token by token, a training step; and the work that each really does.
+
+B sequences, T columns.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from midskip.bench.models import Side
+from midskip.cost import Meter, dense_flops
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stretch of one side really did: metered for ours, worked out for Llama, which does everything.
+
+    Attributes:
+        executed_share: of block-tokens.
+        flops: in the convention "causal", forward, or forward and backward.
+        rows_by_layer: rows that went through each block.
+        causal_pairs: (query, key) that met, in all layers.
+        weight_bytes, cache_bytes: that had to be read; None for training.
+        kv_used_bytes, kv_allocated_bytes: of the cache at the end; None for training.
+    """
+
+    executed_share: float
+    flops: int
+    rows_by_layer: list[int]
+    causal_pairs: int
+    weight_bytes: int | None = None
+    cache_bytes: int | None = None
+    kv_used_bytes: int | None = None
+    kv_allocated_bytes: int | None = None
+
+    @property
+    def read_bytes(self) -> int | None:
+        if self.weight_bytes is None or self.cache_bytes is None:
+            return None
+        return self.weight_bytes + self.cache_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Task:
+    """A kind of work on given tokens.
+
+    Args:
+        ids_BT: int64, all tokens that go in.
+        num_steps: timed steps of a stretch.
+
+    Attributes:
+        name: as reported.
+        unit: what energy is told for one of.
+        trains: whether gradients are taken.
+    """
+
+    name = unit = ""
+    trains = False
+
+    def __init__(self, ids_BT: Tensor, num_steps: int = 1):
+        self.ids_BT, self.num_steps = ids_BT, num_steps
+        self.batch_size, self.num_columns = ids_BT.shape
+
+    @property
+    def num_units(self) -> int:
+        """Units in a stretch."""
+        return self.batch_size * self.num_steps
+
+    def is_for(self, side: Side) -> bool:
+        """Whether this side is timed: a static cache is for decoding."""
+        return not side.static
+
+    def begin(self, side: Side) -> Callable[[int], Any]:
+        """Make ready; what is returned takes step number 0, 1, ... and gives what must live until it is over."""
+        raise NotImplementedError
+
+    def work(self, side: Side) -> Work:
+        """Of a whole stretch."""
+        raise NotImplementedError
+
+    def _metered(self, side: Side, run: Callable[[], Any]) -> Work:
+        with Meter(side.model) as meter:
+            cache = run()
+        works = [work for calls in meter.layers for work in calls]
+        size = None if cache is None else cache.num_bytes()
+        return Work(
+            executed_share=meter.executed_share,
+            flops=meter.flops(backward=self.trains).total,
+            rows_by_layer=meter.query_rows_L,
+            causal_pairs=sum(work.causal_pairs for work in works),
+            weight_bytes=None if cache is None else meter.bytes.weights,
+            cache_bytes=None if cache is None else meter.bytes.cache,
+            kv_used_bytes=size and size.used,
+            kv_allocated_bytes=size and size.allocated,
+        )
+
+    def _dense(self, side: Side, before: int, after: int, head_rows: int, num_passes: int) -> Work:
+        """Llama's, going from `before` to `after` columns of each sequence in so many passes."""
+        config, rows = side.model.config, self.batch_size * (after - before)
+        begun, ended = ([columns] * self.batch_size for columns in (before, after))
+        flops = dense_flops(config, ended, head_rows) + dense_flops(config, begun, 0) * -1
+        pairs = self.batch_size * (after * (after + 1) - before * (before + 1)) // 2
+        item_bytes = side.model.dtype.itemsize
+        token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item_bytes
+        if self.trains:
+            return Work(1.0, (flops * 3).total, [rows] * config.num_hidden_layers, pairs * config.num_hidden_layers)
+        body = side.model.model
+        modules = *body.layers, body.norm, side.model.lm_head
+        weight_bytes = sum(parameter.nbytes for module in modules for parameter in module.parameters())
+        used = token_bytes * self.batch_size * after
+        return Work(
+            executed_share=1.0,
+            flops=flops.total,
+            rows_by_layer=[rows] * config.num_hidden_layers,
+            causal_pairs=pairs * config.num_hidden_layers,
+            weight_bytes=num_passes * weight_bytes + rows * config.hidden_size * item_bytes,  # and the rows embedded
+            cache_bytes=token_bytes * pairs if before else 0,
+            kv_used_bytes=used,
+            kv_allocated_bytes=used,
+        )
+
+
+class Prefill(Task):
+    """A prompt through the model into a new cache, with the logits of its last token: the time to the first token."""
+
+    name, unit = "prefill", "prompt"
+
+    def begin(self, side: Side) -> Callable[[int], Any]:
+        side.model.eval()
+        return lambda step: side.call(self.ids_BT, use_cache=True, logits_to_keep=1)
+
+    def work(self, side: Side) -> Work:
+        if side.is_ours:
+            return self._metered(side, lambda: self.begin(side)(0).past_key_values)
+        return self._dense(side, 0, self.num_columns, self.batch_size, 1)
+
+
+class Decode(Task):
+    """Token by token after a context; the tokens are given, so that all sides see the same."""
+
+    name, unit = "decode", "token"
+
+    def __init__(self, ids_BT: Tensor, num_steps: int):
+        super().__init__(ids_BT, num_steps)
+        self.num_context = self.num_columns - num_steps
+        self._prefilled: dict[str, Any] = {}
+
+    def is_for(self, side: Side) -> bool:
+        return True
+
+    def begin(self, side: Side) -> Callable[[int], Any]:
+        side.model.eval()
+        if side.name not in self._prefilled:
+            self._prefilled[side.name] = side.prefilled(self.ids_BT[:, : self.num_context], self.num_columns)
+        cache = copy.deepcopy(self._prefilled[side.name])
+        return lambda step: self._step(side, cache, step)
+
+    def _step(self, side: Side, cache: Any, step: int) -> Any:
+        column = self.num_context + step
+        return side.call(self.ids_BT[:, column : column + 1], cache, use_cache=True, logits_to_keep=1)
+
+    def work(self, side: Side) -> Work:
+        if side.is_ours:
+            step = self.begin(side)
+            return self._metered(side, lambda: [step(n) for n in range(self.num_steps)][-1].past_key_values)
+        return self._dense(side, self.num_context, self.num_columns, self.batch_size * self.num_steps, self.num_steps)
+
+
+class Training(Task):
+    """Forward and backward of a batch; the optimizer's step, the same for all sides, is left out."""
+
+    name, unit = "training", "step"
+    trains = True
+
+    @property
+    def num_units(self) -> int:
+        return 1
+
+    def begin(self, side: Side) -> Callable[[int], Any]:
+        side.model.train()
+        return lambda step: self._step(side)
+
+    def _step(self, side: Side) -> None:
+        side.call(self.ids_BT, labels=self.ids_BT, use_cache=False).loss.backward()
+        side.model.zero_grad()
+
+    def work(self, side: Side) -> Work:
+        if side.is_ours:
+            return self._metered(side, lambda: self._step(side))
+        return self._dense(side, 0, self.num_columns, self.batch_size * self.num_columns, 1)

@@ -1,0 +1,274 @@
+"""SkipCache: what transformers' `generate()` sees of the keys and values that were computed.
+
+B sequences, T new columns, C columns seen, N new tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from midskip.config import MidskipConfig
+from midskip.nn.cache import ROUND, SPARE, LayerCache
+from midskip.nn.layout import Layout
+
+IN_GENERATE = "in generate(), give the whole text so far, or an attention_mask over the cached columns too"
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of a cache.
+
+    Attributes:
+        used: of what is held of tokens: their keys, values, columns and gates.
+        allocated: of all memory taken: the used part, slots that are free, and the position of each column seen.
+    """
+
+    used: int
+    allocated: int
+
+
+class SkipCache(Cache):
+    """Keys and values, in each layer of the tokens that ran it and of no others.
+
+    `model(..., use_cache=True)` and `generate()` make one; one made by hand is given as `past_key_values`. With
+    `keys="all"` each layer holds all tokens, since each makes keys and values everywhere. A row of the batch is one
+    sequence; pads count as columns seen and are not held.
+
+    Args:
+        config: of the model that it is for.
+
+    Attributes:
+        layers: a `LayerCache` for each layer, with `lengths`, `columns` and `keys` of what it holds.
+        num_columns: columns seen, pads included; `get_seq_length()` is the same.
+        lengths: tokens of each row among them, pads not counted, on the host; empty while nothing came.
+        num_valid_tokens: tokens among them that were no pads, of all passes; never made less.
+        num_block_tokens: tokens that ran, summed over the layers and all passes; never made less.
+    """
+
+    layers: list[LayerCache]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, config: MidskipConfig):
+        super().__init__(layers=[LayerCache() for _ in range(config.num_hidden_layers)])  # pyright: ignore[reportArgumentType]
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, batch size and model too."""
+        self._empty()
+        self.num_valid_tokens = self.num_block_tokens = 0
+
+    def _empty(self) -> None:
+        for layer in self.layers:
+            layer.reset()
+        self.num_columns = 0
+        self.lengths: list[int] = []
+        self._position_BC: Tensor | None = None  # int32, position of each column seen, -1 for pads; some are spare
+        self._model: ReferenceType[nn.Module] | None = None
+
+    def __repr__(self) -> str:
+        held = "all tokens" if self.config.keys == "all" else "the tokens that ran"
+        size = self.num_bytes()
+        return (
+            f"SkipCache(of {held}: {self.batch_size} sequences, {self.num_columns} columns seen, tokens held by layer "
+            f"{[layer.num_tokens for layer in self.layers]}, {size.used} bytes used, {size.allocated} allocated)"
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; 0 while nothing came."""
+        return 0 if self._position_BC is None else self._position_BC.shape[0]
+
+    @property
+    def executed_share(self) -> float:
+        """Share of block-tokens that ran, of the valid tokens of all passes times layers."""
+        return self.num_block_tokens / max(1, self.num_valid_tokens * len(self.layers))
+
+    def num_bytes(self) -> CacheBytes:
+        """What it takes, used and allocated."""
+        used = sum(layer.num_tokens * layer.token_bytes for layer in self.layers)
+        columns = 0 if self._position_BC is None else self._position_BC.nbytes
+        return CacheBytes(used, columns + sum(layer.allocated_bytes for layer in self.layers))
+
+    def admit(
+        self, model: nn.Module, shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None,
+        device: torch.device,
+    ) -> Layout:  # fmt: skip
+        """Note the next columns, and give the layout of their tokens.
+
+        Args:
+            model: whose pass it is.
+            shape: B and T.
+            attention_mask: bool or int [B, C + T], of the columns seen and the new ones.
+            position_ids: int64 [B or 1, T].
+
+        Raises:
+            ValueError: a cache of another model or batch size, a mask that does not fit what was seen, positions that
+                do not rise.
+        """
+        self._check_whose(model, shape[0])
+        (batch_size, num_new), past = shape, self.num_columns
+        if attention_mask is not None and attention_mask.shape != (batch_size, past + num_new):
+            raise ValueError(
+                f"attention_mask has the shape {list(attention_mask.shape)}; expected {[batch_size, past + num_new]}: "
+                f"it covers the {past} columns in the cache and the {num_new} new ones"
+            )
+        if self._position_BC is None:
+            seen_BC = torch.full((batch_size, 0), -1, dtype=torch.int32, device=device)
+        else:
+            seen_BC = self._position_BC[:, :past]
+        valid_BC = seen_BC >= 0
+        marks_BC = torch.cat([valid_BC, valid_BC.new_ones(shape)], 1)
+        if attention_mask is not None:
+            marks_BC = attention_mask.to(torch.bool)
+        valid_BT = marks_BC[:, past:]
+        last_B1 = torch.nn.functional.pad(seen_BC, (1, 0), value=-1).amax(1, keepdim=True).long()
+        position_BT = last_B1 + valid_BT.cumsum(1) if position_ids is None else position_ids.expand(shape)
+        position_BT = torch.where(valid_BT, position_BT, -1)
+        before_BT = torch.cat([last_B1, position_BT], 1).cummax(1).values[:, :-1]
+        # what the host has to know, brought there once
+        facts = [
+            (marks_BC[:, :past] != valid_BC).any(), (valid_BT & (position_BT <= before_BT)).any(), position_BT.max(),
+        ]  # fmt: skip
+        differs, late, highest, *lengths = torch.cat([torch.stack([f.long() for f in facts]), valid_BT.sum(1)]).tolist()
+        if differs:
+            raise ValueError(
+                "attention_mask marks other columns as pads than it did when they were cached: give the same marks for "
+                "them, or start with a new cache"
+            )
+        if late:
+            raise ValueError(
+                "position_ids do not rise within a row, or do not go on above those in the cache: with a cache a row "
+                f"is one sequence; {IN_GENERATE}"
+            )
+        if highest >= self.config.max_position_embeddings:
+            raise ValueError(
+                f"position_ids reach to {highest}; this model takes 0 to {self.config.max_position_embeddings - 1}"
+            )
+        self._model = ref(model)
+        self._note(position_BT)
+        past_lengths = self.lengths or [0] * batch_size
+        self.lengths = [held + more for held, more in zip(past_lengths, lengths, strict=True)]
+        if sum(lengths) == valid_BT.numel():
+            column_N = torch.arange(valid_BT.numel(), device=device)
+        else:
+            column_N = torch.nonzero_static(valid_BT.flatten(), size=sum(lengths)).squeeze(1)
+        position_N = position_BT.flatten().index_select(0, column_N)
+        return Layout(batch_size, num_new, column_N, position_N, lengths, first_column=past, past_lengths=past_lengths)
+
+    def _check_whose(self, model: nn.Module, batch_size: int) -> None:
+        config: Any = model.config
+        if (mine := _shape_of(self.config)) != (others := _shape_of(config)):
+            raise ValueError(
+                f"the cache was made for a model with {mine}; this one has {others}: use SkipCache(model.config)"
+            )
+        if self._model is not None and self._model() is not model:
+            raise ValueError("the cache holds keys and values of another model: give each model a cache of its own")
+        if self.batch_size not in (0, batch_size):
+            raise ValueError(
+                f"the cache holds {self.batch_size} sequences and {batch_size} are given: give as many, or fit the "
+                "cache by batch_repeat_interleave or batch_select_indices"
+            )
+
+    def _note(self, position_BT: Tensor) -> None:
+        if self._position_BC is None:
+            self._position_BC = position_BT.new_empty(position_BT.shape[0], 0, dtype=torch.int32)
+        end = self.num_columns + position_BT.shape[1]
+        if end > self._position_BC.shape[1]:
+            more = end * (SPARE + 1) // SPARE + ROUND - self._position_BC.shape[1]
+            self._position_BC = torch.nn.functional.pad(self._position_BC, (0, more), value=-1)
+        self._position_BC[:, self.num_columns : end] = position_BT
+        self.num_columns = end
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, pads included; the same for all layers, whatever they hold."""
+        return self.num_columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that a mask for so many new ones covers, and where it starts."""
+        return self.num_columns + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: it grows."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` columns; 0 and below, as generate() gives it.
+
+        Raises:
+            ValueError: a number above 0, or more columns than were seen.
+        """
+        column = self.num_columns + tokens_to_remove
+        if tokens_to_remove > 0 or column < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) of a cache of {self.num_columns} columns; expected 0 or less: minus the "
+                "number of columns to forget"
+            )
+        if not column:  # nothing is left, so it may take any batch again
+            self._empty()
+        if not tokens_to_remove or self._position_BC is None:
+            return
+        self.num_columns = column
+        filled = [layer for layer in self.layers if layer.lengths]
+        counts = [(self._position_BC >= 0).sum(1), *(layer.lengths_before(column) for layer in filled)]
+        self.lengths, *lengths = torch.stack(counts).tolist()
+        for layer, layer_lengths in zip(filled, lengths, strict=True):
+            layer.crop(column, layer_lengths)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row r what row `beam_idx[r]` was, as beam search asks."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have every row so many times, one after the other."""
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of these indices (or bool [B]), in their order.
+
+        Raises:
+            ValueError: no row at all.
+        """
+        if self._position_BC is None:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(1)
+        if not indices.numel():
+            raise ValueError("no row of the cache is selected: give at least one, or call reset() to empty it")
+        row_R, rows = indices.to(self._position_BC.device), indices.tolist()
+        self._position_BC = self._position_BC.index_select(0, row_R)
+        self.lengths = [self.lengths[row] for row in rows]
+        for layer in self.layers:
+            layer.select(row_R, rows)
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the model fills the cache itself, with the tokens that ran."""
+        raise TypeError("a SkipCache is filled by its model; keys and values of all tokens cannot be added to it")
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: `crop` can always take columns back."""
+
+    is_compileable = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    is_croppable = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._position_BC is not None
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.layers)
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.batch_size
+
+
+def _shape_of(config: MidskipConfig) -> str:
+    heads = f"{config.num_key_value_heads} key heads of width {config.head_dim}"
+    return f"{config.num_hidden_layers} layers, {heads}, keys={config.keys!r}"

@@ -1,0 +1,225 @@
+"""What a budget costs: loss against the share of blocks that run, on the text to calibrate on and on another.
+
+N tokens, K blocks of consecutive tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from midskip.budget import Calibration, calibration_in
+from midskip.data import TokenWindows
+from midskip.evaluate import effort_kept, evaluate
+from midskip.model import MidskipForCausalLM
+
+GAP = 0.05  # the most that the shares of two neighbouring points should differ by
+CLOSE = 0.01  # factors that differ by no more than this part of them are not told apart
+MOST_POINTS = 48
+LARGEST_FACTOR = 2.0**20
+FLAT = 0.01  # a share that is above that at the largest factor by no more than this does not change any more
+FEWEST_BLOCKS = 8  # for a standard deviation
+
+Windows = TokenWindows | Sequence[dict[str, Tensor]]
+
+
+def calibrate(
+    model: MidskipForCausalLM, windows: Windows, text: str = "", *, lowest: float = 0.1, block_tokens: int = 256,
+    batch_size: int = 8, progress: bool = False,
+) -> Calibration:  # fmt: skip
+    """Measure share and loss at factors of the scores from 0 up, and write the curve into `model.config.calibration`.
+
+    The text is read once for each point, some 20 to 40 times. A point is added between two whose shares differ by more
+    than `GAP`. Since hidden states change with the factor, the share may also rise for a while. The curve has points at
+    which it falls, the model as trained among them; those that would break this are left out and counted.
+
+    Args:
+        windows: held-out text like the prompts to come, as `evaluate` takes it.
+        text: what it is, in a few words.
+        lowest: share of block-tokens below which no stricter factor is tried, in (0, 1).
+        block_tokens: how many consecutive tokens live prompts are compared by.
+        batch_size: windows of a forward pass.
+        progress: show a bar in a terminal for each point.
+
+    Returns:
+        The calibration, which `MidskipForCausalLM.set_budget` goes by. The budget in force stays as it was.
+
+    Raises:
+        ValueError: a policy without a budget, settings out of range, too little text, a text on which no factor sends
+            a token away, or several processes.
+    """
+    check_settings(model, lowest, block_tokens)
+    curve = _Curve(model, windows, lowest, block_tokens, batch_size, progress)
+    with effort_kept(model):
+        curve.measure(0.0)
+        floor = curve.measure(LARGEST_FACTOR)
+        if floor == 1:
+            raise ValueError(
+                "no token leaves on this text, whatever the factor: all scores are 0, and there is nothing to calibrate"
+            )
+        factor = 1.0
+        while curve.measure(factor) > max(lowest, floor + FLAT) and factor < LARGEST_FACTOR / 2:
+            factor *= 2
+        del curve.points[LARGEST_FACTOR]
+        while len(curve.points) < MOST_POINTS and (between := curve.widest_gap()) is not None:
+            curve.measure(between)
+    calibration = curve.calibration(text)
+    model.config.calibration = calibration.to_dict()
+    return calibration
+
+
+def check_settings(model: MidskipForCausalLM, lowest: float = 0.1, block_tokens: int = 256) -> None:
+    """Raises ValueError for what `calibrate` refuses before it looks at the text."""
+    policy = model.model.policy
+    if not policy.adjustable:
+        raise ValueError(f"the policy {type(policy).__name__} has no run-time budget: there is nothing to calibrate")
+    if not 0 < lowest < 1:
+        raise ValueError(f"lowest is {lowest!r}; expected a share of the blocks between 0 and 1")
+    if block_tokens < 1:
+        raise ValueError(f"block_tokens is {block_tokens!r}; expected at least 1")
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError("calibration runs in one process, and there are several: start it without torchrun")
+
+
+def save_calibration(folder: str | Path, calibration: Calibration) -> None:
+    """Writes the calibration into the config.json of a folder, in which nothing else changes; whole or not at all."""
+    file = Path(folder, "config.json")
+    values = json.loads(file.read_text(encoding="utf-8")) | {"calibration": calibration.to_dict()}
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        written = Path(temporary, file.name)
+        written.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(written, file)
+
+
+def thinned(windows: TokenWindows, max_tokens: int) -> Windows:
+    """As many of the windows, evenly spaced, as hold about `max_tokens`; all if they hold no more."""
+    every = -(-len(windows) * windows.length // max_tokens)
+    return windows if every <= 1 else [windows[number] for number in range(0, len(windows), every)]
+
+
+class _Curve:
+    """The points measured, by factor."""
+
+    def __init__(
+        self, model: MidskipForCausalLM, windows: Windows, lowest: float, block_tokens: int, batch_size: int,
+        progress: bool,
+    ):  # fmt: skip
+        self.model, self.windows, self.lowest, self.block_tokens = model, windows, lowest, block_tokens
+        self.batch_size, self.progress = batch_size, progress
+        self.points: dict[float, dict[str, float]] = {}
+        self.num_tokens = 0
+
+    def measure(self, factor: float) -> float:
+        """Add the point at this factor. Gives its share."""
+        if factor in self.points:
+            return self.points[factor]["share"]
+        batches: list[Tensor] = []
+        self.model.model.policy.set_effort(factor)
+        result = evaluate(
+            self.model,
+            self.windows,
+            batch_size=self.batch_size,
+            progress=self.progress,
+            title=f"Calibrating, point {len(self.points) + 1}, factor {factor:.4g}",
+            each=lambda loss_N, blocks_N: batches.append(torch.stack((loss_N, blocks_N)).cpu()),
+        )
+        self.num_tokens = result["num_tokens"]
+        num_blocks = self.num_tokens // self.block_tokens
+        if num_blocks < FEWEST_BLOCKS:
+            raise ValueError(
+                f"the text to calibrate on has {self.num_tokens} tokens; expected at least "
+                f"{FEWEST_BLOCKS * self.block_tokens}, {FEWEST_BLOCKS} blocks of {self.block_tokens}: give more text"
+            )
+        loss_N, blocks_N = torch.cat(batches, 1)[:, : num_blocks * self.block_tokens]
+        share_K = blocks_N.unflatten(0, (num_blocks, -1)).mean(1) / self.model.config.num_hidden_layers
+        loss_K = loss_N.unflatten(0, (num_blocks, -1)).nanmean(1)
+        self.points[factor] = {
+            "share": result["executed_share"],
+            "loss": result["loss"],
+            "share_std": share_K.std().item(),
+            "loss_std": loss_K[loss_K.isfinite()].std().item(),
+        }
+        return result["executed_share"]
+
+    def widest_gap(self) -> float | None:
+        """A factor midway between the two neighbours whose shares differ most; None if all are near enough."""
+        gaps = [
+            (self.points[low]["share"] - self.points[high]["share"], (low + high) / 2)
+            for low, high in pairwise(sorted(self.points))
+            if high - low > CLOSE * max(low, CLOSE) and self.points[low]["share"] > self.lowest
+        ]
+        gap, between = max(gaps, default=(0.0, 0.0))
+        return between if gap > GAP else None
+
+    def calibration(self, text: str) -> Calibration:
+        """Of the points those at which the share falls, up to the first below the lowest. The model as trained, where
+        it is often best, is one of them, so before it the share has to stay above its."""
+        kept, num_dropped, as_trained = [0.0], 0, self.points[1.0]["share"]
+        for factor in sorted(self.points)[1:]:
+            share, before = self.points[factor]["share"], self.points[kept[-1]]["share"]
+            if before <= self.lowest:
+                break
+            if share < before and (share > as_trained or factor >= 1):
+                kept.append(factor)
+            elif share != before:
+                num_dropped += 1
+        curves = {name: [self.points[factor][name] for factor in kept] for name in self.points[0.0]}
+        counts = {"num_tokens": self.num_tokens, "block_tokens": self.block_tokens, "num_dropped": num_dropped}
+        return Calibration.from_dict({"text": text, **counts, "factor": kept, **curves})
+
+
+def factors_for(model: MidskipForCausalLM, budgets: Sequence[float]) -> tuple[Calibration, list[float]]:
+    """The model's calibration, and the factor of the scores at each budget.
+
+    Raises:
+        ValueError: a budget out of range, no calibration, or a policy without a budget.
+    """
+    calibration = calibration_in(model.config.calibration, model.model.policy.adjustable)
+    return calibration, [calibration.factor_for(budget) for budget in budgets]
+
+
+def loss_by_budget(
+    model: MidskipForCausalLM, windows: Windows, budgets: Sequence[float], batch_size: int = 8, progress: bool = False
+) -> list[dict[str, Any]]:
+    """Share and loss on a text at each budget, beside those on the text that the model was calibrated on.
+
+    Where `torch.distributed` is initialised every rank has to call this, as `evaluate`.
+
+    Returns:
+        For each budget: `budget`; `factor` of the scores; `executed_share` and `loss` on this text; and under
+        `calibration` both as read off the curve, and `in_band`, whether this text as a whole is where blocks of the
+        calibration text are.
+
+    Raises:
+        ValueError: a budget out of range, no calibration, or nothing to evaluate on.
+    """
+    calibration, factors = factors_for(model, budgets)
+    rows = []
+    for budget, factor in zip(budgets, factors, strict=True):
+        with effort_kept(model):
+            model.model.policy.set_effort(factor)
+            result = evaluate(
+                model, windows, batch_size=batch_size, progress=progress, title=f"Evaluating, budget {budget:g}"
+            )
+        share, loss = result["executed_share"], result["loss"]
+        (calibrated_share, calibrated_loss), band = calibration.at(factor), calibration.band(factor)
+        rows.append(
+            {
+                "budget": budget,
+                "factor": factor,
+                "executed_share": share,
+                "loss": loss,
+                "calibration": {"text": calibration.text, "executed_share": calibrated_share, "loss": calibrated_loss},
+                "in_band": band.has_share(share) and band.has_loss(loss),
+            }
+        )
+    return rows

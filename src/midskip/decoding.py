@@ -1,0 +1,63 @@
+"""`generate()` of transformers over a SkipCache: what it needs of a model, and what is refused before it begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.generation.utils import GenerationMixin
+
+from midskip.cache import SkipCache
+from midskip.config import MidskipConfig
+
+
+def check_kind(past_key_values: Any) -> None:
+    """Refuse a cache that is not ours."""
+    if not isinstance(past_key_values, SkipCache | None):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}; midskip's own caches hold only the tokens that "
+            "ran: give a SkipCache(model.config), or use_cache=True and no cache"
+        )
+
+
+class CachedGeneration(GenerationMixin):
+    """`GenerationMixin`, over a `SkipCache`. (transformers wants its own mixin named beside it.)"""
+
+    config: MidskipConfig
+    model: Any
+
+    def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`generate()` of transformers, with a `SkipCache`.
+
+        Raises:
+            ValueError: beside what transformers refuses: another kind of cache, or more tokens than the model takes.
+        """
+        kinds = kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None)
+        if kind := kinds[0] or kinds[1] or getattr(self.generation_config, "cache_implementation", None):
+            raise ValueError(
+                f"cache_implementation is {kind!r}; midskip has one kind of cache, which holds only the tokens that "
+                "ran: leave cache_implementation out"
+            )
+        check_kind(kwargs.get("past_key_values"))
+        return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
+        """Give `generate()` a `SkipCache`, and refuse what it cannot do before it begins."""
+        cache, limit = model_kwargs.get("past_key_values"), self.config.max_position_embeddings
+        if max_cache_length > limit:
+            raise ValueError(
+                f"prompt and new tokens make {max_cache_length + 1} tokens; this model takes at most {limit} and one "
+                "more that it gives and does not read (max_position_embeddings): shorten the prompt, or ask for fewer"
+            )
+        if cache is not None:
+            cache._is_user_defined = True  # transformers then hands it back as it would be after the last step
+        elif generation_config.use_cache is not False and not self.model.policy.looks_back:
+            model_kwargs["past_key_values"] = SkipCache(self.config)
+        else:
+            if model_kwargs.get("inputs_embeds") is not None:  # without a cache, transformers drops them after a step
+                raise ValueError(
+                    "give input_ids: the policy looks back and runs without a cache, and without one nothing goes on "
+                    "from inputs_embeds"
+                )
+            generation_config.use_cache = model_kwargs["use_cache"] = False

@@ -1,0 +1,229 @@
+"""A policy under an effort: against its equations, the plain twin and the dense model; and what may not be set."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from midskip import MidskipForCausalLM
+from midskip.cost import Meter
+from midskip.nn.layout import Layout
+from midskip.policies import Decision, Policy
+from midskip.policies.dense import Dense
+from midskip.policies.middle_out import MiddleOut
+from midskip.testing import check_policy, naive_forward
+from midskip.testing.effort import effort
+
+Make = Callable[..., MidskipForCausalLM]
+
+
+def outputs(model: MidskipForCausalLM, ids_BT: Tensor, valid_BT: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        output = model(ids_BT, attention_mask=valid_BT, labels=ids_BT, output_hidden_states=True)
+    hidden = torch.stack(output.hidden_states)
+    scores = () if output.depth_scores is None else (("depth_scores", output.depth_scores.clamp(max=1)),)
+    return {"loss": output.loss, "logits": output.logits, "gates": output.gates, "hidden": hidden, **dict(scores)}
+
+
+# ---- what an effort does
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 5, 6])
+def test_gates_are_those_of_the_scaled_sum_below_the_ceiling(num_layers: int) -> None:
+    policy = MiddleOut(num_layers, 8).eval()
+    nn.init.normal_(policy.weight, std=0.2)
+    nn.init.normal_(policy.bias, std=0.1)
+    h_LND, layout = torch.randn(num_layers, 63, 8), Layout.from_rectangle(torch.ones(7, 9).bool())
+    for factor, ceiling in product((0.0, 0.5, 1.0, 3.0), (None, *range(1, num_layers + 1))):
+        policy.set_effort(factor, ceiling)
+        state: dict[str, Any] = {}
+        decisions = [policy(layer, h_ND, state, layout) for layer, h_ND in enumerate(h_LND)]
+        total_N = torch.zeros(63)
+        for layer in range((num_layers + 1) // 2):
+            total_N = total_N + (h_LND[layer] @ policy.weight[layer] + policy.bias[layer]).relu()
+            entered = len({layer for outer in range(layer + 1) for layer in (outer, num_layers - 1 - outer)})
+            gate_N = 1 - (factor * total_N).clamp(0, 1)
+            if ceiling is not None and entered > ceiling:
+                gate_N = torch.zeros(63)
+            decision = decisions[layer]
+            torch.testing.assert_close(decision.output_gate_N, gate_N)
+            assert torch.equal(decision.keep_N, decision.output_gate_N > 0)
+            torch.testing.assert_close(1 - state["depth_scores"][layer].clamp(max=1), gate_N)
+            assert decisions[num_layers - 1 - layer] is decision
+            scored = 0 if ceiling is not None and entered > ceiling else policy._scored(layer, state, layout).num_tokens
+            assert policy.flops(layer, state, layout) == 2 * 8 * scored
+
+
+@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("num_layers", [4, 5])
+def test_factor_0_is_the_dense_model(
+    make_model: Make, ragged: tuple[Tensor, Tensor], num_layers: int, keys: str
+) -> None:
+    model = make_model("mixed", num_hidden_layers=num_layers, keys=keys).eval()
+    dense = make_model(policy="dense", num_hidden_layers=num_layers, keys=keys).eval()
+    dense.load_state_dict(model.state_dict(), strict=False)
+    expected = outputs(dense, *ragged)
+    model.model.policy.set_effort(0.0)
+    got = outputs(model, *ragged)
+    assert (got["gates"][:, ragged[1].bool()] == 1).all()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor.double(), rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("num_layers", [4, 5])
+@pytest.mark.parametrize(("factor", "ceiling"), [(0.4, None), (2.5, None), (1.0, 2), (0.4, 3), (0.0, 2)])
+def test_packed_is_naive_under_an_effort(
+    make_model: Make, ragged: tuple[Tensor, Tensor], num_layers: int, keys: str, factor: float, ceiling: int | None
+) -> None:
+    model = make_model("mixed", num_hidden_layers=num_layers, keys=keys).eval()
+    as_trained = outputs(model, *ragged)
+    with effort(model.model.policy, factor, ceiling):
+        got = outputs(model, *ragged)
+        with torch.no_grad():
+            naive = naive_forward(model, ragged[0], ragged[1], labels=ragged[0])
+    expected = {"loss": naive.loss, "logits": naive.logits, "gates": naive.gates, "hidden": naive.hidden_states}
+    expected["depth_scores"] = naive.depth_scores.clamp(max=1)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-12, msg=name)
+    assert not torch.equal(got["gates"], as_trained["gates"]), "the effort did something"
+    assert all(torch.equal(x, as_trained[name]) for name, x in outputs(model, *ragged).items()), "and is gone"
+
+
+@pytest.mark.parametrize(("num_layers", "most"), [(1, [1]), (4, [0, 2, 2, 4]), (5, [0, 2, 2, 4, 5])])
+def test_no_token_runs_more_blocks_than_the_ceiling(
+    make_model: Make, ragged: tuple[Tensor, Tensor], num_layers: int, most: list[int]
+) -> None:
+    model = make_model("kept", num_hidden_layers=num_layers).eval()
+    for ceiling, blocks in enumerate(most, 1):
+        model.model.policy.set_effort(1.0, ceiling)
+        with Meter(model) as meter, torch.no_grad():
+            gates = model(*ragged).gates
+        assert ((gates > 0).sum(0)[ragged[1].bool()] == blocks).all()
+        assert sum(meter.query_rows_L) == blocks * int(ragged[1].sum()), "and no block ran on more"
+
+
+def test_an_effort_is_not_saved(make_model: Make, tmp_path: Any) -> None:
+    model = make_model("mixed", torch.float32)
+    names = set(model.state_dict())
+    model.model.policy.set_effort(0.5, 2)
+    assert set(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    policy = MidskipForCausalLM.from_pretrained(tmp_path).model.policy
+    assert (policy.factor, policy.ceiling) == (1.0, None)
+
+
+# ---- what may not be set
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-0.1,), r"factor is -0\.1; expected a finite number of at least 0"),
+        ((float("inf"),), "factor is inf"),
+        ((float("nan"),), "factor is nan"),
+        (("1",), "factor is '1'"),
+        ((True,), "factor is True"),
+        ((1.0, 0), "ceiling is 0; expected a whole number of blocks from 1 to 4, or None"),
+        ((1.0, 5), "ceiling is 5"),
+        ((1.0, 2.0), r"ceiling is 2\.0"),
+        ((1.0, True), "ceiling is True"),
+    ],
+)
+def test_efforts_out_of_range_are_refused(arguments: tuple[Any, ...], message: str) -> None:
+    policy = MiddleOut(4, 8)
+    policy.set_effort(0.5, 2)
+    with pytest.raises(ValueError, match=message):
+        policy.set_effort(*arguments)
+    assert (policy.factor, policy.ceiling) == (0.5, 2), "what was set stays"
+
+
+def test_a_policy_without_a_budget_says_so() -> None:
+    policy = Dense(4, 8)
+    policy.set_effort()
+    for arguments in ((0.0,), (1.0, 4)):
+        with pytest.raises(ValueError, match="the policy Dense has no run-time budget"):
+            policy.set_effort(*arguments)
+
+
+def test_training_under_an_effort_is_refused(make_model: Make) -> None:
+    model, ids_BT = make_model("mixed"), torch.tensor([[1, 2, 3]])
+    for arguments in ((0.5,), (1.0, 2)):
+        model.model.policy.set_effort(*arguments)
+        with pytest.raises(ValueError, match=r"in training mode under a run-time budget .*call model.eval()"):
+            model.train()(ids_BT)
+        model.eval()(ids_BT)
+    model.model.policy.set_effort()
+    model.train()(ids_BT)
+
+
+# ---- the law for other people's policies
+
+
+class Deep(Policy):
+    """All run the first of two layers; the second those whose first hidden feature, scaled, is below 1."""
+
+    adjustable = True
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        if self.ceiling is not None and layer >= self.ceiling:
+            return Decision(torch.zeros(len(h_ND), dtype=torch.bool))
+        return Decision(self.factor * h_ND[:, 0] < 1)
+
+
+class DeafToFactor(Deep):
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        return Decision(h_ND[:, 0] < 0 if layer else None)
+
+
+class DeafToCeiling(Deep):
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        return Decision(self.factor * h_ND[:, 0] < 1)
+
+
+class Backwards(Deep):
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        return Decision(None if self.factor == 0 else h_ND[:, 0] < self.factor)
+
+
+class Shared(Deep):
+    """Looks at who shares the batch, under one of the efforts that are tried."""
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        if self.factor != 3.0:
+            return super().decide(layer, h_ND, state, layout)
+        return Decision(torch.full((len(h_ND),), layout.batch_size == 1))
+
+
+class Sticky(Deep):
+    """Remembers a ceiling after it was taken back."""
+
+    lowest: int | None = None
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        self.lowest = self.ceiling if self.lowest is None else min(self.lowest, self.ceiling or self.lowest)
+        return Decision(torch.full((len(h_ND),), self.lowest is None or layer < self.lowest))
+
+
+@pytest.mark.parametrize(
+    ("policy", "law"),
+    [
+        (Deep, ""),
+        (DeafToFactor, "'budget' broken: under factor 0 a token does not run every block"),
+        (DeafToCeiling, r"'budget' broken: a token runs 2 blocks under a ceiling of 1"),
+        (Backwards, "'budget' broken: factor 1.0 keeps a token in layer 0 that a smaller factor sends away"),
+        (Shared, r"broken: .*factor 3.0, ceiling None"),
+        (Sticky, "'budget' broken: after an effort was set and taken back"),
+    ],
+)
+def test_the_law_sees_what_is_wrong(policy: type[Policy], law: str) -> None:
+    def check() -> None:
+        check_policy(f"{policy.__module__}:{policy.__name__}", num_layers=2, keys="gated")
+
+    if not law:
+        return check()
+    with pytest.raises(AssertionError, match=law):
+        check()
