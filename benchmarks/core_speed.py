@@ -153,24 +153,41 @@ def deciding(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
 
 
 def matmul_floor(dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
-    """Seconds of nothing but the seven matrix products of 12 blocks, by rows: what no skipping can go below."""
-    width, hidden = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    shapes = [(width, width)] * 4 + [(hidden, width)] * 2 + [(width, hidden)]
-    weights = [torch.randn(shape, dtype=dtype) for _ in range(SHAPE["num_hidden_layers"]) for shape in shapes]
-    rows: list[dict[str, Any]] = []
-    for num_rows in (1024, 768, 512, 256):
-        inputs = {size: torch.randn(num_rows, size, dtype=dtype) for size in (width, hidden)}
-        seconds = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            for weight in weights:
-                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-            seconds.append(time.perf_counter() - start)
-        median = statistics.median(seconds[1:])
-        share = median / rows[0]["seconds"] if rows else 1.0
+    """Seconds of nothing but the matrix products with weights in a prefill, of the rows that really run each layer and
+    of the head's one: what skipping cannot go below with this library on this machine."""
+    model = ours(dtype, skip_share=0.0)
+    products = {}
+    for share in (0.0, *SHARES):
+        with Meter(ours(dtype, skip_share=share, seed=1)) as meter:
+            prefill(meter.model)
+        rows_L, total = meter.query_rows_L, meter.flops().total
+        linears = [
+            (weight, rows) for block, rows in zip(model.model.layers, rows_L, strict=True)
+            for weight in (module.weight for module in block.modules() if isinstance(module, nn.Linear)) if rows
+        ]  # fmt: skip
+        products[share] = [*linears, (model.lm_head.weight, 1)], rows_L, total
+    inputs = {
+        (rows, weight.shape[1]): torch.randn(rows, weight.shape[1], dtype=dtype)
+        for linears, *_ in products.values()
+        for weight, rows in linears
+    }
+    seconds: dict[float, list[float]] = {share: [] for share in products}
+    with torch.no_grad():
+        for repeat in range(repeats + 1):
+            for share in random.sample(list(products), len(products)):
+                start = time.perf_counter()
+                for weight, rows in products[share][0]:
+                    torch.nn.functional.linear(inputs[rows, weight.shape[1]], weight)
+                if repeat:
+                    seconds[share].append(time.perf_counter() - start)
+    dense_s, dense_flops = statistics.median(seconds[0.0]), products[0.0][2]
+    rows = []
+    for share, (_, rows_L, total) in products.items():
+        time_share, flops_share = statistics.median(seconds[share]) / dense_s, total / dense_flops
         rows.append(
-            {"dtype": str(dtype), "rows": num_rows, "seconds": median, "time_over_rows": share / num_rows * 1024}
-        )
+            {"dtype": str(dtype), "skip_share": share, "rows_by_layer": rows_L, "seconds": dense_s * time_share,
+             "time_share": time_share, "flops_share": flops_share, "time_over_flops": time_share / flops_share}
+        )  # fmt: skip
     show(rows)
     return rows
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from sample_text import sample_documents
+from tiny_curve import CURVE
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -37,8 +38,10 @@ TINY: dict[str, Any] = {
 def _seeded_and_quiet() -> Iterator[None]:
     torch.manual_seed(0)
     logging.disable_progress_bar()
+    level = logging.get_verbosity()
     yield
     logging.enable_progress_bar()
+    logging.set_verbosity(level)  # which commands change
 
 
 @pytest.fixture
@@ -110,6 +113,21 @@ def ragged() -> tuple[Tensor, Tensor]:
         ]
     )
     return torch.randint(TINY["vocab_size"], mask_BT.shape), mask_BT
+
+
+@pytest.fixture
+def windows() -> list[dict[str, Tensor]]:
+    """48 windows of 48 tokens that are easy to predict in part: 9 blocks of 256."""
+    ids_BT = torch.randint(31, (48, 48), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": ids_T, "labels": ids_T.clone()} for ids_T in ids_BT]
+
+
+@pytest.fixture
+def calibrated(make_model: Callable[..., MidskipForCausalLM]) -> MidskipForCausalLM:
+    """In evaluation mode, with gates that are 0, 1 and between, and `CURVE`, with blocks too long to judge."""
+    model = make_model("mixed").eval()
+    model.config.calibration = CURVE | {"block_tokens": 10**6}
+    return model
 
 
 # ---- runs; what they need is imported when they are asked for, since the Trainer takes seconds

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import midskip
 from midskip import MidskipForCausalLM
 from midskip.cache import SkipCache
 
@@ -35,7 +36,8 @@ def held(cache: SkipCache) -> list[Any]:
         for row, length in enumerate(layer.lengths)
     ]
     lengths = [layer.lengths for layer in cache.layers]
-    return [cache.batch_size, cache.num_columns, cache.num_valid_tokens, cache.num_block_tokens, lengths, layers]
+    counts = [cache.batch_size, cache.num_columns, cache.num_valid_tokens, cache.num_block_tokens]
+    return [*counts, cache.lengths, lengths, layers]
 
 
 # ---- bytes, lengths, columns
@@ -68,7 +70,7 @@ def test_it_holds_exactly_the_tokens_that_ran(
     assert cache.num_bytes().used < cache.num_bytes().allocated
     assert (cache.num_valid_tokens, cache.num_block_tokens) == (int(mask_BT.sum()), int(ran_LBT.sum()))
     assert cache.executed_share == int(ran_LBT.sum()) / (4 * int(mask_BT.sum()))
-    assert (cache.batch_size, cache.max_batch_size, cache.num_columns, cache.get_seq_length()) == (7, 7, 9, 9)
+    assert (cache.batch_size, cache.num_columns, cache.get_seq_length()) == (7, 9, 9)
     assert (len(cache), cache.get_mask_sizes(2), cache.get_max_length(), cache.is_initialized) == (4, (11, 0), -1, True)
 
 
@@ -170,8 +172,10 @@ def test_training_mode_and_empty_layers(make_model: Make, keys: str) -> None:
     """There every block is called, with no rows if need be."""
     model = make_model("gone", keys=keys).train()
     cache = SkipCache(model.config)
-    for _ in range(2):
-        model(prompt(2, 3), past_key_values=cache)
+    with midskip.meter(model) as meter:
+        for _ in range(2):
+            model(prompt(2, 3), past_key_values=cache)
+    assert meter.query_rows_L == [0] * 4 and meter.bytes.cache == 0
     assert [layer.num_tokens for layer in cache.layers] == [12 if keys == "all" else 0] * 4
     assert (cache.num_bytes().used > 0) == (keys == "all")
 

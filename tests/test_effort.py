@@ -189,6 +189,13 @@ class Backwards(Deep):
         return Decision(None if self.factor == 0 else h_ND[:, 0] < self.factor)
 
 
+class BackwardsBelow(Backwards):
+    """The first layer is as it should be."""
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+        return super().decide(layer, h_ND, state, layout) if layer else Decision()
+
+
 class Shared(Deep):
     """Looks at who shares the batch, under one of the efforts that are tried."""
 
@@ -215,6 +222,7 @@ class Sticky(Deep):
         (DeafToFactor, "'budget' broken: under factor 0 a token does not run every block"),
         (DeafToCeiling, r"'budget' broken: a token runs 2 blocks under a ceiling of 1"),
         (Backwards, "'budget' broken: factor 1.0 keeps a token in layer 0 that a smaller factor sends away"),
+        (BackwardsBelow, "'budget' broken: factor 1.0 keeps a token in layer 1 that a smaller factor sends away"),
         (Shared, r"broken: .*factor 3.0, ceiling None"),
         (Sticky, "'budget' broken: after an effort was set and taken back"),
     ],

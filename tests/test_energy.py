@@ -182,12 +182,51 @@ def test_counters_that_stand_still(machine: Machine) -> None:
     meter.measure_idle(1.0)
     assert meter.unavailable is None and len(meter.domains) == len(meter.idle_watts) == 2
     assert meter.left_out == "the energy counter of dram of package 0 does not move (a virtual machine?)"
-    machine.watts = dict.fromkeys(machine.watts, 0.0)
+    machine.watts["intel-rapl:1"] = 0.0
     meter = machine.meter()
     meter.measure_idle(1.0)
-    assert meter.unavailable is not None and "package-0 and dram of package 0 and package-1" in meter.unavailable
+    assert meter.unavailable is not None and "of dram of package 0 and package-1 does not move" in meter.unavailable
     meter.start()
-    assert meter.stop() is None
+    assert meter.stop() is None  # one package would look like all
+    assert meter.as_dict()["idle_watts"] == {}
+
+
+def test_a_gpus_counter_that_stands_still(machine: Machine, nvml: Callable[..., ModuleType]) -> None:
+    machine.gpu_watts = {"a": 0.0}
+    nvml(machine)
+    meter = machine.meter("cuda:0")
+    meter.measure_idle(1.0)
+    assert meter.unavailable == "the energy counter of GPU Fast a does not move (a virtual machine?)"
+    meter.start()
+    machine.sleep(1.0)
+    assert meter.stop() is None  # the processor's alone would look like all
+
+
+def test_all_that_is_left_out_beside_a_gpu_is_said(
+    machine: Machine, nvml: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.gpu_watts = {"a": 50.0, "b": 0.0}
+    machine.watts["intel-rapl:1"] = machine.watts["intel-rapl:0:1"] = 0.0
+    nvml(machine)
+    meter = machine.meter("cuda:1")
+    meter.measure_idle(1.0)
+    assert meter.unavailable is None and sum(meter.idle_watts) == pytest.approx(50 + 40)
+    assert meter.left_out == "the energy counter of dram of package 0 and package-1 does not move (a virtual machine?)"
+    both = machine.meter("cuda:1", "cpu")
+    both.measure_idle(1.0)
+    assert both.unavailable == meter.left_out, "the processor was asked for too"
+    monkeypatch.setattr("midskip.energy.cpu_domains", lambda root: cpu_domains(Path("nowhere")))
+    meter = machine.meter("cuda:0", "cuda:1")
+    meter.measure_idle(1.0)
+    assert meter.unavailable is not None and meter.unavailable.startswith("this machine shows no energy counter")
+    assert meter.unavailable.endswith("; the energy counter of GPU Fast b does not move (a virtual machine?)")
+
+
+def test_idle_is_measured_for_as_long_as_counters_take_to_move(machine: Machine) -> None:
+    for asked_s, taken_s in ((0.01, 0.5), (3.0, 3.0)):
+        before_s = machine.now_s
+        machine.meter().measure_idle(asked_s)
+        assert machine.now_s - before_s == taken_s
 
 
 def test_idle_has_to_be_measured_first(machine: Machine) -> None:
@@ -216,6 +255,7 @@ def test_a_gpu_beside_a_processor_without_counter(tmp_path: Path, nvml: Callable
     nvml(machine)
     meter = machine.meter("cuda:0")
     assert meter.unavailable is None and meter.left_out is not None and "RAPL" in meter.left_out
+    assert machine.meter("cuda:0", "cpu").unavailable == meter.left_out  # here the processor is asked for too
     meter.measure_idle(2.0)
     meter.start()
     machine.sleep(1.0, times=4.0)

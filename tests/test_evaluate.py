@@ -282,6 +282,17 @@ def test_without_temperature_each_token_is_the_most_likely(
     assert len(set(ids[prompt_length:])) > 1
 
 
+@torch.no_grad()
+def test_a_token_with_the_pads_id_is_no_pad(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """As in models without a pad of their own, where 0 or any token may stand for it."""
+    ids = tokenizer("the cat")["input_ids"]
+    model.config.pad_token_id, model.generation_config.eos_token_id = ids[-1], None
+    expected = list(ids)
+    for _ in range(3):
+        expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert generate(model, tokenizer, "the cat", 3, temperature=0) == expected
+
+
 def test_the_seed_decides_the_draw(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     def draw(seed: int, **settings: Any) -> list[int]:
         torch.rand(5)  # the caller's generator is no part of it

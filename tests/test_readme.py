@@ -73,6 +73,12 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
 
 
+def test_lines_of_the_documents_fit() -> None:
+    for page in PAGES:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 120 or line.startswith("|"), f"{page.name}, line {number}, has {len(line)} characters"
+
+
 @pytest.mark.usefixtures("workplace")
 def test_the_readmes_python_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
@@ -107,7 +113,7 @@ def test_the_readmes_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("bench", "bench.json").is_file() and Path("bench", "bench.png").is_file()
     assert "".join(printed["generate"].split()).startswith("Thefunctionreturns")  # a terminal breaks lines
     recipe = read_recipe("runs/mine/recipe.yaml")
-    assert recipe.data.source == "prepared" and recipe.controller.settings == {"target_share": 0.4}
+    assert recipe.data.source == "prepared" and recipe.training.steps == 2
 
 
 @pytest.mark.usefixtures("workplace")

@@ -5,6 +5,8 @@ B sequences, T new columns, C columns seen, N new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from midskip.config import MidskipConfig
-from midskip.nn.cache import ROUND, SPARE, LayerCache
+from midskip.nn.cache import ROUND, SPARE, LayerCache, writable
 from midskip.nn.layout import Layout
 
 IN_GENERATE = "in generate(), give the whole text so far, or an attention_mask over the cached columns too"
@@ -70,6 +72,10 @@ class SkipCache(Cache):
         self.lengths: list[int] = []
         self._position_BC: Tensor | None = None  # int32, position of each column seen, -1 for pads; some are spare
         self._model: ReferenceType[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model, so that it can be sent to another process, and a copy serves a copy of the model."""
+        return self.__dict__ | {"_model": None}
 
     def __repr__(self) -> str:
         held = "all tokens" if self.config.keys == "all" else "the tokens that ran"
@@ -178,6 +184,7 @@ class SkipCache(Cache):
     def _note(self, position_BT: Tensor) -> None:
         if self._position_BC is None:
             self._position_BC = position_BT.new_empty(position_BT.shape[0], 0, dtype=torch.int32)
+        self._position_BC = writable([self._position_BC])[0]
         end = self.num_columns + position_BT.shape[1]
         if end > self._position_BC.shape[1]:
             more = end * (SPARE + 1) // SPARE + ROUND - self._position_BC.shape[1]
@@ -215,7 +222,7 @@ class SkipCache(Cache):
             return
         self.num_columns = column
         filled = [layer for layer in self.layers if layer.lengths]
-        counts = [(self._position_BC >= 0).sum(1), *(layer.lengths_before(column) for layer in filled)]
+        counts = [(self._position_BC[:, :column] >= 0).sum(1), *(layer.lengths_before(column) for layer in filled)]
         self.lengths, *lengths = torch.stack(counts).tolist()
         for layer, layer_lengths in zip(filled, lengths, strict=True):
             layer.crop(column, layer_lengths)
@@ -260,13 +267,20 @@ class SkipCache(Cache):
     def is_initialized(self) -> bool:
         return self._position_BC is not None
 
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self.layers)
 
-    @property
-    def max_batch_size(self) -> int:
-        return self.batch_size
+@contextmanager
+def unchanged_if_broken_off(cache: Any) -> Iterator[None]:
+    """Take back what a pass has added to a cache, if it ends in an error or an interrupt."""
+    if not isinstance(cache, SkipCache):
+        yield
+        return
+    num_columns, counts = cache.num_columns, (cache.num_valid_tokens, cache.num_block_tokens)
+    try:
+        yield
+    except BaseException:
+        cache.crop(num_columns - cache.num_columns)
+        cache.num_valid_tokens, cache.num_block_tokens = counts
+        raise
 
 
 def _shape_of(config: MidskipConfig) -> str:

@@ -40,7 +40,12 @@ def calibrate(
 
     The text is read once for each point, some 20 to 40 times. A point is added between two whose shares differ by more
     than `GAP`. Since hidden states change with the factor, the share may also rise for a while. The curve has points at
-    which it falls, the model as trained among them; those that would break this are left out and counted.
+    which it falls, the model as trained among them (unless it skips nothing), however low its share; those that would
+    break this are left out and counted.
+
+    Tokens early in a document have less to go on and a higher loss, and windows are as long as the model takes. So
+    prompts much shorter than them look like drift. Calibrate for those on text cut like them: documents of their
+    length, kept apart by their positions.
 
     Args:
         windows: held-out text like the prompts to come, as `evaluate` takes it.
@@ -161,12 +166,13 @@ class _Curve:
         return between if gap > GAP else None
 
     def calibration(self, text: str) -> Calibration:
-        """Of the points those at which the share falls, up to the first below the lowest. The model as trained, where
-        it is often best, is one of them, so before it the share has to stay above its."""
+        """Of the points those at which the share falls, up to the first below the lowest, or to the model as trained if
+        that comes later. The model as trained, where it is often best, is one of them, so before it the share has to
+        stay above its."""
         kept, num_dropped, as_trained = [0.0], 0, self.points[1.0]["share"]
         for factor in sorted(self.points)[1:]:
             share, before = self.points[factor]["share"], self.points[kept[-1]]["share"]
-            if before <= self.lowest:
+            if before <= self.lowest and factor > 1:
                 break
             if share < before and (share > as_trained or factor >= 1):
                 kept.append(factor)

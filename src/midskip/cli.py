@@ -65,6 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), 2)
     except (FloatingPointError, BudgetDriftError) as error:
         return _fail(str(error), 1)
+    except RuntimeError as error:
+        from midskip.bench import DisagreementError
+
+        if not isinstance(error, DisagreementError):
+            raise
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0
@@ -195,7 +201,14 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _calibrate(arguments: list[str]) -> None:
-    parser = _Parser("midskip calibrate", description=COMMANDS["calibrate"], allow_abbrev=False)
+    parser = _Parser(
+        "midskip calibrate",
+        description=COMMANDS["calibrate"],
+        epilog="Windows are as long as the model takes. Prompts much shorter than that have a higher loss than a "
+        "calibration on them expects, and look like drift: for those give --data of documents as short, which are kept "
+        "apart.",
+        allow_abbrev=False,
+    )
     _add_text(parser, ", but text like the prompts to come is best")
     parser.add_argument("--name", help="what to call the text in reports and warnings (default: DATA)")
     parser.add_argument(
@@ -305,6 +318,7 @@ def _bench(arguments: list[str]) -> None:
     add("--prompt_tokens", type=_at_least_one, help="prefilled (default: 1024)")
     add("--context_tokens", type=_at_least_one, help="before decoding, and of a training sequence (default: 512)")
     add("--new_tokens", type=_at_least_one, help="decoded in a stretch (default: 32)")
+    add("--prompt_batch_size", type=_at_least_one, help="prompts prefilled at once (default: 1)")
     add("--training_batch_size", type=_at_least_one, help="sequences of a training step (default: 2)")
     add("--repeats", type=_at_least_one, help="of everything, in turns (default: 9)")
     add("--seed", type=int, help="of weights, tokens, depths and turns (default: 0)")

@@ -60,7 +60,7 @@ class LayerWork:
             starts = torch.tensor([0, *keys.lengths[:-1]]).cumsum(0).repeat_interleave(torch.tensor(queries.lengths))
             rows = torch.arange(keys.num_tokens) if queries.rows_N is None else queries.rows_N.cpu()
             causal = int((rows - starts + 1).sum())
-        seen = keys.lengths if past is None else past.lengths
+        seen = past.lengths if past is not None and past.lengths else keys.lengths
         earlier = sum(n * (all_ - m) for n, m, all_ in zip(queries.lengths, keys.lengths, seen, strict=True))
         square = sum(n * m for n, m in zip(queries.lengths, seen, strict=True))
         goes_on = sum(seen) > sum(keys.lengths)
@@ -239,7 +239,7 @@ class Meter:
             of_keys = (block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
             weights = _bytes_of(block) if work.query_rows else sum(map(_bytes_of, of_keys)) if work.key_rows else 0
             # what a cache notes of columns is for cropping, and is not read
-            token_bytes = 0 if past is None else past.token_bytes - past.columns.element_size()
+            token_bytes = past.token_bytes - past.columns.element_size() if past and work.cache_tokens else 0
             self.bytes += Bytes(weights, work.cache_tokens * token_bytes)
 
         return count
@@ -258,8 +258,9 @@ class Meter:
         others = sum(map(_bytes_of, (body.embed_layernorm, body.norm)))
         self.bytes += Bytes(others + _bytes_of(policy))
         seen = sum(n + held for n, held in zip(layout.lengths, past, strict=True) if n) if any(past) else 0
-        key_width = self.config.num_key_value_heads * self.config.head_dim
-        a_token = 2 * key_width * h_ND.element_size() * len(body.layers)
+        key_width, device = self.config.num_key_value_heads * self.config.head_dim, h_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
+        a_token = 2 * key_width * dtype.itemsize * len(body.layers)
         self._dense_bytes += Bytes(others + sum(map(_bytes_of, body.layers)), seen * a_token)
 
     def _on_embedding(self, embedding: nn.Embedding, arguments: tuple[Any, ...], output: Tensor) -> None:

@@ -37,19 +37,20 @@ class CachedGeneration(GenerationMixin):
                 f"cache_implementation is {kind!r}; midskip has one kind of cache, which holds only the tokens that "
                 "ran: leave cache_implementation out"
             )
-        check_kind(kwargs.get("past_key_values"))
+        cache = kwargs.get("past_key_values")
+        check_kind(cache)
+        mask, counts = kwargs.get("attention_mask"), [kwargs.get("max_new_tokens")]
+        counts.append(getattr(generation_config, "max_new_tokens", None))
+        if cache is not None and mask is not None and (num_new := counts[0] or counts[1]):
+            self._check_room(mask.shape[1] + num_new - 1)  # transformers counts what is given, not what is in the cache
         return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
         """Give `generate()` a `SkipCache`, and refuse what it cannot do before it begins."""
-        cache, limit = model_kwargs.get("past_key_values"), self.config.max_position_embeddings
-        if max_cache_length > limit:
-            raise ValueError(
-                f"prompt and new tokens make {max_cache_length + 1} tokens; this model takes at most {limit} and one "
-                "more that it gives and does not read (max_position_embeddings): shorten the prompt, or ask for fewer"
-            )
+        self._check_room(max_cache_length)
+        cache = model_kwargs.get("past_key_values")
         if cache is not None:
             cache._is_user_defined = True  # transformers then hands it back as it would be after the last step
         elif generation_config.use_cache is not False and not self.model.policy.looks_back:
@@ -61,3 +62,11 @@ class CachedGeneration(GenerationMixin):
                     "from inputs_embeds"
                 )
             generation_config.use_cache = model_kwargs["use_cache"] = False
+
+    def _check_room(self, num_read: int) -> None:
+        """Refuse more tokens than the model can read; the last new one is not read."""
+        if num_read > (limit := self.config.max_position_embeddings):
+            raise ValueError(
+                f"prompt and new tokens make {num_read + 1} tokens; this model takes at most {limit} and one more that "
+                "it gives and does not read (max_position_embeddings): shorten the prompt, or ask for fewer"
+            )

@@ -3,6 +3,11 @@
 Processors of Intel and AMD count by package, some also for memory (RAPL); the Linux kernel gives the counters as files
 in micro-joules. NVIDIA's GPUs count since the driver was loaded (NVML), read through NVIDIA's own `nvidia-ml-py`. A
 counter is one domain; domains never overlap, so that their sum is the machine's.
+
+There is no sum, and `unavailable` says why, if a counter of what is named (GPUs, or the processor with its memory)
+cannot be read, or that of a GPU or a package of it does not move. What else does not count is left out, and `left_out`
+says so: memory whose counter does not move, and beside a GPU the processor where it was not named (each of its counters
+that does not move; all of them if one cannot be read).
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any
 
 import torch
 
+SHORTEST_IDLE_S = 0.5  # in which every counter that works has moved
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -166,25 +172,34 @@ class EnergyMeter:
         except NoCounter as reason:
             self.unavailable = str(reason)
             return
+        self._needed = list(self.domains)
         try:
-            self.domains += cpu_domains(root)
+            processor = cpu_domains(root)
         except NoCounter as reason:
             self.left_out = str(reason)
-            self.unavailable = None if self.domains else self.left_out
+            self.unavailable = self.left_out if "cpu" in kinds.values() else None
+            return
+        self.domains += processor
+        if "cpu" in kinds.values():
+            self._needed += [domain for domain in processor if domain.name.startswith("package")]
 
     def measure_idle(self, duration_s: float = 3.0) -> None:
-        """Take the power at rest over so many seconds, in which nothing else should run. Counters that do not move
-        meanwhile, as in some virtual machines, are taken for dead and left out."""
+        """Take the power at rest over so many seconds, at least 0.5, in which nothing else should run. Counters that do
+        not move meanwhile, as in some virtual machines, are taken for dead."""
         if self.unavailable:
             return
         before, start_s = [domain.read() for domain in self.domains], self._clock()
-        self._sleep(duration_s)
+        self._sleep(max(duration_s, SHORTEST_IDLE_S))
         duration_s = self._clock() - start_s
         used = [domain.since(joules) for domain, joules in zip(self.domains, before, strict=True)]
-        if dead := [domain.name for domain, joules in zip(self.domains, used, strict=True) if not joules]:
-            self.left_out = f"the energy counter of {' and '.join(dead)} does not move (a virtual machine?)"
-            self.domains = [domain for domain, joules in zip(self.domains, used, strict=True) if joules]
-            self.unavailable = None if self.domains else self.left_out
+        if dead := [domain for domain, joules in zip(self.domains, used, strict=True) if not joules]:
+            names = " and ".join(domain.name for domain in dead)
+            reason = f"the energy counter of {names} does not move (a virtual machine?)"
+            self.left_out = f"{self.left_out}; {reason}" if self.left_out else reason
+            self.domains = [domain for domain in self.domains if domain not in dead]
+            if any(domain in self._needed for domain in dead):
+                self.unavailable = self.left_out
+                return
         self.idle_watts = [joules / duration_s for joules in used if joules]
 
     def start(self) -> None:

@@ -49,8 +49,10 @@ def generate(
         )
     torch.manual_seed(seed)
     draw = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    ids_1T = torch.tensor([ids], device=model.device)
     output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-        torch.tensor([ids], device=model.device),
+        ids_1T,
+        attention_mask=torch.ones_like(ids_1T),  # else transformers takes a token of the pad's id for a pad
         max_new_tokens=max_new_tokens,
         pad_token_id=model.config.pad_token_id or 0,
         **draw,

@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from midskip.budget import DriftWatch, calibration_in, check_on_drift
-from midskip.cache import IN_GENERATE, SkipCache
+from midskip.cache import IN_GENERATE, SkipCache, unchanged_if_broken_off
 from midskip.config import MidskipConfig
 from midskip.decoding import CachedGeneration, check_kind
 from midskip.nn.cache import LayerCache
@@ -106,9 +106,10 @@ class MidskipModel(MidskipPreTrainedModel):
             ValueError: shapes that do not fit, ids outside the vocabulary, more columns or positions than
                 `max_position_embeddings`, a cache that does not fit, or one used with gradients on.
         """
-        packed = self.run(
-            input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
-        )
+        with unchanged_if_broken_off(past_key_values):
+            packed = self.run(
+                input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
+            )
         return MidskipModelOutput(last_hidden_state=packed.layout.unpack(packed.h_ND), **packed.outputs())
 
     def run(
@@ -121,20 +122,9 @@ class MidskipModel(MidskipPreTrainedModel):
         past_key_values: SkipCache | None = None,
         use_cache: bool | None = None,
     ) -> Packed:
-        """The pass of `forward`, its results still packed."""
+        """The pass of `forward`, its results still packed. Whoever calls it holds `unchanged_if_broken_off`."""
         cache = self._cache(past_key_values, use_cache)
         layout = self._layout(input_ids, attention_mask, position_ids, inputs_embeds, cache)
-        try:
-            return self._run(layout, input_ids, inputs_embeds, output_hidden_states, cache)
-        except BaseException:
-            if cache is not None:
-                cache.crop(-layout.num_columns)  # what a pass that broke off left there
-            raise
-
-    def _run(
-        self, layout: Layout, input_ids: Tensor | None, inputs_embeds: Tensor | None,
-        output_hidden_states: bool | None, cache: SkipCache | None,
-    ) -> Packed:  # fmt: skip
         if inputs_embeds is not None:
             h_ND = layout.pack(inputs_embeds)
         else:
@@ -327,18 +317,19 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
 
         The other arguments, and the errors, are those of `MidskipModel.forward`.
         """
-        packed = self.model.run(
-            input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
-        )
-        if self.watch is not None and not self.training:
+        with unchanged_if_broken_off(past_key_values):
+            packed = self.model.run(
+                input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
+            )
             layout = packed.layout
-            ids_N = None if input_ids is None else layout.pack(input_ids)
-            self.watch.see(layout.lengths, packed.executed_share, packed.h_ND, ids_N, self.lm_head)
-        if labels is not None:
-            logits, loss = self._logits_and_loss(packed, labels, logits_to_keep)
-        else:
-            logits, loss = self._logits(packed, logits_to_keep), None
-        return MidskipCausalLMOutput(loss=loss, logits=logits, **packed.outputs())
+            if self.watch is not None and not (self.training or layout.first_column):
+                ids_N = None if input_ids is None else layout.pack(input_ids)
+                self.watch.see(layout.lengths, packed.executed_share, packed.h_ND, ids_N, self.lm_head)
+            if labels is not None:
+                logits, loss = self._logits_and_loss(packed, labels, logits_to_keep)
+            else:
+                logits, loss = self._logits(packed, logits_to_keep), None
+            return MidskipCausalLMOutput(loss=loss, logits=logits, **packed.outputs())
 
     def _logits(self, packed: Packed, logits_to_keep: int | Tensor) -> Tensor:
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:

@@ -81,11 +81,12 @@ class Packed:
 
     def gates_LBT(self) -> Tensor:
         ones_N = torch.ones(self.layout.num_tokens, device=self.h_ND.device)
-        gates = []
+        gates: dict[Decision, Tensor] = {}  # mirrored layers share a decision
         for decision in self.decisions:
-            gate_N = ones_N if decision.output_gate_N is None else decision.output_gate_N
-            gates.append(gate_N if decision.keep_N is None else torch.where(decision.keep_N, gate_N, 0))
-        return self.layout.unpack(torch.stack(gates, 1)).movedim(-1, 0)
+            if decision not in gates:
+                gate_N = ones_N if decision.output_gate_N is None else decision.output_gate_N
+                gates[decision] = gate_N if decision.keep_N is None else torch.where(decision.keep_N, gate_N, 0)
+        return self.layout.unpack(torch.stack([gates[one] for one in self.decisions], 1)).movedim(-1, 0)
 
     def outputs(self) -> dict[str, Any]:
         scores, hidden = self.state.get("depth_scores"), self.hidden_states

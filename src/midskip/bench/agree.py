@@ -2,14 +2,19 @@
 
 Each of our sides is compared twice. Its float64 copy with `naive_forward`: there a wrong gate, key or position has
 nowhere to hide. Then the model as it is timed, in its own dtype on its own device, with the same float64 truth, up to
-what rounding does. Both without a cache, with one (a prefix, then token by token), and where training is timed, in the
-loss and every gradient (float64). Llama is held to the truth of our model with its weights and norms, nothing skipped.
+what rounding does. Both without a cache, with one (a prefix, then steps in which it grows), and where training is
+timed, in the loss and every gradient (float64). Llama is held to the truth of our model with its weights and norms,
+nothing skipped.
 
 The bound on rounding is derived and not tuned. How strongly this model passes errors on is measured: the truth is
 taken again with every weight moved at random by a share of itself, which is one rounding of every product. A result
 goes through about 16 roundings a layer (norms, products, turn, gates, sums), and if a product is summed in its own
 dtype (half precision is summed in float32), through one for each term; independent errors add up by squares (Higham and
 Mary 2019, doi 10.1137/18M1226312).
+
+A learned gate may round to the other side of 0 and moves all that comes after: its sequence is compared up to there.
+That is accepted only where the true depth score is as close to 1, and the wrong gate to 0, as rounding explains, by a
+bound that is derived in the same way.
 
 B sequences, T columns, V vocabulary, L layers.
 """
@@ -20,22 +25,23 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from midskip.bench.models import Side, llama_with_our_equations, placed, positions
+from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS, CHECKED_STEPS
 from midskip.config import MidskipConfig
 from midskip.model import MidskipForCausalLM
-from midskip.testing import naive_forward
+from midskip.testing import NaiveOutput, naive_forward
 
-NUM_ROWS, NUM_COLUMNS, NUM_PREFILLED = 2, 14, 9
 ROUNDINGS = 16  # a layer
 MOVED = 2.0**-26  # small enough for float64 to be linear, large enough to be seen
 
 
-class DisagreementError(ValueError):
+class DisagreementError(RuntimeError):
     """A side computes something else than the model's equations; it is not timed."""
 
 
@@ -56,11 +62,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class _Truth:
-    """What is right, in float64: logits [B, T, V], gates [L, B, T]; and how strongly errors are passed on."""
+    """What is right, in float64: logits [B, T, V], gates and depth scores [L, B, T] (1 - gate where a policy has none);
+    and how strongly errors are passed on to logits and to depth scores."""
 
     logits: Tensor
     gates: Tensor
+    depth_scores: Tensor
     condition: float
+    depth_condition: float
     config: MidskipConfig
 
 
@@ -83,7 +92,7 @@ def check_ours(side: Side, ids_BT: Tensor, gradients: bool = False) -> list[Agre
     Raises:
         DisagreementError: they differ by more than rounding.
     """
-    ids_BT = ids_BT[:NUM_ROWS, :NUM_COLUMNS]
+    ids_BT = ids_BT[:CHECKED_ROWS, :CHECKED_COLUMNS]
     ids_cpu_BT = ids_BT.cpu()
     exact = Side(side.name, _exact(side.model), stretch=side.stretch)
     results = [
@@ -105,7 +114,7 @@ def check_llama(side: Side, config: MidskipConfig, ids_BT: Tensor) -> list[Agree
     Raises:
         DisagreementError: they differ by more than rounding.
     """
-    ids_BT = ids_BT[:NUM_ROWS, :NUM_COLUMNS]
+    ids_BT = ids_BT[:CHECKED_ROWS, :CHECKED_COLUMNS]
     ours = Side("ours with Llama's weights", llama_with_our_equations(side.model, config))
     truth, *_ = _truth(_exact(ours.model), ids_BT.cpu(), None, gradients=False)
     return [_compare(one, what, run(one, ids_BT), truth) for one in (side, ours) for what, run in RUNS.items()]
@@ -122,11 +131,12 @@ def _whole(side: Side, ids_BT: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _cached(side: Side, ids_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The same of the first tokens at once and the others one by one, as decoding runs."""
+    """The same of the first tokens at once and the others in steps, as decoding runs."""
     cache = side.empty_cache(ids_BT.shape[1])
-    parts = ids_BT.split([NUM_PREFILLED] + [1] * (ids_BT.shape[1] - NUM_PREFILLED), 1)
     outputs = []
-    for part_BT in parts:
+    for part_BT in ids_BT.tensor_split(tuple(accumulate(CHECKED_STEPS)), 1):
+        if not part_BT.numel():
+            break
         outputs.append(side.call(part_BT, cache, use_cache=True))
         cache = outputs[-1].past_key_values
     gates = [output.gates for output in outputs] if side.is_ours else []
@@ -152,33 +162,59 @@ def _truth(
         share = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.mul_(1 + MOVED * (2 * share - 1))
     away = naive_forward(exact, ids_BT, position_ids=position_BT)
-    change, _ = _largest(away.logits, right.logits, away.gates, right.gates)
+    depth_scores_LBT, same_BT = _depth_scores(right), _before_a_flip(away.gates, right.gates)
+    change, _ = _largest(away.logits, right.logits, same_BT)
+    depth_change_LBT = (_depth_scores(away) - depth_scores_LBT).abs() / depth_scores_LBT.clamp(min=1)
+    depth_change = depth_change_LBT[:, same_BT].max().item() if same_BT.any() else math.inf
     moved = _gradients(exact, loss) if gradients else {}
-    return _Truth(right.logits, right.gates, change / MOVED, exact.config), naive, moved
+    conditions = change / MOVED, depth_change / MOVED
+    return _Truth(right.logits, right.gates, depth_scores_LBT, *conditions, exact.config), naive, moved
 
 
-def _largest(
-    got_BTV: Tensor, expected_BTV: Tensor, gates_LBT: Tensor | None, true_gates_LBT: Tensor
-) -> tuple[float, int]:
-    """The largest difference of a token as a share of its logits, and how many tokens were compared.
+def _depth_scores(output: NaiveOutput) -> Tensor:
+    """[L, B, T], of the mirrored layers too."""
+    if output.depth_scores is None:
+        return 1 - output.gates
+    num_layers = len(output.gates)
+    return output.depth_scores[[min(layer, num_layers - 1 - layer) for layer in range(num_layers)]]
 
-    A learned gate may round to the other side of 0 and moves all that comes after: up to there they are compared.
-    """
+
+def _before_a_flip(gates_LBT: Tensor, true_gates_LBT: Tensor) -> Tensor:
+    """bool [B, T], which tokens come before the first of their sequence that is present where it should not be, or not
+    present where it should."""
+    return ((gates_LBT > 0) == (true_gates_LBT > 0)).all(0).long().cummin(1).values.bool()
+
+
+def _largest_flip(gates_LBT: Tensor, truth: _Truth) -> float:
+    """How far a token is from where it leaves or comes back, at most, whose gate is on the wrong side of 0. A gate that
+    another such gate has moved, of the same token or an earlier one in a layer before, is not looked at."""
+    flips_LBT = (gates_LBT > 0) != (truth.gates > 0)
+    seen_LBT = flips_LBT.long().cummax(2).values
+    first_LBT = flips_LBT & (seen_LBT.cumsum(0) == seen_LBT)
+    far_LBT = (gates_LBT - truth.gates).abs().maximum((truth.depth_scores - 1).abs())
+    return far_LBT[first_LBT].max().item() if first_LBT.any() else 0.0
+
+
+def _largest(got_BTV: Tensor, expected_BTV: Tensor, compared_BT: Tensor | None = None) -> tuple[float, int]:
+    """The largest difference of a token as a share of its logits, and how many tokens were compared: by default all."""
     difference_BT = (got_BTV.cpu().double() - expected_BTV).norm(dim=-1) / expected_BTV.norm(dim=-1)
-    if gates_LBT is not None:
-        same_BT = ((gates_LBT.cpu() > 0) == (true_gates_LBT > 0)).all(0)
-        difference_BT = difference_BT[same_BT.long().cummin(1).values.bool()]
+    if compared_BT is not None:
+        difference_BT = difference_BT[compared_BT]
     return (difference_BT.max().item() if difference_BT.numel() else math.inf), difference_BT.numel()
 
 
 def _compare(side: Side, what: str, got: tuple[Tensor, Tensor | None], truth: _Truth) -> Agreement:
     logits_BTV, gates_LBT = got
-    dtype = logits_BTV.dtype
-    if dtype == torch.float64:
-        gates_LBT = None  # nothing rounds over
-    largest, num_tokens = _largest(logits_BTV, truth.logits, gates_LBT, truth.gates)
+    dtype, compared_BT = logits_BTV.dtype, None
+    if gates_LBT is not None and dtype != torch.float64:  # there nothing rounds over
+        gates_LBT = gates_LBT.cpu().double()
+        far, allowed = _largest_flip(gates_LBT, truth), bound(dtype, truth.config, truth.depth_condition)
+        found = f"a token is present or not that is {far:.2e} away from where that changes"
+        _demand(side, what, dtype, found, far, allowed)
+        compared_BT = _before_a_flip(gates_LBT, truth.gates)
+    largest, num_tokens = _largest(logits_BTV, truth.logits, compared_BT)
     allowed = bound(dtype, truth.config, truth.condition)
-    _demand(side, what, dtype, "logits differ", largest, allowed)
+    _demand(side, what, dtype, f"its logits differ by {largest:.2e} of their size", largest, allowed)
     return Agreement(side.name, what, _name(dtype), largest, allowed, num_tokens)
 
 
@@ -206,17 +242,18 @@ def _compare_gradients(side: Side, packed: Gradients, naive: Gradients, moved: G
         difference, change = ((got[name] - expected).norm().item() / norm for got in (packed, moved))
         # a gradient goes back through the roundings of results that went through as many
         allowed = 2**0.5 * bound(torch.float64, side.model.config, change / MOVED)
-        _demand(side, "training", torch.float64, f"gradient of {name} differs", difference, allowed)
+        what = f"its gradient of {name} differs by {difference:.2e} of its size"
+        _demand(side, "training", torch.float64, what, difference, allowed)
         found.append(Agreement(side.name, f"training, {name}", "float64", difference, allowed, num_tokens))
     return max(found, key=lambda one: one.difference / one.bound)
 
 
-def _demand(side: Side, what: str, dtype: torch.dtype, who: str, largest: float, allowed: float) -> None:
-    if not largest <= allowed:  # not a number is no agreement
+def _demand(side: Side, what: str, dtype: torch.dtype, found: str, largest: float, allowed: float) -> None:
+    if not largest <= allowed < math.inf:  # not a number is no agreement, nor is nothing to compare
         raise DisagreementError(
-            f"{side.name} ({what}, {_name(dtype)}) does not compute what it should and is not timed: its {who} by "
-            f"{largest:.2e} of their size, and rounding explains {allowed:.2e}. This is an error in midskip, or in "
-            "torch on this machine: please report it"
+            f"{side.name} ({what}, {_name(dtype)}) does not compute what it should and is not timed: {found}, and "
+            f"rounding explains {allowed:.2e}. This is an error in midskip, or in torch on this machine: please report "
+            "it"
         )
 
 

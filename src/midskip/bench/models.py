@@ -85,7 +85,13 @@ def build_llama(like: MidskipConfig, dtype: torch.dtype, device: str, seed: int 
     shape = {name: getattr(like, name) for name in names}
     config = LlamaConfig(**shape)
     config._attn_implementation = "sdpa"
-    return placed(LlamaForCausalLM(config), dtype, device)
+    llama = LlamaForCausalLM(config)
+    rotary = llama.model.rotary_emb
+    frequencies = dict(rotary.named_buffers())
+    placed(llama, dtype, device)
+    for name, buffer in frequencies.items():  # not rounded, as in one that was loaded in this dtype
+        setattr(rotary, name, buffer.to(device))
+    return llama
 
 
 def placed(model: Model, dtype: torch.dtype, device: str) -> Model:
@@ -109,11 +115,10 @@ def with_policy(model: MidskipForCausalLM, policy: str, settings: dict[str, Any]
 def imposed(settings: BenchSettings, dense: MidskipForCausalLM, gates: str) -> list[Side]:
     """Our sides at each skip share."""
     sides = []
-    stretch = settings.max_positions // max(*settings.batch_sizes, settings.training_batch_size)
     for share in settings.shares:
         policy = {"skip_share": share, "fractional": gates == "fractional", "seed": settings.seed + 1}
         model = with_policy(dense, FIXED_DEPTHS, policy)
-        sides.append(Side(f"skip {share:g}", model, share, stretch=stretch))
+        sides.append(Side(f"skip {share:g}", model, share, stretch=settings.most_columns))
     return sides
 
 

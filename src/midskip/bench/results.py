@@ -19,6 +19,7 @@ from midskip.bench.models import Side
 from midskip.bench.tasks import Task, Work
 from midskip.bench.timing import quantile, spread, stretch_mean
 
+SOURCE = Path(__file__).parents[3]
 LLAMA, DENSE = "llama", ("skip 0", "dense twin")  # sides that others are held against, by name
 
 
@@ -94,7 +95,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "midskip": sys.modules["midskip"].__version__,
-        "commit": _commit(),
+        "commit": commit(SOURCE),
     }
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -111,13 +112,13 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str | None:
-    """Of the source, if it stands in a checkout of its own."""
-    root = Path(__file__).parents[3]
+def commit(root: Path) -> str | None:
+    """The commit of a checkout with this root, with `-dirty` if files differ from it; None if there is no checkout."""
     if not (root / ".git").exists():
         return None
     try:
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        command = ["git", "--no-optional-locks", "-C", str(root)]
+        command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -19,15 +19,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 
-from midskip.bench.agree import NUM_COLUMNS, NUM_ROWS, check_llama, check_ours
+from midskip.bench.agree import Agreement, check_llama, check_ours
 from midskip.bench.models import Side, build_llama, build_ours, imposed, placed, with_policy
-from midskip.bench.results import case_rows, machine
-from midskip.bench.settings import BenchSettings
+from midskip.bench.results import LLAMA, case_rows, machine
+from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS, BenchSettings
 from midskip.bench.table import case_table
 from midskip.bench.tasks import Decode, Prefill, Task, Training
 from midskip.bench.timing import WARM_UP_TURNS, interleave, waiter
+from midskip.calibrate import Windows
 from midskip.config import MidskipConfig
-from midskip.data import TokenWindows
 from midskip.energy import EnergyMeter
 from midskip.model import MidskipForCausalLM
 from midskip.report.page import visible
@@ -38,7 +38,6 @@ BENCH_FILE, BENCH_PICTURE_FILE = "bench.json", "bench.png"
 ENERGY_ROUNDS = 3
 WIDTH = 140  # of tables that go to a file
 
-Windows = TokenWindows | Sequence[dict[str, Tensor]]
 Tokens = Callable[[int, int], Tensor]  # so many rows of so many columns, int64
 
 
@@ -49,7 +48,8 @@ class _Group:
     dtype: str
     gates: str
     config: MidskipConfig
-    sides: list[Side]
+    llamas: list[Side]
+    ours: list[Side]
 
 
 def bench(settings: BenchSettings, output: str | Path = "runs/bench", console: Console | None = None) -> dict[str, Any]:
@@ -78,21 +78,29 @@ def bench_run(
 ) -> dict[str, Any]:  # fmt: skip
     """The same with the learned gates of a trained model, on text: against the model with nothing skipped, and Llama.
 
+    Under a budget or a ceiling (`set_budget`) the model is timed as it then runs, without the watch over live prompts,
+    and `effort` in what is returned says which.
+
     Args:
         settings: as `run_settings` gives them.
         windows: text in the model's own tokens; as many as the largest batch are used, each as one document.
 
     Raises:
-        ValueError: as `bench`, and too little text or more tokens than the model takes.
+        ValueError: as `bench`, and too little text, more tokens than the model takes, or training under a budget.
     """
-    rows = max(NUM_ROWS, *settings.batch_sizes, settings.training_batch_size)
-    columns = max(NUM_COLUMNS, settings.prompt_tokens, settings.context_tokens + settings.new_tokens)
-    limit = model.config.max_position_embeddings
-    if columns > limit:
+    policy, limit = model.model.policy, model.config.max_position_embeddings
+    if "training" in settings.tasks and (policy.factor, policy.ceiling) != (1.0, None):
+        raise ValueError(
+            "training is to be timed and the model is under a run-time budget, which is for evaluation: leave "
+            '"training" out of the tasks, or call model.set_budget() to go back to the gates as trained'
+        )
+    rows = settings.most_rows
+    if (columns := max(columns for _, columns in settings.sizes.values())) > limit:
         raise ValueError(
             f"{columns} tokens are asked for and the model takes at most {limit}: give smaller --prompt_tokens, "
             "--context_tokens or --new_tokens"
         )
+    columns = min(settings.most_columns, limit)
     found = []
     for index in range(len(windows)):
         ids_T = windows[index]["input_ids"]
@@ -103,13 +111,12 @@ def bench_run(
     else:
         raise ValueError(
             f"the text has {len(found)} windows of {columns} tokens; {rows} are needed: give more text by --data, "
-            "smaller --batch_sizes or --training_batch_size, or fewer --prompt_tokens, --context_tokens or --new_tokens"
+            "smaller batches, or fewer --prompt_tokens, --context_tokens or --new_tokens"
         )
-    ids_WT = torch.stack(found).long()
-    ids_WT = ids_WT.to(settings.device)
-    return _Bench(settings, Path(output), console).run(
-        _trained_groups(settings, model), 1, lambda num_rows, num_columns: ids_WT[:num_rows, :num_columns]
-    )
+    ids_WT = torch.stack(found).long().to(settings.device)
+    job = _Bench(settings, Path(output), console)
+    job.result["effort"] = {"factor": policy.factor, "ceiling": policy.ceiling}
+    return job.run(_trained_groups(settings, model), 1, lambda num_rows, num_columns: ids_WT[:num_rows, :num_columns])
 
 
 def _imposed_groups(settings: BenchSettings) -> Iterator[_Group]:
@@ -118,21 +125,22 @@ def _imposed_groups(settings: BenchSettings) -> Iterator[_Group]:
         dense = build_ours(settings, dtype)
         llamas = _llamas(settings, dense.config, dtype)
         for gates in settings.gates:
-            yield _Group(name, gates, dense.config, [*llamas, *imposed(settings, dense, gates)])
+            yield _Group(name, gates, dense.config, llamas, imposed(settings, dense, gates))
 
 
 def _trained_groups(settings: BenchSettings, model: MidskipForCausalLM) -> Iterator[_Group]:
     for name in settings.dtypes:
         dtype = getattr(torch, name)
         trained = placed(copy.deepcopy(model), dtype, settings.device)
+        trained.watch = None  # a benchmark is no live use
         twin = with_policy(trained, "dense", {})
         ours = [Side("dense twin", twin), Side("trained", trained)]
-        yield _Group(name, "learned", twin.config, [*_llamas(settings, twin.config, dtype), *ours])
+        yield _Group(name, "learned", twin.config, _llamas(settings, twin.config, dtype), ours)
 
 
 def _llamas(settings: BenchSettings, config: MidskipConfig, dtype: torch.dtype) -> list[Side]:
     llama = build_llama(config, dtype, settings.device, settings.seed)
-    return [Side("llama", llama), Side("llama, static cache", llama, static=True)]
+    return [Side(LLAMA, llama), Side(f"{LLAMA}, static cache", llama, static=True)]
 
 
 class _Bench:
@@ -148,14 +156,13 @@ class _Bench:
         self.messages = Console(stderr=True)
         self.wait, self.order = waiter(settings.device), random.Random(settings.seed)
         self.energy = EnergyMeter(settings.device)
+        self.dtypes_seen: set[str] = set()
         self.result: dict[str, Any] = {
             "machine": machine(settings.device), "settings": settings.as_dict(), "energy": {}, "agreement": [],
             "rows": [],
         }  # fmt: skip
 
-    def run(
-        self, groups: Iterator[_Group], groups_a_dtype: int, tokens: Callable[[int, int], Tensor]
-    ) -> dict[str, Any]:
+    def run(self, groups: Iterator[_Group], groups_a_dtype: int, tokens: Tokens) -> dict[str, Any]:
         columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn()
         quiet = not self.messages.is_terminal
         with Progress(*columns, console=self.messages, transient=True, disable=quiet) as bar:
@@ -174,23 +181,26 @@ class _Bench:
 
     def _group(self, group: _Group, tokens: Tokens) -> None:
         self._say(f"checking {group.dtype}, gates {group.gates}")
-        ids_BT = tokens(NUM_ROWS, NUM_COLUMNS)
-        for side in group.sides:
-            if side.is_ours:
-                found = check_ours(side, ids_BT, gradients="training" in self.settings.tasks)
-            else:
-                found = check_llama(side, group.config, ids_BT)
-            case = {"dtype_timed": group.dtype, "gates": group.gates}
-            self.result["agreement"] += [case | one.as_dict() for one in found]
+        ids_BT = tokens(CHECKED_ROWS, CHECKED_COLUMNS)  # fewer columns of a model that takes fewer
+        for side in group.ours:
+            found = check_ours(side, ids_BT, gradients="training" in self.settings.tasks)
+            self._agree(found, dtype_timed=group.dtype, gates=group.gates)
+        if group.dtype not in self.dtypes_seen:  # Llama has no gates, and is the same beside all of ours
+            self.dtypes_seen.add(group.dtype)
+            for side in group.llamas:
+                self._agree(check_llama(side, group.config, ids_BT), dtype_timed=group.dtype, gates=None)
         self.bar.advance(self.job)
         for task in self._tasks(tokens):
             self._case(group, task)
+
+    def _agree(self, found: list[Agreement], **case: str | None) -> None:
+        self.result["agreement"] += [case | one.as_dict() for one in found]
 
     def _tasks(self, tokens: Tokens) -> Iterator[Task]:
         settings = self.settings
         for name in settings.tasks:
             if name == "prefill":
-                yield Prefill(tokens(1, settings.prompt_tokens))
+                yield Prefill(tokens(settings.prompt_batch_size, settings.prompt_tokens))
             elif name == "training":
                 yield Training(tokens(settings.training_batch_size, settings.context_tokens))
             else:
@@ -199,7 +209,7 @@ class _Bench:
                     yield Decode(ids_BT, settings.new_tokens)
 
     def _case(self, group: _Group, task: Task) -> None:
-        sides = [side for side in group.sides if task.is_for(side)]
+        sides = [side for side in (*group.llamas, *group.ours) if task.is_for(side)]
         case = {"dtype": group.dtype, "gates": group.gates}
         self._say(f"{task.name} of {task.batch_size}, {group.dtype}, gates {group.gates}")
         parts = len(sides) * (WARM_UP_TURNS + self.settings.repeats)
@@ -249,7 +259,7 @@ class _Bench:
     def _finish(self) -> None:
         lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for row in self.result["rows"]:
-            if not row["side"].startswith("llama"):
+            if not row["side"].startswith(LLAMA):
                 batch = f", batch {row['batch_size']}" if row["task"] == "decode" else ""
                 case = lines.setdefault(row["task"], {}).setdefault(f"{row['dtype']}, {row['gates']}{batch}", [])
                 case.append((row["ratios"]["llama"]["work"], row["ratios"]["llama"]["time"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,18 @@ import torch
 
 from midskip.config import MidskipConfig
 from midskip.model import MidskipForCausalLM
+from midskip.testing.policies import LARGEST_SEED
 
 TASKS = ("prefill", "decode", "training")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16")  # in float64 too Llama would turn by float32 angles, and not agree
 GATES = ("fixed", "fractional")
 SHAPE_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 )  # fmt: skip
-FEWEST_POSITIONS = 64  # for the rows that are checked before anything is timed
+# of what is checked before anything is timed: sequences, and columns of each pass of the run with a cache. Steps of one
+# token are what is timed; the longer ones between make the cache grow a few times in few passes
+CHECKED_ROWS, CHECKED_STEPS = 2, (9, *(1, 3) * 10)
+CHECKED_COLUMNS = sum(CHECKED_STEPS)
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "shape": {"vocab_size": 50257, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -36,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shape": {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
                   "num_attention_heads": 2},
         "prompt_tokens": 48, "context_tokens": 24, "new_tokens": 6, "batch_sizes": (1, 3), "repeats": 3,
-        "idle_s": 0.1, "energy_s": 0.05,
+        "idle_s": 0.5, "energy_s": 0.05,
     },
 }  # fmt: skip
 
@@ -48,7 +52,8 @@ class BenchSettings:
     Attributes:
         shape: fields of `MidskipConfig`; Llama gets the same.
         tasks: some of `TASKS`.
-        batch_sizes: sequences decoded at once. One prompt is prefilled, `training_batch_size` sequences are trained on.
+        batch_sizes: sequences decoded at once.
+        prompt_batch_size, training_batch_size: prompts prefilled at once, and sequences of a training step.
         shares: of block-tokens that are skipped.
         dtypes: of weights and activations.
         gates: of the tokens present: `"fixed"`, all 1, or `"fractional"`, drawn from (0.5, 1).
@@ -57,9 +62,10 @@ class BenchSettings:
         new_tokens: decoded in a stretch.
         repeats: of everything that is timed.
         norms: as in `MidskipConfig`.
-        seed: of weights, tokens, depths and the order of turns.
+        seed: of weights, tokens, depths and the order of turns, from 0.
         device: that all of it runs on.
         idle_s, energy_s: for how long the power at rest is measured, and each side at work.
+        run: the name of the run folder whose model is timed; None: depths are imposed.
 
     Raises:
         ValueError: a value that cannot be timed.
@@ -74,6 +80,7 @@ class BenchSettings:
     prompt_tokens: int = 1024
     context_tokens: int = 512
     new_tokens: int = 32
+    prompt_batch_size: int = 1
     training_batch_size: int = 2
     repeats: int = 9
     norms: str = "sandwich"
@@ -81,7 +88,7 @@ class BenchSettings:
     device: str = "cpu"
     idle_s: float = 5.0
     energy_s: float = 2.0
-    run: str | None = field(default=None)  # the name of the run folder whose model is timed
+    run: str | None = None
 
     @classmethod
     def of(cls, preset: str = "paper", shape: dict[str, int] | None = None, **changes: Any) -> BenchSettings:
@@ -100,26 +107,27 @@ class BenchSettings:
             self._check_list(name, known)
         self._check_list("batch_sizes")
         self._check_list("shares")
-        for name in ("prompt_tokens", "context_tokens", "new_tokens", "training_batch_size", "repeats", *self.shape):
-            self._check_count(name, self.shape[name] if name in self.shape else getattr(self, name))
+        for name, value in self.shape.items():
+            self._check_count(name, value)
+        tokens, sequences = ("prompt", "context", "new"), ("prompt", "training")
+        counts = [f"{name}_tokens" for name in tokens] + [f"{name}_batch_size" for name in sequences]
+        for name in (*counts, "repeats"):
+            self._check_count(name, getattr(self, name))
         if "training" in self.tasks and self.context_tokens < 2:
             raise ValueError("context_tokens is 1, and a training sequence needs a token to predict: give at least 2")
         for batch_size in self.batch_sizes:
             self._check_count("batch_sizes", batch_size)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < LARGEST_SEED:
+            raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to {LARGEST_SEED - 1}")
         for share in self.shares:
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
                 raise ValueError(f"shares has {share!r}; expected shares of skipped block-tokens, from 0 to below 1")
+        if len({f"{share:g}" for share in self.shares}) < len(self.shares):
+            raise ValueError(f"shares has {self.shares}; expected shares that differ in their first six digits")
         for name in ("idle_s", "energy_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected seconds above 0")
-        try:
-            kind = torch.device(self.device).type
-        except RuntimeError:
-            kind = None
-        if kind not in ("cpu", "cuda"):
-            raise ValueError(f"device is {self.device!r}; expected cpu, cuda or cuda:N")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {self.device!r} and torch finds no GPU: leave it out, or give cpu")
+        self._check_device()
         self.config()  # refuses a shape that cannot be built
 
     def _check_list(self, name: str, known: tuple[str, ...] | None = None) -> None:
@@ -133,17 +141,47 @@ class BenchSettings:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} has {value!r}; expected a whole number of at least 1")
 
-    @property
-    def max_positions(self) -> int:
-        """Positions that are used: each row of a batch has its own."""
-        decode = max(self.batch_sizes) * (self.context_tokens + self.new_tokens)
-        return max(FEWEST_POSITIONS, self.prompt_tokens, decode, self.training_batch_size * self.context_tokens)
+    def _check_device(self) -> None:
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError):
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; expected cpu, cuda or cuda:N")
+        if device.type == "cuda":
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if not count:
+                raise ValueError(f"device is {self.device!r} and torch finds no GPU: leave it out, or give cpu")
+            if (device.index or 0) >= count:
+                raise ValueError(f"device is {self.device!r}; torch finds {count} GPU, cuda:0 to cuda:{count - 1}")
 
-    def config(self, **changes: Any) -> MidskipConfig:
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the largest batch of each task."""
+        sizes = {
+            "prefill": (self.prompt_batch_size, self.prompt_tokens),
+            "decode": (max(self.batch_sizes), self.context_tokens + self.new_tokens),
+            "training": (self.training_batch_size, self.context_tokens),
+        }
+        return {task: sizes[task] for task in self.tasks}
+
+    @property
+    def most_rows(self) -> int:
+        """Sequences of the largest batch, what is checked included."""
+        return max(CHECKED_ROWS, *(rows for rows, _ in self.sizes.values()))
+
+    @property
+    def most_columns(self) -> int:
+        """Tokens of the longest sequence, what is checked included. Where depths are imposed, the first positions of
+        two rows lie so far apart, and no two rows have one in common."""
+        return max(CHECKED_COLUMNS, *(columns for _, columns in self.sizes.values()))
+
+    def config(self) -> MidskipConfig:
         """Of our models."""
-        fields: dict[str, Any] = {"norms": self.norms, "max_position_embeddings": self.max_positions, "policy": "dense"}
+        positions = self.most_rows * self.most_columns
+        fields: dict[str, Any] = {"norms": self.norms, "max_position_embeddings": positions, "policy": "dense"}
         fields |= self.shape
-        return MidskipConfig(**fields, **changes)
+        return MidskipConfig(**fields)
 
     def check_memory(self) -> None:
         """Raises ValueError if weights, gradients and caches would not fit what is free on the device."""
@@ -158,10 +196,10 @@ class BenchSettings:
             exact_bytes = num_weights * (32 if "training" in self.tasks else 8)  # weights, gradients: all in float64
             needed_bytes = max(needed_bytes, 2 * num_weights * itemsize + exact_bytes)
         if "decode" in self.tasks:
-            columns = max(self.batch_sizes) * (self.context_tokens + self.new_tokens)
+            tokens = math.prod(self.sizes["decode"])
             token_bytes = 2 * layers * config.num_key_value_heads * config.head_dim * itemsize
             sides = 2 + sum(1 - share for share in self.shares)  # each with a cache and a copy of it
-            needed_bytes = max(needed_bytes, 2 * num_weights * itemsize + int(2 * sides * columns * token_bytes))
+            needed_bytes = max(needed_bytes, 2 * num_weights * itemsize + int(2 * sides * tokens * token_bytes))
         if free_bytes is not None and needed_bytes > free_bytes:
             raise ValueError(
                 f"this needs about {needed_bytes / 1e9:.1f} GB and {self.device} has {free_bytes / 1e9:.1f} GB free: "

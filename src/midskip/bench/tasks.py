@@ -38,12 +38,6 @@ class Work:
     kv_used_bytes: int | None = None
     kv_allocated_bytes: int | None = None
 
-    @property
-    def read_bytes(self) -> int | None:
-        if self.weight_bytes is None or self.cache_bytes is None:
-            return None
-        return self.weight_bytes + self.cache_bytes
-
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -193,5 +187,5 @@ class Training(Task):
 
     def work(self, side: Side) -> Work:
         if side.is_ours:
-            return self._metered(side, lambda: self._step(side))
+            return self._metered(side, lambda: self.begin(side)(0))
         return self._dense(side, 0, self.num_columns, self.batch_size * self.num_columns, 1)

@@ -14,6 +14,13 @@ NO_COLUMN = torch.iinfo(torch.int32).max  # of a slot that is free: later than a
 SPARE, ROUND = 8, 16  # an eighth more slots than needed, in steps: a token is copied a few times, not at every step
 
 
+def writable(buffers: list[Tensor]) -> list[Tensor]:
+    """The same, or copies of what was made in `torch.inference_mode()` and may not be written to outside."""
+    if torch.is_inference_mode_enabled():
+        return buffers
+    return [buffer.clone() if buffer.is_inference() else buffer for buffer in buffers]
+
+
 class LayerCache:
     """One layer's part of a cache. Sequence b fills its first `lengths[b]` slots, in the order of its columns.
 
@@ -89,6 +96,7 @@ class LayerCache:
             )
         before = self.lengths or [0] * new.batch_size
         after = [held + more for held, more in zip(before, new.lengths, strict=True)]
+        self.buffers = writable(self.buffers)
         self._make_room(after, k_MGK, gated=key_gate_M is not None)
         news = [k_MGK, v_MGK, new.absolute_column_N]
         if self.log_gates is not None:
@@ -128,8 +136,9 @@ class LayerCache:
     def _slots(self, before: list[int], new: Layout) -> Tensor:
         """int64 [M], the place of each new token among the B * S slots."""
         row_M = new.sequence_N
-        if self._length_B is None:
-            self._length_B = torch.tensor(before, device=row_M.device)
+        if self._length_B is None:  # zeros need no copy from the host, for which a GPU is waited
+            zeros_B = row_M.new_zeros(len(before))
+            self._length_B = torch.tensor(before, device=row_M.device) if any(before) else zeros_B
         slot_M = row_M * self.columns.shape[1] + self._length_B.index_select(0, row_M) + new.rank_N
         self._length_B = self._length_B.index_add(0, row_M, torch.ones_like(row_M))
         return slot_M
@@ -138,7 +147,8 @@ class LayerCache:
         """Make sequence r what sequence `rows[r]` was; `row_R` says the same on the device."""
         if self.lengths:
             self.buffers = [buffer.index_select(0, row_R) for buffer in self.buffers]
-            self.lengths, self._length_B = [self.lengths[row] for row in rows], None
+            self.lengths = [self.lengths[row] for row in rows]
+            self._length_B = None if self._length_B is None else self._length_B.index_select(0, row_R)
 
     def lengths_before(self, column: int) -> Tensor:
         """int64 [B], tokens held of each sequence whose column is earlier than this one."""
@@ -146,5 +156,6 @@ class LayerCache:
 
     def crop(self, column: int, lengths: list[int]) -> None:
         """Forget the tokens from a column on; `lengths` is what `lengths_before` gives of it."""
+        self.buffers = writable(self.buffers)
         self.columns.masked_fill_(self.columns >= column, NO_COLUMN)
         self.lengths, self._length_B = lengths, None

@@ -118,7 +118,7 @@ class Layout:
         return known[1] or self
 
     def _keep(self, keep_N: Tensor) -> Layout | None:
-        # one count, brought to the host once: a GPU is waited for here and nowhere else
+        # one count, brought to the host once: within a pass, all that a GPU is waited for
         count_S = keep_N.new_zeros(len(self.lengths), dtype=torch.int64)
         lengths = count_S.index_add_(0, self.sequence_N, keep_N.long()).tolist()
         num_kept = sum(lengths)

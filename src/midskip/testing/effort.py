@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midskip.nn.layout import Layout
 from midskip.policies import Policy
 
 FACTORS = (0.0, 0.5, 1.0, 2.0, 8.0)
@@ -28,32 +29,43 @@ def effort(policy: Policy, factor: float = 1.0, ceiling: int | None = None) -> I
         policy.set_effort(*before)
 
 
+def _kept(policy: Policy, seen: list[tuple[Tensor, Layout]]) -> list[Tensor]:
+    """By layer, bool [N]: who is kept, shown these hidden states whatever was decided before."""
+    state: dict[str, Any] = {}
+    kept = []
+    for layer, (h_ND, layout) in enumerate(seen):
+        keep_N = policy(layer, h_ND, state, layout).keep_N
+        kept.append(torch.ones(len(h_ND), dtype=torch.bool, device=h_ND.device) if keep_N is None else keep_N)
+    return kept
+
+
 def broken_effort(policy: Policy, run: Callable[[], Tensor], valid_BT: Tensor) -> str:
     """What is wrong under an effort, "" if nothing is.
 
     Args:
         run: gives the gates [B, T, L] of a pass over the tokens of `valid_BT`, bool [B, T].
     """
-    keep_N: list[Tensor] = []  # of layer 0, where all efforts see the same hidden states
+    seen: list[tuple[Tensor, Layout]] = []  # by layer, what the policy is shown as trained
 
-    def look(module: Policy, arguments: tuple[Any, ...], decision: Any) -> None:
-        layer, h_ND = arguments[:2]
-        if layer == 0:
-            everybody_N = torch.ones(len(h_ND), dtype=torch.bool, device=h_ND.device)
-            keep_N.append(everybody_N if decision.keep_N is None else decision.keep_N)
+    def look(_: Policy, arguments: tuple[Any, ...]) -> None:
+        seen.append((arguments[1].clone(), arguments[3]))
 
-    as_trained_BTL = run()
-    hook = policy.register_forward_hook(look)
+    hook = policy.register_forward_pre_hook(look)
     try:
-        for factor in FACTORS:
-            with effort(policy, factor):
-                gates_BTL = run()
-            if factor == 0 and not (gates_BTL == valid_BT[..., None]).all():
-                return "under factor 0 a token does not run every block with gate 1"
-            if len(keep_N) > 1 and (keep_N[-1] & ~keep_N[-2]).any():
-                return f"factor {factor} keeps a token in layer 0 that a smaller factor sends away"
+        as_trained_BTL = run()
     finally:
         hook.remove()
+    with effort(policy, 0.0):
+        if not (run() == valid_BT[..., None]).all():
+            return "under factor 0 a token does not run every block with gate 1"
+    before: list[Tensor] = []
+    for factor in FACTORS:
+        with effort(policy, factor):
+            kept = _kept(policy, seen)
+        for layer, (more_N, fewer_N) in enumerate(zip(before, kept)):
+            if (fewer_N & ~more_N).any():
+                return f"factor {factor} keeps a token in layer {layer} that a smaller factor sends away"
+        before = kept
     for ceiling in range(1, policy.num_layers + 1):
         for factor in (0.0, 1.0):
             with effort(policy, factor, ceiling):

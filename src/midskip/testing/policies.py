@@ -12,6 +12,7 @@ from midskip.nn.layout import Layout
 from midskip.policies.base import Decision, Policy
 
 NUM_DRAWN = 2**16  # numbers of each kind; positions that lie so far apart share theirs
+LARGEST_SEED = 2**32
 
 
 class FixedDepths(Policy):
@@ -24,7 +25,7 @@ class FixedDepths(Policy):
         skip_share: share of block-tokens skipped, in [0, 1].
         fractional: gates of the tokens present are drawn from (0.5, 1) and differ by layer; otherwise they are 1
             and left out.
-        seed: of the draw.
+        seed: of the draw, from 0 to `LARGEST_SEED`.
     """
 
     def __init__(
@@ -34,6 +35,8 @@ class FixedDepths(Policy):
         super().__init__(num_layers, width, initializer_range)
         if not 0 <= skip_share <= 1:
             raise ValueError(f"skip_share is {skip_share!r}; expected a number from 0 to 1")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to {LARGEST_SEED}")
         self.skip_share, self.fractional, self.seed = skip_share, fractional, seed
         self.num_gates = (num_layers + 1) // 2
         self._drawn: dict[int, Tensor] = {}

@@ -1,0 +1,103 @@
+"""A budget at run time from the command line: measured, evaluated, generated under."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_curve import CURVE
+from transformers import PreTrainedTokenizerFast
+
+from midskip import MidskipForCausalLM
+from midskip.budget import BudgetDriftError, Calibration
+from midskip.cli import main
+from midskip.evaluate import depth_of_tokens
+
+Make = Callable[..., MidskipForCausalLM]
+
+
+@pytest.fixture
+def run(make_model: Make, learnt: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A run folder without recipe, with two texts beside it."""
+    folder = tmp_path / "run"
+    make_model("mixed", torch.float32, vocab_size=len(learnt)).save_pretrained(folder)
+    learnt.save_pretrained(folder)
+    for name, word in (("here", "the cat sat on mat"), ("there", "Function returns 名前 names")):
+        documents = [f"{word} {i % 7}, and {word[::-1]} {i}.\n" * 4 for i in range(40)]
+        (tmp_path / f"{name}.txt").write_text("<|endoftext|>\n".join(documents), encoding="utf-8")
+    return folder
+
+
+def test_calibrate_evaluate_and_generate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "config.json").read_text()
+    files = {file.name: file.read_bytes() for file in run.iterdir()}
+    arguments = [str(run), "--data", str(tmp_path / "here.txt"), "--batch_size", "64"]
+    assert main(["calibrate", *arguments, "--lowest", "0.4", "--max_tokens", "2600", "--name", "cats"]) == 0
+    captured = capsys.readouterr()
+    curve = json.loads(captured.out)
+    assert Calibration.from_dict(curve).text == "cats" and 2048 <= curve["num_tokens"] <= 2700
+    assert curve["share"][-1] < 0.55 and "Calibrated on cats" in captured.err
+    after = json.loads((run / "config.json").read_text())
+    assert after["calibration"] == curve
+    after["calibration"] = None
+    assert json.dumps(after, indent=2) + "\n" == before, "nothing else changed, nor its order"
+    assert {file.name for file in run.iterdir()} == set(files)
+    assert all((run / name).read_bytes() == file for name, file in files.items() if name != "config.json")
+
+    picture = tmp_path / "curve.png"
+    there = [str(run), "--data", str(tmp_path / "there.txt"), "--batch_size", "64"]
+    assert main(["evaluate", *there, "--budgets", "0.6,1", "--picture", str(picture)]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert [row["budget"] for row in result["budgets"]] == [0.6, 1.0] and result["budgets"][1]["executed_share"] == 1
+    assert result["budgets"][0]["executed_share"] != pytest.approx(result["executed_share"])
+    assert "there: cats" in captured.err and picture.read_bytes().startswith(b"\x89PNG")
+
+    shares = []
+    for more in ([], ["--budget", "1"], ["--ceiling", "2"], ["--budget", "1", "--ceiling", "2"]):
+        assert main(["generate", str(run), "--prompt", "the cat", "--max_new_tokens", "5", *more]) == 0
+        text, share, legend = capsys.readouterr().out.rstrip("\n").rsplit("\n", 2)
+        assert text.startswith("the cat") and share.endswith("% of the blocks ran") and legend.startswith("blocks run")
+        shares.append(float(share.split("%")[0]))
+    assert shares[1] == 100 and shares[2] <= 50 and shares[3] == 50 and 0 < shares[0] < 100
+
+
+def test_budgets_that_cannot_be_used_are_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("midskip.data.encode_source", lambda *_, **__: pytest.fail("the text was read first"))
+    here = [str(run), "--data", str(tmp_path / "here.txt")]
+    for arguments, message in (
+        (["calibrate", *here, "--lowest", "2"], "lowest is 2.0"),
+        (["evaluate", *here, "--budgets", "0.5"], "has no calibration"),
+        (["evaluate", *here, "--budgets", "a"], "--budgets"),
+        (["evaluate", *here, "--picture", "a.png"], "give --budgets too"),
+        (["evaluate", *here, "--budgets", "0.5", "--picture", str(tmp_path / "no" / "a.png")], "there is no folder"),
+        (["generate", str(run), "--prompt", "a", "--budget", "0.5"], "has no calibration"),
+        (["generate", str(run), "--prompt", "a", "--ceiling", "9"], "ceiling is 9"),
+        (["generate", str(run), "--prompt", "a", "--on_drift", "error"], "no budget whose drift to watch"),
+        (["generate", str(run), "--prompt", "a", "--on_drift", "panic"], "invalid choice: 'panic'"),
+    ):
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and message in err, err
+
+
+def test_drift_ends_generation_with_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / "config.json"
+    odd = CURVE | {"share": [1.0, 0.003, 0.002, 0.001], "share_std": [0.0] * 4, "block_tokens": 2}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"calibration": odd}))
+    arguments = ["generate", str(run), "--prompt", "the cat sat on the mat", "--max_new_tokens", "2"]
+    assert main([*arguments, "--budget", "0.002", "--on_drift", "error"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "live prompts have left the band of the calibration on 'news'" in err
+
+
+def test_depth_of_tokens_is_not_live(run: Path, learnt: PreTrainedTokenizerFast) -> None:
+    model = MidskipForCausalLM.from_pretrained(run)
+    model.config.calibration = CURVE | {"loss_std": [0.0] * 4, "block_tokens": 1}
+    model.set_budget(0.5, on_drift="error")
+    depth_of_tokens(model.eval(), learnt, list(range(20)))
+    with pytest.raises(BudgetDriftError):
+        model(torch.arange(20)[None])
