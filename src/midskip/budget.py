@@ -175,6 +175,10 @@ def _interpolated(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 class DriftWatch:
     """Compares live prompts with the calibration, `block_tokens` of them at a time, and acts when they leave its band.
 
+    The model shows it passes without a cache or into an empty one: what comes later are tokens generated, or proposed
+    in assisted generation, or later chunks of a prompt. A prompt that `generate()` repeats, for beams say, counts as
+    often as it is there.
+
     Two things are watched, each over blocks of its own: the share of block-tokens that ran, which may leave the band
     on either side, and the loss of predicting the prompts' own tokens, which may leave it above. Under a ceiling, which
     the calibration knew nothing of, a low share is no drift. It costs the head on at most `SCORED_ROWS` tokens of each
