@@ -55,6 +55,7 @@ def generate(
         attention_mask=torch.ones_like(ids_1T),  # else transformers takes a token of the pad's id for a pad
         max_new_tokens=max_new_tokens,
         pad_token_id=model.config.pad_token_id or 0,
+        use_cache=True,  # whatever the configuration says: transformers' trainer writes False into it
         **draw,
     )
     return output[0].tolist()
