@@ -10,8 +10,6 @@ sequence to sequence); "executed" is what `Meter` counted, causal pairs, head in
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -22,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import midskip
+from midskip.bench import results
 from midskip.cost import Meter
 
 SHAPE = {
@@ -226,15 +224,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    model = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "cpu": model[0] if model else platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "midskip": midskip.__version__, "commit": commit, "command": " ".join([Path(sys.executable).name, *sys.argv]),
-    }  # fmt: skip
+    return results.machine() | {"command": " ".join([Path(sys.executable).name, *sys.argv])}
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-import shutil
 import statistics
 import sys
 import time
@@ -48,7 +47,7 @@ class Bench:
         self.result: dict[str, Any] = {"machine": self._machine(), "rows": []}
 
     def _machine(self) -> dict[str, Any]:
-        found = machine() if shutil.which("git") else {"torch": torch.__version__}
+        found = machine()
         if not self.tiny:
             cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
             found |= {"gpu": torch.cuda.get_device_name(), "cuda": cuda, "cudnn": cudnn}

@@ -23,8 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import midskip
 from midskip.cost import dense_flops
 from midskip.nn import layers
-from midskip.nn.layout import Layout
-from midskip.testing.policies import FixedDepths
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 STRETCH = 61  # positions between the first tokens of two rows
@@ -179,17 +177,6 @@ def utilisation(bench: Bench) -> None:
 # ---- skipping
 
 
-class Uneven(FixedDepths):
-    """`FixedDepths`, its numbers drawn once, so that it keeps the host waiting no more than a policy that learns."""
-
-    def _uniform(self, stream: int, layout: Layout) -> Tensor:
-        tables = self.__dict__.setdefault("tables", {})
-        if stream not in tables:
-            draw = torch.Generator().manual_seed(self.seed * 1000 + stream)
-            tables[stream] = torch.rand(2**14, generator=draw).to(layout.position_N.device)
-        return tables[stream][layout.position_N]
-
-
 def skipping(bench: Bench) -> None:
     """Time over executed FLOPs, of training steps and of prefills, all rows uneven."""
     ids_BT = bench.tokens(bench.shape(WIKI_SMALL)["vocab_size"])
@@ -212,7 +199,9 @@ def skipping(bench: Bench) -> None:
         models: dict[float, Any] = {}
         for share in (0.0, 0.25, 0.5, 0.75):
             settings = {"skip_share": share, "fractional": fractional, "seed": 1}
-            models[share] = ours(bench, WIKI_SMALL, compiled, policy="gpu_models:Uneven", policy_settings=settings)
+            models[share] = ours(
+                bench, WIKI_SMALL, compiled, policy="midskip.testing.policies:FixedDepths", policy_settings=settings
+            )
             models[share].optimizer = optimizer_of(models[share])
         for task in (training, prefill):
             what = {"task": task.__name__, "fractional": fractional, "compiled": compiled}

@@ -5,13 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
-from transformers.utils import logging
 
 import midskip
 from midskip import cli
@@ -29,13 +28,6 @@ model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 5, num_attent
 controller: {name: budget, settings: {target_share: 0.5, ramp_steps: 2}}
 training: {steps: 4, batch_size: 2, save_steps: 2, log_steps: 1, evaluation_steps: 2, report_to: []}
 """
-
-
-@pytest.fixture(autouse=True)
-def _same_logging_after() -> Iterator[None]:
-    level = logging.get_verbosity()
-    yield
-    logging.set_verbosity(level)
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,15 @@ import pytest
 import torch
 from test_documents import POLICIES
 from test_exactness import same
-from test_gpu import DEVICE, STEADY, distance, pytestmark, twins, waits  # noqa: F401  (the mark is of this file too)
+from test_gpu import DEVICE, STEADY, distance, twins, waits
+from test_gpu import pytestmark as on_gpu
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import midskip
 from midskip import MidskipForCausalLM, SkipCache
 
+pytestmark = on_gpu
 Make = Callable[..., MidskipForCausalLM]
 CHUNKS = {"token by token": [1] * 9, "in chunks": [4, 1, 3, 1], "prompt and tokens": [6, 1, 1, 1]}
 

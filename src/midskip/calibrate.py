@@ -6,8 +6,6 @@ N tokens, K blocks of consecutive tokens, L layers.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,7 @@ from midskip.budget import Calibration, calibration_in
 from midskip.data import TokenWindows
 from midskip.evaluate import effort_kept, evaluate
 from midskip.model import MidskipForCausalLM
+from midskip.runs import write_whole
 
 GAP = 0.05  # the most that the shares of two neighbouring points should differ by
 CLOSE = 0.01  # factors that differ by no more than this part of them are not told apart
@@ -99,10 +98,7 @@ def save_calibration(folder: str | Path, calibration: Calibration) -> None:
     """Writes the calibration into the config.json of a folder, in which nothing else changes; whole or not at all."""
     file = Path(folder, "config.json")
     values = json.loads(file.read_text(encoding="utf-8")) | {"calibration": calibration.to_dict()}
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        written = Path(temporary, file.name)
-        written.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(written, file)
+    write_whole(file, json.dumps(values, indent=2) + "\n")
 
 
 def thinned(windows: TokenWindows, max_tokens: int) -> Windows:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from midskip.runs import write_whole
+
 MARKER_FILE = "complete.json"  # in a checkpoint: written last, {"step", "files": {name: bytes}}
 CONTROLLER_FILE = "controller.json"  # in a checkpoint: the state of the controller
 HISTORY_FILE = "history.jsonl"  # in the run folder: a line a step
@@ -23,13 +25,6 @@ PARTS = (
     "rng_state*.pth",
     CONTROLLER_FILE,
 )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that others see whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def mark_complete(checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from midskip.config import MidskipConfig
 from midskip.controllers import Controller, build_controller
-from midskip.train.checkpoints import write_whole
+from midskip.runs import write_whole
 
 
 @dataclass

@@ -24,7 +24,7 @@ from midskip.evaluate import depth_of_tokens, evaluate
 from midskip.model import MidskipForCausalLM
 from midskip.nn.layers import compile_blocks
 from midskip.report import write_page, write_picture
-from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json
+from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json, write_whole
 from midskip.train.checkpoints import (
     CONTROLLER_FILE,
     HISTORY_FILE,
@@ -33,7 +33,6 @@ from midskip.train.checkpoints import (
     newest_checkpoint,
     remove_old,
     step_of,
-    write_whole,
 )
 from midskip.train.peak import peak_flops
 from midskip.train.progress import ProgressBar

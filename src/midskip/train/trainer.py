@@ -27,7 +27,8 @@ from transformers import (
 from midskip.controllers import Controller
 from midskip.data import TokenWindows, WindowOrder
 from midskip.model import MidskipForCausalLM
-from midskip.train.checkpoints import CONTROLLER_FILE, HISTORY_FILE, mark_complete, remove_old, write_whole
+from midskip.runs import write_whole
+from midskip.train.checkpoints import CONTROLLER_FILE, HISTORY_FILE, mark_complete, remove_old
 from midskip.train.optimizer import build_optimizer, build_scheduler
 from midskip.train.recipe import TrainingSettings
 from midskip.train.record import StepRecord, Watch
