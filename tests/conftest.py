@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,8 +75,16 @@ def set_gates(policy: MiddleOut, gates: str, scale: float) -> None:
     - "one": depth scores of exactly 1 at the last gate, the sum of equal parts (of powers of 2);
     - "late": mixed in layer 0 and 0 in all others;
     - "gone": all exactly 0.
+
+    Hard gates know "kept", "mixed", "late" and "gone".
     """
     count, width = policy.weight.shape
+    if policy.is_hard:
+        policy.weight.normal_()
+        policy.bias.fill_({"kept": -30.0, "mixed": -1.0 - math.log(count), "late": 30.0, "gone": 30.0}[gates])
+        if gates == "late":
+            policy.bias[0] = 0
+        return
     policy.weight.zero_()
     if gates == "kept":
         policy.bias.fill_(-1)

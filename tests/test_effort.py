@@ -149,15 +149,13 @@ def test_a_policy_without_a_budget_says_so() -> None:
             policy.set_effort(*arguments)
 
 
-def test_training_under_an_effort_is_refused(make_model: Make) -> None:
-    model, ids_BT = make_model("mixed"), torch.tensor([[1, 2, 3]])
-    for arguments in ((0.5,), (1.0, 2)):
-        model.model.policy.set_effort(*arguments)
-        with pytest.raises(ValueError, match=r"in training mode under a run-time budget .*call model.eval()"):
-            model.train()(ids_BT)
-        model.eval()(ids_BT)
-    model.model.policy.set_effort()
-    model.train()(ids_BT)
+@pytest.mark.parametrize(("factor", "ceiling"), [(0.5, None), (1.5, 2)])
+def test_training_under_an_effort_is_as_in_evaluation(make_model: Make, factor: float, ceiling: int | None) -> None:
+    model, ids_BT = make_model("mixed"), torch.randint(31, (3, 9))
+    as_trained = model(ids_BT).gates
+    model.model.policy.set_effort(factor, ceiling)
+    under = model.train()(ids_BT).gates
+    assert torch.equal(under, model.eval()(ids_BT).gates) and not torch.equal(under, as_trained)
 
 
 # ---- the law for other people's policies

@@ -311,7 +311,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
 
         Args:
             labels: int64 [B, T], the tokens themselves (they are shifted here); -100 is left out, and so is a token
-                that is a pad or follows one. The last token of a document predicts the first of the next.
+                that is a pad or follows one. The last token of a document predicts the first of the next. The loss is
+                the mean cross-entropy; its gradient has that of `Policy.lesson` in it.
             logits_to_keep: 0 for all columns, k > 0 for the last k, or an int64 tensor of columns; the head runs on
                 those only. With labels it must be 0.
 
@@ -351,5 +352,11 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         next_BT = F.pad(torch.where(valid_BT.bool(), labels, -100)[:, 1:], (0, 1), value=-100)
         target_N = layout.pack(next_BT)
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
-        total = F.cross_entropy(logits_NV.to(wide), target_N, ignore_index=-100, reduction="sum")
-        return layout.unpack(logits_NV), total / (target_N != -100).sum().clamp(min=1)
+        nats_N = F.cross_entropy(logits_NV.to(wide), target_N, ignore_index=-100, reduction="none")
+        num_scored = (target_N != -100).sum().clamp(min=1)
+        loss = nats_N.sum() / num_scored
+        lesson_N = self.model.policy.lesson(packed.state, nats_N.detach()) if loss.requires_grad else None
+        if lesson_N is not None:
+            lesson = torch.where(target_N != -100, lesson_N, 0).sum() / num_scored
+            loss = loss + (lesson - lesson.detach())  # its gradient alone
+        return layout.unpack(logits_NV), loss

@@ -66,6 +66,11 @@ class Controller:
         Here it does nothing. ValueError if the policy has not what this controller steers.
         """
 
+    @property
+    def expected_share(self) -> float | None:
+        """The share of block-tokens that the step to come should run; None if the controller has no such target."""
+        return None
+
     def curves(self) -> dict[str, Tensor]:
         """What to draw beside the gates while training: tensors of a value for each layer, by name.
 

@@ -1,5 +1,7 @@
 """A controller that holds a share of work. L: layers."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,12 @@ from midskip.controllers.base import Controller, floats, number
 from midskip.policies.base import Policy
 from midskip.policies.middle_out import MiddleOut
 
-OPEN_BIAS = 0.1  # the budget starts where the gates of an open start do
+NUM_KNOTS = 9  # budgets whose factor of the scores is tracked; between them it is straight in its logarithm
+FACTOR_GAIN = 2  # gain of a factor of the scores, as a multiple of `gain`: each hears of its own budgets alone
+FASTER, SLOWER = 1.2, 0.6  # what a layer's gain is multiplied by while its error keeps its sign, and when it turns
+GAIN_RANGE = (0.2, 20.0)  # of the product of those
+LARGEST_LOG_FACTOR = 10.0
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, less their whole parts, spread evenly however many are taken
 
 
 class BudgetController(Controller):
@@ -15,20 +22,26 @@ class BudgetController(Controller):
 
     The regularisers above push gates through the loss, where a gate that is flat at 0 no longer feels them. This one
     adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each layer of
-    the first half, so that the gradient decides which tokens leave and the controller how many. The layers' targets
+    the first half, so that the gradient decides which tokens leave and the controller how many. The gain of a layer
+    grows while its error keeps its sign, since nobody knows where the scores will lie. The layers' targets
     fall evenly by 2 d, d = spread * min(target_share, 1 - target_share), around a mean over all layers of
     target_share, and are approached from 1 over `ramp_steps`. The idea is that of load balancing without a loss (Wang
     et al. 2024, arXiv 2408.15664), there between experts.
+
+    With `lowest_share` every second step is taken under a budget drawn evenly from [lowest_share, 1], and applied as
+    at run time (`Policy.set_effort`), so that one model serves them all. The factor of the scores that each budget
+    takes is tracked in the same way, by the share that ran.
     """
 
-    changing = ("bias", "num_updates")
+    changing = ("bias", "gains", "errors", "num_updates")
 
     def __init__(
-        self, num_layers: int, *, target_share: float, spread: float = 0.8, gain: float = 0.5, ramp_steps: int = 50
-    ) -> None:
+        self, num_layers: int, *, target_share: float, lowest_share: float | None = None, spread: float = 0.8,
+        gain: float = 0.5, ramp_steps: int = 50,
+    ) -> None:  # fmt: skip
         super().__init__(num_layers)
-        target = number("target_share", target_share, 0, 1)
-        reach = number("spread", spread, 0, 1) * min(target, 1 - target)
+        self.target_share = number("target_share", target_share, 0, 1)
+        reach = number("spread", spread, 0, 1) * min(self.target_share, 1 - self.target_share)
         self.gain = number("gain", gain, 0)
         self.ramp_steps = number("ramp_steps", ramp_steps, 1)
         num_gates = (num_layers + 1) // 2
@@ -36,18 +49,55 @@ class BudgetController(Controller):
         weights = floats([2.0] * (num_layers // 2) + [1.0] * (num_layers % 2))
         slope = torch.linspace(1, -1, num_gates) if num_gates > 1 else torch.zeros(1)
         slope = slope - (slope * weights).sum() / weights.sum()
-        self.targets = (target + reach * slope / slope.abs().max().clamp(min=1)).clamp(0, 1)
-        self.bias = torch.full((num_gates,), OPEN_BIAS / num_gates)
+        self.targets = (self.target_share + reach * slope / slope.abs().max().clamp(min=1)).clamp(0, 1)
+        self.bias = torch.zeros(num_gates)  # beside that of an open start
+        self.gains, self.errors = torch.ones(num_gates), torch.zeros(num_gates)  # the former times `gain`
         self.num_updates = floats(0.0)
+        self.lowest_share = None if lowest_share is None else number("lowest_share", lowest_share, 0.01, 0.99)
+        if self.lowest_share is not None:
+            self.log_factors = torch.zeros(NUM_KNOTS)
+            self.changing = (*self.changing, "log_factors")
+
+    @property
+    def drawn_share(self) -> float | None:
+        """The budget of the step to come; None: as trained, at `target_share`."""
+        step = int(self.num_updates)
+        if self.lowest_share is None or step % 2 == 0:
+            return None
+        return self.lowest_share + (1 - self.lowest_share) * (step * GOLDEN % 1)
+
+    @property
+    def expected_share(self) -> float:
+        """The share of block-tokens that the step to come should run."""
+        drawn = self.drawn_share
+        return 1 - (1 - (self.target_share if drawn is None else drawn)) * self._ramp()
 
     def update(self, mean_L: Tensor, variance_L: Tensor, share_L: Tensor | None = None) -> None:
         """As in `Controller`; only the share is used, and must be given."""
         if share_L is None or list(share_L.shape) != [self.num_layers] or not share_L.isfinite().all():
             raise ValueError(f"share_L must be {self.num_layers} finite numbers, got {share_L}")
+        share_L = share_L.detach().to("cpu", torch.float32)
+        if self.drawn_share is None:
+            errors = share_L[: len(self.bias)] - (1 - (1 - self.targets) * self._ramp())
+            turned = torch.where(errors * self.errors > 0, FASTER, SLOWER)
+            self.gains = (self.gains * turned).clamp(*GAIN_RANGE)
+            self.bias = self.bias + self.gain * self.gains * errors
+            self.errors = errors
+        else:
+            moved = FACTOR_GAIN * self.gain * (share_L.mean() - self.expected_share) * self._knots()
+            self.log_factors = (self.log_factors + moved).clamp(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR)
         self.num_updates = self.num_updates + 1
-        ramp = (self.num_updates / self.ramp_steps).clamp(max=1)
-        targets = 1 - (1 - self.targets) * ramp
-        self.bias = self.bias + self.gain * (share_L[: len(self.bias)].detach().to("cpu", torch.float32) - targets)
+
+    def _ramp(self) -> float:
+        """How far the targets of the step to come have come down, from 0 to 1."""
+        return min(1.0, (float(self.num_updates) + 1) / self.ramp_steps)
+
+    def _knots(self) -> Tensor:
+        """[NUM_KNOTS], the weights of the budgets that stand around the drawn one."""
+        drawn, lowest = self.drawn_share, self.lowest_share
+        assert drawn is not None and lowest is not None
+        place = (drawn - lowest) / (1 - lowest) * (NUM_KNOTS - 1)
+        return (1 - (torch.arange(NUM_KNOTS) - place).abs()).clamp(min=0)
 
     def curves(self) -> dict[str, Tensor]:
         """The biases, and the targets they are moved towards."""
@@ -55,9 +105,12 @@ class BudgetController(Controller):
         return {name: torch.cat([half, half[: self.num_layers // 2].flip(0)]) for name, half in drawn.items()}
 
     def steer(self, policy: Policy) -> None:
-        """Sets the bias of a `MiddleOut`, and takes it out of the optimizer's hands."""
+        """Sets the bias of a `MiddleOut`, which no optimizer then moves, and the effort of the step to come."""
         if not isinstance(policy, MiddleOut):
             raise ValueError(f"the budget controller steers the policy 'middle_out', got {type(policy).__name__}")
         if policy.num_layers != self.num_layers:
             raise ValueError(f"the budget is for {self.num_layers} layers and the model has {policy.num_layers}")
-        policy.bias.requires_grad_(False).copy_(self.bias)
+        policy.bias.requires_grad_(False).copy_(policy.open_bias + self.bias)
+        if self.lowest_share is not None:
+            drawn = self.drawn_share
+            policy.set_effort(1.0 if drawn is None else float((self._knots() * self.log_factors).sum().exp()))

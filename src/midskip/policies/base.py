@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from midskip.nn.layout import Layout
@@ -36,6 +37,22 @@ class Decision:
     output_gate_N: Tensor | None = None
     key_gate_N: Tensor | None = None
 
+    @classmethod
+    def hard(cls, keep_N: Tensor, score_N: Tensor) -> Decision:
+        """A hard gate: exactly 1 where a token is kept and 0 elsewhere, in training and evaluation alike.
+
+        Its gradient is a surrogate, the straight-through one: in the backward pass the output gate of a token that is
+        kept has the gradient of `score_N`. A token that is not kept gives none: nothing was computed that could tell
+        what its gate is worth. Keys have no gate.
+
+        Args:
+            keep_N: bool [N].
+            score_N: float32 or wider, finite [N], what rises with the gate: the more, the sooner the token is kept.
+        """
+        if not (torch.is_grad_enabled() and score_N.requires_grad):
+            return cls(keep_N)
+        return cls(keep_N, 1 + (score_N - score_N.detach()))
+
 
 class Policy(nn.Module):
     """Decides, layer by layer, which tokens run. Subclass it and give the path of the class as `config.policy`.
@@ -54,10 +71,12 @@ class Policy(nn.Module):
         factor, ceiling: the effort in force, of `set_effort`; not saved.
         looks_back: whether `decide` reads hidden states of a token's past beside its own; a subclass that does sets it.
             A cache does not hold those, so such a model runs without one.
+        is_hard: whether every gate is exactly 0 or 1 (see `Decision.hard`).
     """
 
     adjustable: bool = False
     looks_back: bool = False
+    is_hard: bool = False
 
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02):
         super().__init__()
@@ -69,16 +88,7 @@ class Policy(nn.Module):
         own, which leaves alone what a checkpoint has set). Linear layers inside a policy need none of it."""
 
     def forward(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
-        """`decide`, as a module call, so that hooks (meters, sharded weights) see it.
-
-        Raises:
-            ValueError: in training mode under an effort: gradients are those of the gates as they are.
-        """
-        if self.training and (self.factor, self.ceiling) != (1.0, None):
-            raise ValueError(
-                f"the model is in training mode under a run-time budget (factor {self.factor}, ceiling {self.ceiling})"
-                ", which is for evaluation: call model.eval(), or model.set_budget() to go back to the gates as trained"
-            )
+        """`decide`, as a module call, so that hooks (meters, sharded weights) see it."""
         return self.decide(layer, h_ND, state, layout)
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
@@ -94,8 +104,21 @@ class Policy(nn.Module):
         """
         raise NotImplementedError
 
+    def lesson(self, state: dict[str, Any], nats_N: Tensor) -> Tensor | None:
+        """What the policy may learn from how hard the text was to predict: [N], to be made smaller, or None.
+
+        Called at the end of a pass with labels and gradients on. The model takes the mean over the tokens that made a
+        prediction and adds its gradient to that of the loss; the value of the loss stays as it is. Here there is none.
+
+        Args:
+            state: that of the pass.
+            nats_N: float32 or wider [N], the cross-entropy of the prediction that each token made, without gradient;
+                0 where there was none to make.
+        """
+        return None
+
     def set_effort(self, factor: float = 1.0, ceiling: int | None = None) -> None:
-        """From now on, in evaluation mode, do more or less work than was trained for. Without arguments: as trained.
+        """From now on do more or less work than as trained. Without arguments: as trained.
 
         A policy that is `adjustable` reads `self.factor` and `self.ceiling` in `decide`. The laws: with (1.0, None)
         nothing changes; with factor 0 every token runs every block with gate 1; a larger factor keeps no token that a

@@ -172,6 +172,8 @@ def _gates(trial: _Trial) -> None:
         present_N = torch.ones_like(gate_N, dtype=torch.bool) if decision.keep_N is None else decision.keep_N
         if gate_N[~present_N].any() or gates_BTL[~VALID_BT].any():
             raise trial.broken("gates", f"a gate is not 0 where no token is present, in layer {layer}")
+        if trial.model.model.policy.is_hard and not (gate_N[present_N] == 1).all():
+            raise trial.broken("gates", f"is_hard is True and a gate is neither 0 nor 1, in layer {layer}")
 
 
 def _problem(decision: Any, num_tokens: int) -> str:

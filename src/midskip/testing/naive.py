@@ -5,6 +5,7 @@ One row at a time: T valid tokens, D width, H query heads, G key heads, K head w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from midskip.model import MidskipForCausalLM
 from midskip.nn.layers import Block, RMSNorm
 from midskip.nn.layout import Layout
 from midskip.policies import Policy
-from midskip.policies.middle_out import MiddleOut
+from midskip.policies.middle_out import LARGEST_EXPONENT, LESSON_WEIGHT, MiddleOut
 
 
 @dataclass
@@ -27,6 +28,7 @@ class NaiveOutput:
     gates: Tensor  # [L, B, T]
     depth_scores: Tensor | None  # [ceil(L/2), B, T]; scores go on growing past 1
     hidden_states: Tensor  # [L + 1, B, T, D]
+    lesson: Callable[[Tensor], Tensor | None] | None = None  # of a row: what `Policy.lesson` gives for its nats
 
 
 def naive_forward(
@@ -44,7 +46,7 @@ def naive_forward(
     logits = torch.zeros(*shape, config.vocab_size, dtype=dtype)
     gates = torch.zeros(config.num_hidden_layers, *shape, dtype=dtype)
     hidden = torch.zeros(config.num_hidden_layers + 1, *shape, config.hidden_size, dtype=dtype)
-    scores, losses = [], []
+    scores, losses, lessons = [], [], []
     for b in range(shape[0]):
         columns = valid_BT[b].nonzero().squeeze(1)
         if not len(columns):
@@ -61,11 +63,20 @@ def naive_forward(
         if run.depth_scores is not None:
             scores.append(torch.einsum("b,tc,lc->lbt", one_hot, put, run.depth_scores))
         if labels is not None:
+            nats_T, scored = torch.zeros(len(columns), dtype=dtype), []
             for here, after in zip(range(shape[1] - 1), range(1, shape[1]), strict=True):
                 if valid_BT[b, here] and valid_BT[b, after] and labels[b, after] != -100:
-                    row = run.logits[int((columns == here).nonzero())]
-                    losses.append(torch.logsumexp(row, 0) - row[labels[b, after]])
+                    token = int((columns == here).nonzero())
+                    losses.append(torch.logsumexp(run.logits[token], 0) - run.logits[token, labels[b, after]])
+                    nats_T[token] = losses[-1].detach()
+                    scored.append(token)
+            assert run.lesson is not None
+            lesson_T = run.lesson(nats_T)
+            lessons += [] if lesson_T is None else lesson_T[scored].unbind()
     loss = None if labels is None else (torch.stack(losses).mean() if losses else logits.sum() * 0)
+    if loss is not None and lessons:
+        lesson = torch.stack(lessons).mean()
+        loss = loss + lesson - lesson.detach()  # its gradient alone
     return NaiveOutput(loss, logits, gates, torch.stack(scores).sum(0) if scores else None, hidden)
 
 
@@ -91,6 +102,8 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Na
     for layer, block in enumerate(body.layers):
         if isinstance(body.policy, MiddleOut):
             output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, scores, gates)
+            if body.policy.is_hard:
+                key_gate_T = key_gate_T.detach()  # the surrogate gradient is of what a block adds, not of its keys
         else:
             pairs = [
                 _decided_gates(body.policy, layer, x_TD[document], state, layout)
@@ -105,7 +118,17 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Na
         hidden.append(x_TD)
     logits_TV = _rms_norm(x_TD, body.norm) @ model.lm_head.weight.T
     depth_scores = torch.stack(scores) if scores else None
-    return NaiveOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden))
+
+    def lesson(nats_T: Tensor) -> Tensor | None:
+        if isinstance(body.policy, MiddleOut):
+            return _middle_out_lesson(body.policy, hidden, gates, nats_T)
+        parts = [
+            body.policy.lesson(state, nats_T[document]) for document, (state, _) in zip(documents, asked, strict=True)
+        ]
+        found = [part for part in parts if part is not None]
+        return torch.cat(found) if found else None
+
+    return NaiveOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden), lesson)
 
 
 def _documents(position_T: Tensor) -> list[list[int]]:
@@ -137,14 +160,46 @@ def _middle_out_gate(policy: MiddleOut, layer: int, x_TD: Tensor, scores: list[T
     """Appends the depth score of this layer to `scores` in the first half; the mirrored gate in the second."""
     if layer >= policy.num_gates:
         return gates[policy.num_layers - 1 - layer]
-    score_T = policy.factor * torch.relu(x_TD @ policy.weight[layer] + policy.bias[layer])
+    weight_D, bias = policy.weight[layer], policy.bias[layer]
+    if policy.is_hard:
+        y_TD = x_TD.detach()  # hidden states learn nothing from the surrogate gradient
+        cosine_T = (y_TD @ weight_D) / (y_TD.pow(2).sum(-1).sqrt() * weight_D.pow(2).sum().sqrt())
+        score_T = policy.factor * torch.exp((policy.width**0.5 * cosine_T + bias).clamp(max=LARGEST_EXPONENT))
+    else:
+        score_T = policy.factor * torch.relu(x_TD @ weight_D + bias)
     depth_score_T = score_T if layer == 0 else scores[-1] + score_T
-    outer_blocks = sum(min(other, policy.num_layers - 1 - other) <= layer for other in range(policy.num_layers))
-    if policy.ceiling is not None and outer_blocks > policy.ceiling:
+    if policy.ceiling is not None and _outer_blocks(policy, layer) > policy.ceiling:
         depth_score_T = depth_score_T.clamp(min=1)
     scores.append(depth_score_T)
-    # 1 - clamp(S, 0, 1), with slope 0 at S = 1
-    return torch.where(scores[-1] < 1, 1 - scores[-1], 0)
+    soft_T = 1 - scores[-1]
+    if policy.learns_from_loss:
+        gate_T = torch.ones_like(soft_T)
+    elif policy.is_hard:
+        gate_T = 1 + (soft_T - soft_T.detach())  # 1, with the gradient of the soft gate
+    else:
+        gate_T = soft_T
+    return torch.where(scores[-1] < 1, gate_T, 0)  # the slope at S = 1 is 0
+
+
+def _middle_out_lesson(policy: MiddleOut, hidden: list[Tensor], gates: list[Tensor], nats_T: Tensor) -> Tensor | None:
+    """How far each token's predicted loss was off, in the layers that it entered the gate of."""
+    if policy.mean_loss is None:
+        return None
+    total_T = torch.zeros_like(nats_T)
+    for layer in range(policy.num_gates):
+        if policy.ceiling is not None and _outer_blocks(policy, layer) > policy.ceiling:
+            break
+        y_TD = hidden[layer].detach()
+        y_TD = y_TD / y_TD.pow(2).mean(-1, keepdim=True).sqrt()
+        error_T = policy.mean_loss[layer] - y_TD @ policy.weight[layer] - nats_T
+        was_there_T = torch.ones_like(nats_T) if layer == 0 else gates[layer - 1].detach()
+        total_T = total_T + was_there_T * error_T.pow(2)
+    return LESSON_WEIGHT * total_T
+
+
+def _outer_blocks(policy: MiddleOut, layer: int) -> int:
+    """Blocks of a token that enters this layer of the first half."""
+    return sum(min(other, policy.num_layers - 1 - other) <= layer for other in range(policy.num_layers))
 
 
 def _block(

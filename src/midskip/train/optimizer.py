@@ -33,7 +33,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
 
 def build_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> LambdaLR:
     """From `warmup_start` of the peak to the peak over the first `warmup_share` of the steps, then a cosine to 0."""
-    num_warmup = int(settings.warmup_share * settings.steps)
+    num_warmup = num_warmup_steps(settings)
 
     def share_of_peak(step: int) -> float:
         if step < num_warmup:
@@ -41,3 +41,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings
         return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, settings.steps - num_warmup)))
 
     return LambdaLR(optimizer, share_of_peak)
+
+
+def num_warmup_steps(settings: TrainingSettings) -> int:
+    """Steps in which the learning rate rises."""
+    return int(settings.warmup_share * settings.steps)

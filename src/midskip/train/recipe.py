@@ -175,6 +175,8 @@ class Recipe:
         model: the shape of the model.
         controller: the gate regulariser.
         training: the optimisation.
+        dense_layers: depths of dense models that are trained before, on the same text and for as long, and reported
+            beside it: a gated model says nothing without a dense one of its FLOPs. Empty for none.
     """
 
     output: str = "runs/default"
@@ -182,6 +184,13 @@ class Recipe:
     model: ModelSettings = field(default_factory=ModelSettings)
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    dense_layers: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not all(num_layers >= 1 for num_layers in self.dense_layers):
+            raise ValueError(f"dense_layers is {self.dense_layers}; expected numbers of layers, each at least 1")
+        if len(set(self.dense_layers)) < len(self.dense_layers):
+            raise ValueError(f"dense_layers is {self.dense_layers}; expected different numbers of layers")
 
     def build_config(self, vocab_size: int, end_of_text: int | None = None) -> MidskipConfig:
         """The model's configuration, for a tokenizer of `vocab_size` tokens. Raises ValueError as it does."""
@@ -237,7 +246,8 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     for name in groups:
         if not isinstance(given[name], dict):
             raise ValueError(f"the recipe cannot be used: {name} is {given[name]!r}; expected settings by name")
-    return Recipe(given["output"], **{name: group(**given[name]) for name, group in groups.items()})
+    settings = {name: group(**given[name]) for name, group in groups.items()}
+    return Recipe(given["output"], **settings, dense_layers=given["dense_layers"])
 
 
 def changes(earlier: Recipe, now: Recipe) -> list[str]:
@@ -246,4 +256,6 @@ def changes(earlier: Recipe, now: Recipe) -> list[str]:
     for group in ("data", "model", "controller", "training"):
         old, new = asdict(getattr(earlier, group)), asdict(getattr(now, group))
         found += [f"{group}.{name}: {old[name]!r} -> {new[name]!r}" for name in old if old[name] != new[name]]
+    if earlier.dense_layers != now.dense_layers:
+        found.append(f"dense_layers: {earlier.dense_layers} -> {now.dense_layers}")
     return found

@@ -7,6 +7,7 @@ import os
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from midskip.controllers import Controller
 from midskip.data import DataError, TokenWindows, token_bytes
-from midskip.data.prepared import Prepared
-from midskip.evaluate import depth_of_tokens, evaluate
+from midskip.evaluate import depth_of_tokens, effort_kept, evaluate
 from midskip.model import MidskipForCausalLM
 from midskip.nn.layers import compile_blocks
 from midskip.report import write_page, write_picture
-from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json, write_whole
+from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json
 from midskip.train.checkpoints import (
     CONTROLLER_FILE,
     HISTORY_FILE,
@@ -34,14 +34,14 @@ from midskip.train.checkpoints import (
     remove_old,
     step_of,
 )
+from midskip.train.folder import begin, check_folder
+from midskip.train.health import Health
+from midskip.train.optimizer import num_warmup_steps
 from midskip.train.peak import peak_flops
 from midskip.train.progress import ProgressBar
-from midskip.train.recipe import Recipe, TrainingSettings, changes, read_recipe
+from midskip.train.recipe import Recipe, TrainingSettings
 from midskip.train.text import TEXT_FOLDER, cut_windows, open_text
 from midskip.train.trainer import BEST_FILE, BEST_FOLDER, MidskipTrainer
-
-START_FILE = "start.json"  # in the run folder: what else must be the same when it goes on
-OUTDATED = "resume with what is in the folder, give another --output, or accept it with --accept_changes"
 
 
 def train(
@@ -74,7 +74,7 @@ def train(
     console = console if is_first else Console(quiet=True)
     with _first_goes_first(arguments):
         if is_first:
-            _check_folder(folder, recipe, resume, accept_changes)
+            check_folder(folder, recipe, resume, accept_changes)
         if resume and (folder / PAGE_FILE).is_file():  # written last: the run is finished
             return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")) if is_first else {}
         tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
@@ -88,7 +88,8 @@ def train(
             num_parameters = _count_parameters(recipe, controller, text.vocab_size)
             num_checkpoints = settings.checkpoints_kept if settings.save_steps else 0
             check_disk(folder, num_parameters, num_checkpoints, best=bool(settings.evaluation_steps))
-            _begin(folder, recipe, text, arguments.world_size, accept_changes, console)
+            begin(folder, recipe, text, arguments.world_size, accept_changes, console)
+    dense = train_dense(recipe, resume, accept_changes, console)
     if checkpoint is not None:
         controller.load_state_dict(json.loads((checkpoint / CONTROLLER_FILE).read_text(encoding="utf-8")))
     first_step = 0 if checkpoint is None else step_of(checkpoint)
@@ -108,7 +109,9 @@ def train(
     num_bytes = _token_bytes(text.tokenizer)
 
     def measure(module: MidskipForCausalLM) -> dict[str, Any]:
-        return evaluate(module, validation, num_bytes, settings.batch_size)
+        with effort_kept(module):  # of the step to come
+            module.model.policy.set_effort()
+            return evaluate(module, validation, num_bytes, settings.batch_size)
 
     peak, peak_source = (settings.peak_flops, "the recipe") if settings.peak_flops else peak_flops(arguments)
     windows = {"train_dataset": training, "eval_dataset": validation}
@@ -127,6 +130,7 @@ def train(
         finally:
             progress.bar.stop()
         trainer.check_weights()
+    trainer.bare_model.model.policy.set_effort()
     metrics = trainer.metrics()
     if settings.evaluation_steps:
         trainer.keep_best(metrics["loss"])
@@ -134,12 +138,44 @@ def train(
         return {}
     model = trainer.bare_model
     model.save_pretrained(folder)
-    report = _report(recipe, model, metrics, trainer.history, {"flops_per_s": peak, "from": peak_source})
+    report = _report(recipe, model, metrics, trainer.history, {"flops_per_s": peak, "from": peak_source}, dense)
     if (folder / BEST_FOLDER / BEST_FILE).is_file():
         report["best"] = json.loads((folder / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))
     (folder / REPORT_FILE).write_text(to_json(report) + "\n", encoding="utf-8")
-    write_pages(folder, model, text.tokenizer, validation, metrics, trainer.history)
+    write_pages(folder, model, text.tokenizer, validation, report, trainer.history)
     return report
+
+
+def train_dense(recipe: Recipe, resume: bool, accept_changes: bool, console: Console) -> list[dict[str, Any]]:
+    """Train the dense models that the recipe wants beside its own, each into a folder within the run's.
+
+    Returns:
+        A row a model, on the first process: `num_hidden_layers`; `folder`; of the held-out text `loss`,
+        `bits_per_byte` (None where the tokenizer does not tell bytes) and `flops_per_token`; `num_parameters`;
+        `seconds` of training.
+    """
+    rows = []
+    for num_layers in recipe.dense_layers:
+        folder = f"dense-{num_layers}"
+        text = Path(recipe.output, TEXT_FOLDER)
+        model = replace(recipe.model, policy="dense", policy_settings={}, num_hidden_layers=num_layers)
+        data = replace(recipe.data, source=str(text)) if text.is_dir() else recipe.data
+        twin = Recipe(str(Path(recipe.output, folder)), data, model, training=recipe.training)
+        report = train(twin, resume, accept_changes, f"dense, {num_layers} layers", console)
+        if report:
+            measured = report["validation"]
+            rows.append(
+                {
+                    "num_hidden_layers": num_layers,
+                    "folder": folder,
+                    "loss": measured["loss"],
+                    "bits_per_byte": measured.get("bits_per_byte"),
+                    "flops_per_token": measured["flops_per_token"],
+                    "num_parameters": report["num_parameters"],
+                    "seconds": report["training"]["seconds"],
+                }
+            )
+    return rows
 
 
 def write_pages(
@@ -147,10 +183,11 @@ def write_pages(
     model: MidskipForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     validation: TokenWindows,
-    metrics: dict[str, Any],
+    report: dict[str, Any],
     history: list[dict[str, Any]],
 ) -> None:
     """The picture of shares over training, and the page of held-out text coloured by depth."""
+    metrics = report["validation"]
     drawn = history[:: max(1, len(history) // 500)]
     shares = [(row["step"], row["share_by_layer"]) for row in drawn]
     write_picture(folder / PICTURE_FILE, metrics["share_by_layer"], shares, f"Share of tokens that ran: {folder.name}")
@@ -162,10 +199,11 @@ def write_pages(
         ids, positions = window["input_ids"][valid].tolist(), window.get("position_ids")
         tokens = depth_of_tokens(model, tokenizer, ids, None if positions is None else positions[valid].tolist())
         passages.append((f"held-out text, passage {number + 1}", tokens))
-    summary = {
-        "validation loss": f"{metrics['loss']:.4f} nats a token",
-        "block-tokens that ran": f"{metrics['executed_share']:.1%}",
-    }
+    pattern = "{loss:.4f} nats a token, {flops_per_token:,.0f} FLOPs"
+    summary = {"validation": pattern.format(**metrics), "block-tokens that ran": f"{metrics['executed_share']:.1%}"}
+    summary |= {f"dense, {row['num_hidden_layers']} layers": pattern.format(**row) for row in report["dense"]}
+    if not report["dense"] and model.config.policy != "dense":
+        summary["dense model of fewer layers"] = "none was trained (dense_layers)"
     part = folder / f"{PAGE_FILE}.part"
     write_page(part, f"Depth by token: {folder.name}", passages, model.config.num_hidden_layers, summary)
     part.replace(folder / PAGE_FILE)  # whole or not there: it marks the run as finished
@@ -177,6 +215,7 @@ def _report(
     metrics: dict[str, Any],
     history: list[dict[str, Any]],
     peak: dict[str, Any],
+    dense: list[dict[str, Any]],
 ) -> dict[str, Any]:
     logged = [row for row in history if "tokens_per_s" in row]
     speed = {
@@ -192,7 +231,9 @@ def _report(
             "executed_share": sum(row["executed_share"] for row in history) / len(history),
             **speed,
             "peak": peak,
+            "collapse": Health(num_warmup_steps(recipe.training), history).signs,
         },
+        "dense": dense,
         "num_parameters": model.num_parameters(),
         "recipe": RECIPE_FILE,
     }
@@ -223,54 +264,6 @@ def _count_parameters(recipe: Recipe, controller: Controller, vocab_size: int = 
         model = MidskipForCausalLM(recipe.build_config(vocab_size))
     controller.steer(model.model.policy)
     return model.num_parameters()
-
-
-def _check_folder(folder: Path, recipe: Recipe, resume: bool, accept_changes: bool) -> None:
-    """Refuses a folder that holds something else, or another run."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output is {str(folder)!r}, which is a file; expected a folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / RECIPE_FILE).is_file():
-        if {path.name for path in folder.iterdir()} <= {TEXT_FOLDER, f"{RECIPE_FILE}.part"}:
-            return  # it did not come to its first step
-        raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
-    if not resume:
-        raise ValueError(f"{str(folder)!r} already holds a run; go on with it by --resume, or give another --output")
-    changed = changes(read_recipe(folder / RECIPE_FILE), recipe)
-    if changed and (folder / PAGE_FILE).is_file():
-        raise ValueError(f"the run is finished, with another recipe ({'; '.join(changed)}): give another --output")
-    if changed and not accept_changes:
-        raise ValueError(f"the recipe is not the one this run began with ({'; '.join(changed)}): {OUTDATED}")
-    if fixed := [change for change in changed if change.startswith("model.")]:
-        raise ValueError(f"the shape of a model cannot change in a run ({'; '.join(fixed)}): give another --output")
-
-
-def _begin(
-    folder: Path, recipe: Recipe, text: Prepared, world_size: int, accept_changes: bool, console: Console
-) -> None:
-    """Check the text, and write down, or compare with what was written down, what the run began with."""
-    start = {"num_processes": world_size, "shards": text.check(console)}
-    if (folder / START_FILE).is_file() and not accept_changes:
-        earlier = json.loads((folder / START_FILE).read_text(encoding="utf-8"))
-        if changed := _differences(earlier, start):
-            raise ValueError(f"this run did not begin like that ({'; '.join(changed)}): {OUTDATED}")
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(folder / RECIPE_FILE)  # first: it makes the folder that of a run
-    write_whole(folder / START_FILE, json.dumps(start, indent=1))
-    text.tokenizer.save_pretrained(folder)
-
-
-def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is not as it was, in words."""
-    found = []
-    if earlier["num_processes"] != now["num_processes"]:
-        found.append(f"{earlier['num_processes']} processes and now {now['num_processes']}")
-    for side in now["shards"]:
-        before, after = ({shard["name"]: shard for shard in start["shards"][side]} for start in (earlier, now))
-        if other := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
-            found.append(f"other {side} shards: {', '.join(other[:3])}{', ...' * (len(other) > 3)}")
-    return found
 
 
 def _check_reporters(names: list[str]) -> None:

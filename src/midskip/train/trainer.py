@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from midskip.data import TokenWindows, WindowOrder
 from midskip.model import MidskipForCausalLM
 from midskip.runs import write_whole
 from midskip.train.checkpoints import CONTROLLER_FILE, HISTORY_FILE, mark_complete, remove_old
-from midskip.train.optimizer import build_optimizer, build_scheduler
+from midskip.train.health import Health
+from midskip.train.optimizer import build_optimizer, build_scheduler, num_warmup_steps
 from midskip.train.recipe import TrainingSettings
 from midskip.train.record import StepRecord, Watch
 
@@ -48,7 +50,7 @@ class MidskipTrainer(Trainer):
         arguments: those of `transformers.Trainer`.
 
     Attributes:
-        history: a row a step; see `_AfterStep`.
+        history: a row a step; see `_AroundStep`.
     """
 
     def __init__(
@@ -158,6 +160,7 @@ class _AroundStep(TrainerCallback):
         self.trainer, self.folder = trainer, Path(str(trainer.args.output_dir))
         self.watch: Watch | None = None
         self.gradient_norm = math.nan
+        self.num_warmup = num_warmup_steps(trainer.settings)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -167,6 +170,7 @@ class _AroundStep(TrainerCallback):
         self.started_s = time.perf_counter() - earlier_s
         self.resumed_s = time.perf_counter()
         self.rows: list[dict[str, Any]] = []  # since the last log
+        self.health = Health(self.num_warmup, self.trainer.history)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -198,6 +202,7 @@ class _AroundStep(TrainerCallback):
         step, trainer.step = trainer.step, StepRecord()
         share_L = step.share_by_layer()
         mean_L, variance_L = step.statistics.mean("gate"), step.statistics.variance("gate")
+        expected_share = trainer.controller.expected_share
         trainer.controller.update(mean_L.float(), variance_L.float(), share_L.float())
         self._steer()
         now_s = time.perf_counter()
@@ -215,13 +220,19 @@ class _AroundStep(TrainerCallback):
             "step_seconds": now_s - self.resumed_s,
             "seconds": now_s - self.started_s,
         }
+        if expected_share is not None:
+            row["expected_share"] = expected_share
         self.rows.append(row)
         if state.global_step % args.logging_steps == 0:
             row.update(self._at_log(step))
             trainer.log(self._curves(row))
             self.rows = []
         trainer.history.append(row)
+        was_well = not self.health.signs
+        self.health.add(row)
         if state.is_world_process_zero:
+            if was_well and self.health.signs:
+                warnings.warn(self.health.warning(), stacklevel=2)
             with (self.folder / HISTORY_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self.resumed_s = time.perf_counter()

@@ -1,0 +1,65 @@
+"""The folder of a run: what it may hold before, and what it began with, which must be the same when it goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from midskip.data.prepared import Prepared
+from midskip.runs import PAGE_FILE, RECIPE_FILE, write_whole
+from midskip.train.recipe import Recipe, changes, read_recipe
+from midskip.train.text import TEXT_FOLDER
+
+START_FILE = "start.json"  # in the run folder: what else must be the same when it goes on
+OUTDATED = "resume with what is in the folder, give another --output, or accept it with --accept_changes"
+
+
+def check_folder(folder: Path, recipe: Recipe, resume: bool, accept_changes: bool) -> None:
+    """Refuses a folder that holds something else, or another run."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output is {str(folder)!r}, which is a file; expected a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / RECIPE_FILE).is_file():
+        if {path.name for path in folder.iterdir()} <= {TEXT_FOLDER, f"{RECIPE_FILE}.part"}:
+            return  # it did not come to its first step
+        raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
+    if not resume:
+        raise ValueError(f"{str(folder)!r} already holds a run; go on with it by --resume, or give another --output")
+    changed = changes(read_recipe(folder / RECIPE_FILE), recipe)
+    if changed and (folder / PAGE_FILE).is_file():
+        raise ValueError(f"the run is finished, with another recipe ({'; '.join(changed)}): give another --output")
+    if changed and not accept_changes:
+        raise ValueError(f"the recipe is not the one this run began with ({'; '.join(changed)}): {OUTDATED}")
+    if fixed := [change for change in changed if change.startswith("model.")]:
+        raise ValueError(f"the shape of a model cannot change in a run ({'; '.join(fixed)}): give another --output")
+
+
+def begin(
+    folder: Path, recipe: Recipe, text: Prepared, world_size: int, accept_changes: bool, console: Console
+) -> None:
+    """Check the text, and write down, or compare with what was written down, what the run began with."""
+    start = {"num_processes": world_size, "shards": text.check(console)}
+    if (folder / START_FILE).is_file() and not accept_changes:
+        earlier = json.loads((folder / START_FILE).read_text(encoding="utf-8"))
+        if changed := _differences(earlier, start):
+            raise ValueError(f"this run did not begin like that ({'; '.join(changed)}): {OUTDATED}")
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.save(folder / RECIPE_FILE)  # first: it makes the folder that of a run
+    write_whole(folder / START_FILE, json.dumps(start, indent=1))
+    text.tokenizer.save_pretrained(folder)
+
+
+def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is not as it was, in words."""
+    found = []
+    if earlier["num_processes"] != now["num_processes"]:
+        found.append(f"{earlier['num_processes']} processes and now {now['num_processes']}")
+    for side in now["shards"]:
+        before, after = ({shard["name"]: shard for shard in start["shards"][side]} for start in (earlier, now))
+        if other := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
+            found.append(f"other {side} shards: {', '.join(other[:3])}{', ...' * (len(other) > 3)}")
+    return found
