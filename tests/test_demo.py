@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from midskip.data import DataError
-from midskip.demo import demo, demo_recipe, time_prefill
+from midskip.demo import demo, time_prefill
 from midskip.runs import load_run
 
 
@@ -62,10 +62,10 @@ def test_the_demo_trains_compares_and_reports(source: Path, tmp_path: Path) -> N
     batch, length = report["prefill_shape"]
     assert f"prefill of {batch} x {length} tokens" in rows and length == 256
 
-    models = {name: load_run(folder / name)[0] for name in ("gated", "dense")}
-    assert models["gated"].config.policy == "middle_out" and models["dense"].config.policy == "dense"
-    sizes = [sum(p.numel() for n, p in model.named_parameters() if ".policy." not in n) for model in models.values()]
-    assert sizes[0] == sizes[1], "twins but for the gates"
+    gated, dense = (load_run(folder / path)[0].config for path in ("gated", "gated/dense-4"))
+    assert gated.policy == "middle_out" and dense.policy == "dense"
+    assert (gated.num_hidden_layers, dense.num_hidden_layers) == (8, 4)
+    assert dense.hidden_size == gated.hidden_size and dense.intermediate_size == gated.intermediate_size
 
 
 def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(
@@ -101,14 +101,6 @@ def test_a_folder_of_something_else_is_refused(source: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gated"]
 
 
-def test_the_twins_differ_in_nothing_but_the_gates() -> None:
-    gated, dense = (demo_recipe("runs/x", 7, gated) for gated in (True, False))
-    assert gated.data == dense.data and gated.training == dense.training and gated.training.steps == 7
-    assert gated.build_controller().state_dict() and not dense.build_controller().state_dict()
-    dense.model.policy, dense.model.policy_settings = gated.model.policy, gated.model.policy_settings
-    assert gated.model == dense.model
-
-
 def test_prefill_is_timed_and_metered(make_model) -> None:
     models = {name: make_model(gates, torch.float32).eval() for name, gates in (("open", "open"), ("gone", "gone"))}
     result = time_prefill(models, torch.randint(31, (3, 9)), repeats=2)
@@ -124,9 +116,10 @@ def test_the_whole_demo_keeps_its_promises(tmp_path: Path) -> None:
     report = demo(str(tmp_path / "demo"), console=Console(file=StringIO(), width=120))
     seconds = time.perf_counter() - start
     gated, dense = (report[name]["validation"] for name in ("gated", "dense"))
-    assert 0.4 <= gated["executed_share"] <= 0.7
+    assert 0.48 <= gated["executed_share"] <= 0.52
+    assert report["gated"]["training"]["collapse"] == {}
     assert gated["bits_per_byte"] <= 1.05 * dense["bits_per_byte"]
     assert sum(share >= 0.05 for share in gated["tokens_by_blocks"]) >= 3
     assert dense["loss"] < 6, "it learnt something: a guess among 2048 tokens has 7.6"
-    assert gated["flops_per_token"] < 0.8 * dense["flops_per_token"]
+    assert gated["flops_per_token"] < 1.25 * dense["flops_per_token"]
     assert seconds < 240

@@ -9,6 +9,7 @@ from test_exactness import check_equal, norm
 from torch import Tensor, nn
 
 from midskip import MidskipForCausalLM
+from midskip.controllers import build_controller
 from midskip.nn.layout import Layout
 from midskip.policies import Decision, Policy
 from midskip.policies.middle_out import MiddleOut
@@ -174,3 +175,11 @@ def test_a_policy_that_says_it_is_hard_is_held_to_it(monkeypatch: pytest.MonkeyP
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MiddleOut(4, 8, **settings)
+
+
+def test_gates_that_learn_from_the_loss_need_a_budget() -> None:
+    policy = MiddleOut(4, 8, gates="hard")
+    with pytest.raises(ValueError, match=r"learn which tokens are hard, .*use the controller 'budget'"):
+        build_controller("sparsity", 4).steer(policy)
+    build_controller("budget", 4, target_share=0.5).steer(policy)
+    build_controller("sparsity", 4).steer(MiddleOut(4, 8, **STRAIGHT))

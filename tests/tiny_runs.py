@@ -33,7 +33,8 @@ def write_documents(folder: Path, count: int = 30) -> Path:
 
 def tiny_recipe(
     source: Path | str, output: Path | str, controller: str = "none", settings: dict[str, Any] | None = None,
-    *, model: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **training: Any,
+    *, model: dict[str, Any] | None = None, data: dict[str, Any] | None = None, dense_layers: list[int] | None = None,
+    **training: Any,
 ) -> Recipe:  # fmt: skip
     """A run of a tiny model, over in a moment."""
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -44,6 +45,7 @@ def tiny_recipe(
         ModelSettings(**({**shape, "initializer_range": 0.1} | (model or {}))),
         ControllerSettings(controller, settings or {}),
         TrainingSettings(**(optimisation | training)),
+        dense_layers or [],
     )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # else `--help` would wait for them
     from midskip.model import MidskipForCausalLM
 
 COMMANDS = {
-    "demo": "train a gated model and its dense twin in minutes, and compare them",
+    "demo": "train a gated model, and a dense one of its FLOPs, in minutes, and compare them",
     "prepare": "turn text into shards of tokens",
     "train": "train a model from a recipe",
     "evaluate": "loss and work of a trained model on text",
@@ -92,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
 def _demo(arguments: list[str]) -> None:
     parser = _Parser("midskip demo", description=COMMANDS["demo"], allow_abbrev=False)
     parser.add_argument("--output", default="runs/demo", help="run folder (default: %(default)s)")
-    parser.add_argument("--steps", type=_at_least_one, default=400, help="steps of each model (default: %(default)s)")
+    parser.add_argument("--steps", type=_at_least_one, default=600, help="steps of each model (default: %(default)s)")
     parser.add_argument(
         "--source", default="pydocs", help="pydocs, a text file or a folder of .txt (default: %(default)s)"
     )

@@ -1,4 +1,4 @@
-"""`midskip demo`: a gated model and its dense twin, trained on the same text for equally long, side by side."""
+"""`midskip demo`: a gated model, and a dense one of its FLOPs, trained on the same text for equally long."""
 
 from __future__ import annotations
 
@@ -28,23 +28,22 @@ from midskip.train.run import train
 from midskip.train.text import cut_windows
 
 PROMPT = "The function returns"
+STEPS = 600
 
 
-def demo_recipe(output: str, steps: int = 400, gated: bool = True, source: str = "pydocs") -> Recipe:
-    """The recipe of the demo's gated model, or of its dense twin."""
-    policy: dict[str, Any] = (
-        {"policy": "middle_out", "policy_settings": {"start": "spread"}} if gated else {"policy": "dense"}
-    )
+def demo_recipe(output: str, steps: int = STEPS, source: str = "pydocs") -> Recipe:
+    """The recipe of the demo: a gated model of eight layers, half of whose block-tokens run, and a dense one of four."""
     return Recipe(
         output=output,
         data=DataSettings(source=source),
-        model=ModelSettings(**policy),
-        controller=ControllerSettings("budget", {"target_share": 0.5}) if gated else ControllerSettings("none"),
-        training=TrainingSettings(steps=steps, save_steps=0, report_to=[]),
+        model=ModelSettings(policy_settings={"gates": "hard"}, keys="all"),
+        controller=ControllerSettings("budget", {"target_share": 0.5, "spread": 1.0}),
+        training=TrainingSettings(steps=steps, gate_learning_rate_scale=0.3, save_steps=0, report_to=[]),
+        dense_layers=[4],
     )
 
 
-def demo(output: str = "runs/demo", steps: int = 400, source: str = "pydocs", console: Console | None = None) -> dict:
+def demo(output: str = "runs/demo", steps: int = STEPS, source: str = "pydocs", console: Console | None = None) -> dict:
     """Train both, compare them, write `report.json`, a picture and a page; returns the report.
 
     Raises:
@@ -55,28 +54,26 @@ def demo(output: str = "runs/demo", steps: int = 400, source: str = "pydocs", co
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {output!r}, which is a file; expected a folder")
     earlier = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if earlier - {"text", "gated", "dense", REPORT_FILE, PICTURE_FILE, PAGE_FILE} or (
-        earlier and "text" not in earlier
-    ):
+    if earlier - {"text", "gated", REPORT_FILE, PICTURE_FILE, PAGE_FILE} or (earlier and "text" not in earlier):
         raise ValueError(f"output is {output!r}, which holds other files; give a new or empty folder")
     Source(source)  # refuses what cannot be used, while an earlier demo is still there
     if earlier:
         shutil.rmtree(folder)  # an earlier demo
     messages = Console(stderr=True, width=console.width)
     prepared = prepare(source, folder / "text", console=messages)
-    recipes = {
-        name: demo_recipe(str(folder / name), steps, name == "gated", str(prepared.folder))
-        for name in ("gated", "dense")
-    }
-    reports = {name: train(recipe, title=f"{name} model", console=messages) for name, recipe in recipes.items()}
-    models = {name: load_run(folder / name)[0] for name in recipes}
-    _, validation = cut_windows(prepared, recipes["gated"].data)
+    recipe = demo_recipe(str(folder / "gated"), steps, str(prepared.folder))
+    gated = train(recipe, title="gated, 8 layers", console=messages)
+    (row,) = gated["dense"]
+    folders = {"gated": folder / "gated", "dense": folder / "gated" / row["folder"]}
+    dense = json.loads((folders["dense"] / REPORT_FILE).read_text(encoding="utf-8"))
+    models = {name: load_run(path)[0] for name, path in folders.items()}
+    _, validation = cut_windows(prepared, recipe.data)
     ids = torch.stack([validation[i]["input_ids"] for i in range(min(8, max(1, len(validation) - 1)))])
     prefill = time_prefill(models, ids)
     ids_sample = generate(models["gated"], prepared.tokenizer, PROMPT, max_new_tokens=120)
     report = {
-        "gated": reports["gated"],
-        "dense": reports["dense"],
+        "gated": gated,
+        "dense": dense,
         "prefill": prefill,
         "prefill_shape": list(ids.shape),
         "sample": prepared.tokenizer.decode(ids_sample),
@@ -136,7 +133,9 @@ def _table(report: dict[str, Any]) -> Any:
         ),
         ("training", *(f"{report[name]['training']['seconds']:.0f} s" for name in ("gated", "dense"))),
     ]
-    return comparison_table(rows, ("", "gated", "dense twin"), "the same text, the same number of steps")
+    layers = [len(side["share_by_layer"]) for side in (gated, dense)]
+    columns = ("", f"gated, {layers[0]} layers", f"dense, {layers[1]} layers")
+    return comparison_table(rows, columns, "the same text, the same number of steps")
 
 
 def _percent(shares: list[float]) -> str:

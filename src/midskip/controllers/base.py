@@ -63,8 +63,15 @@ class Controller:
     def steer(self, policy: Policy) -> None:
         """Sets what the policy leaves to its controller; called before the first step and after each `update`.
 
-        Here it does nothing. ValueError if the policy has not what this controller steers.
+        Here there is nothing to set. ValueError if the policy has not what this controller steers, or needs one that
+        steers.
         """
+        if policy.needs_budget:
+            raise ValueError(
+                f"the gates of this {type(policy).__name__} learn which tokens are hard, and a controller has to say "
+                f"how many run; got {type(self).__name__}: use the controller 'budget', or gates with the surrogate "
+                "'straight_through'"
+            )
 
     @property
     def expected_share(self) -> float | None:

@@ -73,7 +73,7 @@ class MiddleOut(Policy):
         if gates == "hard" and start != "open":
             raise ValueError(f"start is {start!r}, of soft gates; hard gates start 'open': leave it out")
         self.start, self.is_hard = start, gates == "hard"
-        self.learns_from_loss = self.is_hard and surrogate == "loss"
+        self.learns_from_loss = self.needs_budget = self.is_hard and surrogate == "loss"
         self.num_gates = (num_layers + 1) // 2
         self.open_bias = HARD_OPEN_BIAS if self.is_hard else SOFT_OPEN_SCORE / self.num_gates
         self.weight = nn.Parameter(torch.empty(self.num_gates, width))
