@@ -60,6 +60,14 @@ def test_the_targets_fall_evenly(num_layers: int) -> None:
         torch.testing.assert_close(half.diff(), half.diff().mean().expand(len(half) - 1), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("num_layers", [5, 8, 9, 12])
+@pytest.mark.parametrize("target", [0.5, 0.75, 1.0])
+def test_outer_layers_run_for_all_and_the_mean_is_still_the_target(num_layers: int, target: float) -> None:
+    half = make(num_layers, target_share=target, outer=1).targets
+    assert half[0] == 1 and (half.diff() <= 0).all() and half[-1] > 0
+    assert over_all_layers(half, num_layers).mean().item() == pytest.approx(target, abs=1e-6)
+
+
 def test_no_spread_is_the_same_target_for_every_layer() -> None:
     assert make(9, target_share=0.25, spread=0.0).targets.tolist() == [0.25] * 5
 
@@ -230,7 +238,7 @@ def test_budgets_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
     ("settings", "message"),
     [
         ({}, "controller 'budget' got .*: missing a required argument: 'target_share'; its settings are: target_share"),
-        ({"target_share": 0.5, "targets": 3}, "targets.*; its settings are: target_share, lowest_share, spread, gain"),
+        ({"target_share": 0.5, "targets": 3}, "targets.*; its settings are: target_share, lowest_share, outer, spread"),
         ({"target_share": -0.1}, r"target_share must be a number from 0 to 1, got -0\.1"),
         ({"target_share": 1.1}, r"target_share must be a number from 0 to 1, got 1\.1"),
         ({"target_share": 50}, "target_share must be .*, got 50"),
@@ -240,6 +248,11 @@ def test_budgets_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
         ({"target_share": math.nan}, "target_share must be .*, got nan"),
         ({"target_share": 0.5, "spread": 1.5}, r"spread must be a number from 0 to 1, got 1\.5"),
         ({"target_share": 0.5, "spread": -0.5}, "spread must be"),
+        ({"target_share": 0.5, "outer": 2}, "outer must be a whole number from 0 to 1, got 2"),
+        (
+            {"target_share": 0.2, "outer": 1},
+            r"target_share is 0\.2 and the outer layers alone, 1 on either side, are 0\.5",
+        ),
         ({"target_share": 0.5, "gain": -1}, "gain must be a number from 0 to .*, got -1"),
         ({"target_share": 0.5, "gain": math.inf}, "gain must be"),
         ({"target_share": 0.5, "ramp_steps": 0}, "ramp_steps must be a number from 1 to .*, got 0"),

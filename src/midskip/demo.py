@@ -32,12 +32,12 @@ STEPS = 600
 
 
 def demo_recipe(output: str, steps: int = STEPS, source: str = "pydocs") -> Recipe:
-    """The recipe of the demo: a gated model of eight layers, half of whose block-tokens run, and a dense one of four."""
+    """The recipe of the demo: a gated model of 8 layers, half of whose block-tokens run, and a dense one of 4."""
     return Recipe(
         output=output,
         data=DataSettings(source=source),
         model=ModelSettings(policy_settings={"gates": "hard"}, keys="all"),
-        controller=ControllerSettings("budget", {"target_share": 0.5, "spread": 1.0}),
+        controller=ControllerSettings("budget", {"target_share": 0.5, "outer": 1}),
         training=TrainingSettings(steps=steps, gate_learning_rate_scale=0.3, save_steps=0, report_to=[]),
         dense_layers=[4],
     )

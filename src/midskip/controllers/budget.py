@@ -23,9 +23,10 @@ class BudgetController(Controller):
     The regularisers above push gates through the loss, where a gate that is flat at 0 no longer feels them. This one
     adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each layer of
     the first half, so that the gradient decides which tokens leave and the controller how many. The gain of a layer
-    grows while its error keeps its sign, since nobody knows where the scores will lie. The layers' targets
-    fall evenly by 2 d, d = spread * min(target_share, 1 - target_share), around a mean over all layers of
-    target_share, and are approached from 1 over `ramp_steps`. The idea is that of load balancing without a loss (Wang
+    grows while its error keeps its sign, since nobody knows where the scores will lie. The first `outer`
+    layers and their mirrors run for every token. The targets of the others fall evenly by 2 d, d = spread * min(m,
+    1 - m), around the mean m with which all layers together have target_share, and are approached from 1 over
+    `ramp_steps`. The idea is that of load balancing without a loss (Wang
     et al. 2024, arXiv 2408.15664), there between experts.
 
     With `lowest_share` every second step is taken under a budget drawn evenly from [lowest_share, 1], and applied as
@@ -36,20 +37,17 @@ class BudgetController(Controller):
     changing = ("bias", "gains", "errors", "num_updates")
 
     def __init__(
-        self, num_layers: int, *, target_share: float, lowest_share: float | None = None, spread: float = 0.8,
-        gain: float = 0.5, ramp_steps: int = 50,
+        self, num_layers: int, *, target_share: float, lowest_share: float | None = None, outer: int = 0,
+        spread: float = 0.8, gain: float = 0.5, ramp_steps: int = 50,
     ) -> None:  # fmt: skip
         super().__init__(num_layers)
         self.target_share = number("target_share", target_share, 0, 1)
-        reach = number("spread", spread, 0, 1) * min(self.target_share, 1 - self.target_share)
         self.gain = number("gain", gain, 0)
         self.ramp_steps = number("ramp_steps", ramp_steps, 1)
         num_gates = (num_layers + 1) // 2
-        # mirrored layers count twice, the middle one of an odd depth once: their mean is the target
-        weights = floats([2.0] * (num_layers // 2) + [1.0] * (num_layers % 2))
-        slope = torch.linspace(1, -1, num_gates) if num_gates > 1 else torch.zeros(1)
-        slope = slope - (slope * weights).sum() / weights.sum()
-        self.targets = (self.target_share + reach * slope / slope.abs().max().clamp(min=1)).clamp(0, 1)
+        if isinstance(outer, bool) or not isinstance(outer, int) or not 0 <= outer < num_gates:
+            raise ValueError(f"outer must be a whole number from 0 to {num_gates - 1}, got {outer!r}")
+        self.targets = torch.cat([torch.ones(outer), self._falling(num_layers - 2 * outer, outer, spread)])
         self.bias = torch.zeros(num_gates)  # beside that of an open start
         self.gains, self.errors = torch.ones(num_gates), torch.zeros(num_gates)  # the former times `gain`
         self.num_updates = floats(0.0)
@@ -57,6 +55,22 @@ class BudgetController(Controller):
         if self.lowest_share is not None:
             self.log_factors = torch.zeros(NUM_KNOTS)
             self.changing = (*self.changing, "log_factors")
+
+    def _falling(self, num_inner: int, outer: int, spread: float) -> Tensor:
+        """Targets of the first half of the `num_inner` layers within the outer ones."""
+        mean = 1 - (1 - self.target_share) * self.num_layers / num_inner
+        if mean < 0:
+            raise ValueError(
+                f"target_share is {self.target_share} and the outer layers alone, {outer} on either side, are "
+                f"{2 * outer / self.num_layers:.3g} of the blocks: raise it, or lower outer"
+            )
+        num_gates = (num_inner + 1) // 2
+        # mirrored layers count twice, the middle one of an odd depth once
+        weights = floats([2.0] * (num_inner // 2) + [1.0] * (num_inner % 2))
+        slope = torch.linspace(1, -1, num_gates) if num_gates > 1 else torch.zeros(1)
+        slope = slope - (slope * weights).sum() / weights.sum()
+        reach = number("spread", spread, 0, 1) * min(mean, 1 - mean)
+        return (mean + reach * slope / slope.abs().max().clamp(min=1)).clamp(0, 1)
 
     @property
     def drawn_share(self) -> float | None:

@@ -1,0 +1,199 @@
+"""How gated models learn, beside dense ones: runs on bytes, several seeds, with the curves that show a collapse.
+
+    python benchmarks/learning.py --text stories-train.txt --validation stories-valid.txt \\
+        --runs hard,dense-4 --seeds 0,1,2 --steps 700 [--folder runs/learning]
+    python benchmarks/learning.py --collect benchmarks/results/learning.json [--folder runs/learning]
+
+The recipe is `recipes/bytes-tiny.yaml`, of which each run changes what `RUNS` says. A run that was stopped goes on; one
+that is done is not done again. `--collect` writes the rows of all runs in the folder into one file.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from midskip.bench.results import machine
+from midskip.data import prepare
+from midskip.runs import load_run, write_whole
+from midskip.train import read_recipe, train
+from midskip.train.run import cut_windows, open_text
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "bytes-tiny.yaml"
+ROW_FILE = "row.json"
+CURVE_STEPS = 20  # steps that a point of a curve is the mean of
+SOFT = ["--model.policy_settings={start: spread}", "--training.gate_learning_rate_scale=0.1"]
+OLD_BUDGET = "--controller.settings={target_share: 0.5, spread: 0.8}"
+
+
+def dense(num_layers: int) -> list[str]:
+    return [
+        "--model.policy=dense", "--model.policy_settings={}", f"--model.num_hidden_layers={num_layers}",
+        "--controller.name=none", "--controller.settings={}",
+    ]  # fmt: skip
+
+
+def paper(
+    name: str, start: str = "open", settings: str = "{mean_target_start: 1.0, mean_target_end: 0.1}"
+) -> list[str]:
+    return [
+        f"--model.policy_settings={{start: {start}}}", f"--controller.name={name}", f"--controller.settings={settings}",
+        "--training.gate_learning_rate_scale=0.1",
+    ]  # fmt: skip
+
+
+def budget(share: float, **settings: Any) -> list[str]:
+    given = {"target_share": share, "outer": 1, **settings}
+    return [f"--controller.settings={json.dumps(given)}"]
+
+
+KEYS = {"all": ["--model.keys=all"], "gated": ["--model.keys=gated"]}
+STRAIGHT = ["--model.policy_settings={gates: hard, surrogate: straight_through}"]
+RUNS: dict[str, list[str]] = {
+    **{f"dense-{num_layers}": dense(num_layers) for num_layers in (2, 3, 4, 5, 6, 8)},
+    # the recipe as it is, and what it costs to drop the keys of tokens that skip, to come down slowly, ...
+    "hard": budget(0.5) + KEYS["all"],
+    "hard, keys gated": budget(0.5) + KEYS["gated"],
+    "hard, ramp 1": budget(0.5, ramp_steps=1) + KEYS["all"],
+    "hard, ramp 300": budget(0.5, ramp_steps=300) + KEYS["all"],
+    "hard, straight-through": budget(0.5) + KEYS["all"] + STRAIGHT,
+    "random": [
+        "--model.policy=midskip.testing.policies:FixedDepths", "--model.policy_settings={skip_share: 0.5}",
+        "--controller.name=none", "--controller.settings={}", *KEYS["all"],
+    ],
+    # one model for many budgets, and twins trained for one
+    "hard, sampled budgets": budget(0.5, lowest_share=0.3) + KEYS["all"],
+    "hard, 0.3": budget(0.3) + KEYS["all"],
+    "hard, 0.75": budget(0.75) + KEYS["all"],
+    # the soft gates of the paper
+    "soft, budget, keys gated": [*SOFT, OLD_BUDGET, *KEYS["gated"]],
+    "soft, budget, keys all": [*SOFT, OLD_BUDGET, *KEYS["all"]],
+    "soft, budget, open start": ["--model.policy_settings={start: open}", *SOFT[1:], OLD_BUDGET, *KEYS["gated"]],
+    "soft, proportional": paper("proportional") + KEYS["gated"],
+    "soft, proportional, released": paper("proportional", "released") + KEYS["gated"],
+    "soft, adaptive": paper("adaptive") + KEYS["gated"],
+    "soft, sparsity": paper("sparsity", settings="{}") + KEYS["gated"],
+    "soft, sparsity_variance": paper("sparsity_variance", settings="{}") + KEYS["gated"],
+    "soft, sparsity_variance_l2": paper("sparsity_variance_l2") + KEYS["gated"],
+    "soft, none": paper("none", settings="{}") + KEYS["gated"],
+}  # fmt: skip
+
+
+def run_one(name: str, seed: int, steps: int, text: Path, folder: Path) -> dict[str, Any]:
+    """Train one, or go on with it; gives its row, which is also written into its folder."""
+    output = folder / f"{name.replace(', ', '_').replace(' ', '-')}-{steps}-{seed}"
+    if (output / ROW_FILE).is_file():
+        return json.loads((output / ROW_FILE).read_text(encoding="utf-8"))
+    common = [
+        f"--output={output}", f"--data.source={text}", f"--training.seed={seed}", f"--training.steps={steps}",
+        "--training.report_to=[]", "--training.save_steps=250", "--dense_layers=[]",
+    ]  # fmt: skip
+    recipe = read_recipe(RECIPE, [*common, *RUNS[name]])
+    report = train(recipe, resume=output.is_dir(), title=f"{name}, seed {seed}")
+    history = [json.loads(line) for line in (output / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    row = {"run": name, "seed": seed, "steps": steps, "settings": RUNS[name], **machine()}
+    measured = report["validation"]
+    for what in ("bits_per_byte", "executed_share", "share_by_layer", "tokens_by_blocks", "flops_per_token"):
+        row[what] = measured[what]
+    row |= {"collapse": report["training"]["collapse"], "share_in_training": report["training"]["executed_share"]}
+    row |= {"seconds": report["training"]["seconds"], "curves": curves(history)}
+    row["rise_bits"] = rise(row["curves"]["bits"])
+    warm = history[steps // 10 :]
+    row["gradient_norm"] = {
+        "median": statistics.median(step["gradient_norm"] for step in warm),
+        "median_of_last_tenth": statistics.median(step["gradient_norm"] for step in history[-steps // 10 :]),
+        "largest": max(step["gradient_norm"] for step in warm),
+    }
+    row["gradients"] = gradients(output, recipe)
+    write_whole(output / ROW_FILE, json.dumps(row))
+    return row
+
+
+def curves(history: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Points of `CURVE_STEPS` steps each: training bits a byte, share, gradient norm, and by layer of the first half the
+    mean and the standard deviation of the gates of the tokens that run."""
+    points: dict[str, list[Any]] = {}
+    for start in range(0, len(history), CURVE_STEPS):
+        part = history[start : start + CURVE_STEPS]
+        half = (len(part[0]["share_by_layer"]) + 1) // 2
+        present, mean, variance = (
+            torch.tensor([step[f"{what}_by_layer"][:half] for step in part]).mean(0)
+            for what in ("share", "gate_mean", "gate_variance")
+        )
+        of_present = mean / present.clamp(min=1e-9)
+        spread = ((variance + mean**2) / present.clamp(min=1e-9) - of_present**2).clamp(min=0).sqrt()
+        point = {
+            "step": part[-1]["step"],
+            "bits": round(statistics.fmean(step["cross_entropy"] for step in part) / 0.6931471805599453, 4),
+            "share": round(statistics.fmean(step["executed_share"] for step in part), 4),
+            "gradient_norm": round(statistics.median(step["gradient_norm"] for step in part), 3),
+            "gate_mean": [round(x, 4) for x in of_present.tolist()],
+            "gate_std": [round(x, 4) for x in spread.tolist()],
+        }
+        for name, value in point.items():
+            points.setdefault(name, []).append(value)
+    return points
+
+
+def rise(bits: list[float], points: int = 5) -> float:
+    """How far the training loss ends above its own best, both as means of `points` points of the curve."""
+    means = [statistics.fmean(bits[end - points : end]) for end in range(points, len(bits) + 1)]
+    return round(means[-1] - min(means), 4) if means else 0.0
+
+
+def gradients(output: Path, recipe: Any) -> dict[str, float]:
+    """Of the trained model on eight held-out windows: the norm of the gradient by kind of parameter, and the mean size
+    of the weights of the norms that end a branch."""
+    model, _ = load_run(output)
+    _, validation = cut_windows(open_text(recipe.data, output, None), recipe.data)  # pyright: ignore[reportArgumentType]
+    batch = {name: torch.stack([validation[i][name] for i in range(8)]) for name in validation[0]}
+    model.train()(**batch).loss.backward()
+    kinds = {"gates": ".policy.", "branch_norms": ".post_", "embedding": "embed_tokens", "head": "lm_head"}
+    found = {kind: [] for kind in (*kinds, "rest")}
+    for name, parameter in model.named_parameters():
+        kind = next((kind for kind, part in kinds.items() if part in name), "rest")
+        found[kind] += [] if parameter.grad is None else [parameter.grad.flatten()]
+    norms = {kind: torch.cat(parts).norm().item() if parts else 0.0 for kind, parts in found.items()}
+    sizes = [parameter.abs().mean().item() for name, parameter in model.named_parameters() if ".post_" in name]
+    return norms | {"size_of_branch_norms": statistics.fmean(sizes)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="text to train on; its first 14 MB, as `midskip prepare` takes it")
+    parser.add_argument("--validation", type=Path, help="held-out text, of which 100,000 bytes are used")
+    parser.add_argument("--runs", default="hard,dense-4", help=f"of: {'; '.join(RUNS)} (separated by ; or ,)")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--collect", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.text:
+        text = options.folder / "text"
+        if not (text / "prepared.json").is_file():
+            limits = {"max_tokens": 14_000_000, "max_validation_tokens": 100_000}
+            prepare(str(options.text), text, tokenizer="bytes", validation=str(options.validation), **limits)
+        names = [name.strip() for name in options.runs.split(";" if ";" in options.runs else ",")]
+        for name in names:
+            if name not in RUNS:
+                parser.error(f"there is no run {name!r}; the runs are: {'; '.join(RUNS)}")
+        for seed in map(int, options.seeds.split(",")):
+            for name in names:
+                row = run_one(name, seed, options.steps, text, options.folder)
+                print(
+                    {what: row[what] for what in ("run", "seed", "steps", "bits_per_byte", "executed_share")},
+                    flush=True,
+                )
+    if options.collect:
+        rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.folder.glob(f"*/{ROW_FILE}"))]
+        options.collect.write_text(json.dumps({"rows": rows}, indent=None).replace('{"run"', '\n{"run"') + "\n")
+        print(f"{len(rows)} rows in {options.collect}")
+
+
+if __name__ == "__main__":
+    main()
