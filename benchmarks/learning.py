@@ -1,7 +1,7 @@
 """How gated models learn, beside dense ones: runs on bytes, several seeds, with the curves that show a collapse.
 
     python benchmarks/learning.py --text stories-train.txt --validation stories-valid.txt \\
-        --runs hard,dense-4 --seeds 0,1,2 --steps 700 [--folder runs/learning]
+        --runs "hard;dense-4" --seeds 0,1,2 --steps 700 [--folder runs/learning]
     python benchmarks/learning.py --collect benchmarks/results/learning.json [--folder runs/learning]
 
 The recipe is `recipes/bytes-tiny.yaml`, of which each run changes what `RUNS` says. A run that was stopped goes on; one
@@ -36,9 +36,10 @@ def dense(num_layers: int) -> list[str]:
     ]  # fmt: skip
 
 
-def paper(
-    name: str, start: str = "open", settings: str = "{mean_target_start: 1.0, mean_target_end: 0.1}"
-) -> list[str]:
+PAPERS_TARGETS = "{mean_target_start: 1.0, mean_target_end: 0.1}"
+
+
+def paper(name: str, start: str = "open", settings: str = PAPERS_TARGETS) -> list[str]:
     return [
         f"--model.policy_settings={{start: {start}}}", f"--controller.name={name}", f"--controller.settings={settings}",
         "--training.gate_learning_rate_scale=0.1",
@@ -51,7 +52,7 @@ def budget(share: float, **settings: Any) -> list[str]:
 
 
 KEYS = {"all": ["--model.keys=all"], "gated": ["--model.keys=gated"]}
-STRAIGHT = ["--model.policy_settings={gates: hard, surrogate: straight_through}"]
+STATES = ["--model.policy_settings={gates: hard, scores: hidden_states}"]
 RUNS: dict[str, list[str]] = {
     **{f"dense-{num_layers}": dense(num_layers) for num_layers in (2, 3, 4, 5, 6, 8)},
     # the recipe as it is, and what it costs to drop the keys of tokens that skip, to come down slowly, ...
@@ -59,7 +60,8 @@ RUNS: dict[str, list[str]] = {
     "hard, keys gated": budget(0.5) + KEYS["gated"],
     "hard, ramp 1": budget(0.5, ramp_steps=1) + KEYS["all"],
     "hard, ramp 300": budget(0.5, ramp_steps=300) + KEYS["all"],
-    "hard, straight-through": budget(0.5) + KEYS["all"] + STRAIGHT,
+    "hard, hidden states": budget(0.5) + KEYS["all"] + STATES,
+    "hard, hidden states, keys gated": budget(0.5) + KEYS["gated"] + STATES,
     "random": [
         "--model.policy=midskip.testing.policies:FixedDepths", "--model.policy_settings={skip_share: 0.5}",
         "--controller.name=none", "--controller.settings={}", *KEYS["all"],
@@ -113,8 +115,8 @@ def run_one(name: str, seed: int, steps: int, text: Path, folder: Path) -> dict[
 
 
 def curves(history: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Points of `CURVE_STEPS` steps each: training bits a byte, share, gradient norm, and by layer of the first half the
-    mean and the standard deviation of the gates of the tokens that run."""
+    """Points of `CURVE_STEPS` steps each: training bits a byte, share, gradient norm, and by layer of the first half
+    the mean and the standard deviation of the gates of the tokens that run."""
     points: dict[str, list[Any]] = {}
     for start in range(0, len(history), CURVE_STEPS):
         part = history[start : start + CURVE_STEPS]
@@ -165,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="text to train on; its first 14 MB, as `midskip prepare` takes it")
     parser.add_argument("--validation", type=Path, help="held-out text, of which 100,000 bytes are used")
-    parser.add_argument("--runs", default="hard,dense-4", help=f"of: {'; '.join(RUNS)} (separated by ; or ,)")
+    parser.add_argument("--runs", default="hard;dense-4", help=f"of: {'; '.join(RUNS)} (separated by ;)")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -178,7 +180,7 @@ def main() -> None:
         if not (text / "prepared.json").is_file():
             limits = {"max_tokens": 14_000_000, "max_validation_tokens": 100_000}
             prepare(str(options.text), text, tokenizer="bytes", validation=str(options.validation), **limits)
-        names = [name.strip() for name in options.runs.split(";" if ";" in options.runs else ",")]
+        names = [name.strip() for name in options.runs.split(";")]
         for name in names:
             if name not in RUNS:
                 parser.error(f"there is no run {name!r}; the runs are: {'; '.join(RUNS)}")

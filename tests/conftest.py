@@ -78,9 +78,13 @@ def set_gates(policy: MiddleOut, gates: str, scale: float) -> None:
 
     Hard gates know "kept", "mixed", "late" and "gone".
     """
-    count, width = policy.weight.shape
+    count, width = policy.num_gates, policy.width
     if policy.is_hard:
-        policy.weight.normal_()
+        if policy.difficulty is None:
+            policy.weight.normal_()
+        else:
+            policy.difficulty.seen[:, 0].normal_(std=60)
+            policy.difficulty.seen[:, 1].fill_(20)
         policy.bias.fill_({"kept": -30.0, "mixed": -1.0 - math.log(count), "late": 30.0, "gone": 30.0}[gates])
         if gates == "late":
             policy.bias[0] = 0

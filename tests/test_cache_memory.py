@@ -98,10 +98,10 @@ def test_memory_grows_a_few_times_and_not_with_each_token(make_model: Make) -> N
     cache, places = SkipCache(model.config), []
     for _ in range(500):
         model.model(prompt(2, 1), past_key_values=cache)
-        assert cache._position_BC is not None
-        places.append((cache.layers[0].keys.data_ptr(), cache._position_BC.data_ptr()))
+        assert cache._seen_BC2 is not None
+        places.append((cache.layers[0].keys.data_ptr(), cache._seen_BC2.data_ptr()))
         slots = 2 * (cache.num_columns * 9 / 8 + 16)  # of two sequences
-        assert cache.num_bytes().allocated <= slots * (cache.layers[0].token_bytes + 4)
+        assert cache.num_bytes().allocated <= slots * (cache.layers[0].token_bytes + 8)
     for pointers in zip(*places, strict=True):
         moves = sum(a != b for a, b in pairwise(pointers))
         assert 0 < moves <= 20

@@ -43,7 +43,7 @@ def gradients(model: MidskipForCausalLM, found: dict[str, Tensor]) -> dict[str, 
         for name in ("logits", "gates", "hidden_states")
     ]
     (found["loss"] + sum(parts)).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def check_equal(

@@ -1,4 +1,4 @@
-"""Gates of exactly 0 or 1: their equations, their surrogate gradient, and what they cost nowhere."""
+"""Gates of exactly 0 or 1: their equations, how they learn, and what they must not change."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +12,13 @@ from midskip import MidskipForCausalLM
 from midskip.controllers import build_controller
 from midskip.nn.layout import Layout
 from midskip.policies import Decision, Policy
-from midskip.policies.middle_out import MiddleOut
+from midskip.policies.difficulty import MEMORY, Difficulty, kinds
+from midskip.policies.middle_out import SCORES, MiddleOut
 from midskip.testing import check_policy
 from midskip.testing.effort import effort
 
 Make = Callable[..., MidskipForCausalLM]
-SURROGATES = ("loss", "straight_through")
-STRAIGHT = {"gates": "hard", "surrogate": "straight_through"}
+STATES = {"gates": "hard", "scores": "hidden_states"}
 
 
 class Half(Policy):
@@ -35,19 +35,36 @@ class Half(Policy):
         return Decision.hard(score_N > 0, score_N)
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
+def rectangle(*shape: int, ids: Tensor | None = None) -> Layout:
+    layout = Layout.from_rectangle(torch.ones(shape).bool())
+    layout.token_N = torch.randint(31, layout.column_N.shape) if ids is None else ids
+    return layout
+
+
+# ---- equations
+
+
+@pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("num_layers", [1, 2, 5, 6])
-def test_the_equations(num_layers: int, surrogate: str) -> None:
-    policy = MiddleOut(num_layers, 8, gates="hard", surrogate=surrogate)
-    nn.init.normal_(policy.weight)
+def test_the_equations(num_layers: int, scores: str) -> None:
+    policy = MiddleOut(num_layers, 8, gates="hard", scores=scores)
     nn.init.constant_(policy.bias, -0.5)
-    h_LND, layout = 3 * torch.randn(num_layers, 63, 8), Layout.from_rectangle(torch.ones(7, 9).bool())
+    h_LND, layout = 3 * torch.randn(num_layers, 63, 8), rectangle(7, 9)
+    if scores == "tokens":
+        policy.difficulty.seen[:, 0].normal_(std=40)
+        policy.difficulty.seen[:, 1].fill_(20)
+        hard_N = policy.difficulty(layout.token_N, layout.previous_token_N)
+    else:
+        nn.init.normal_(policy.weight)
     state: dict[str, Any] = {}
     decisions = [policy(layer, h_ND, state, layout) for layer, h_ND in enumerate(h_LND)]
     total_N = torch.zeros(63)
     for layer in range((num_layers + 1) // 2):
-        cosine_N = torch.cosine_similarity(h_LND[layer], policy.weight[layer][None])
-        total_N = total_N + (8**0.5 * cosine_N + policy.bias[layer]).exp()
+        if scores == "tokens":
+            ease_N = -hard_N
+        else:
+            ease_N = 8**0.5 * torch.cosine_similarity(h_LND[layer], policy.weight[layer][None])
+        total_N = total_N + (ease_N + policy.bias[layer]).exp()
         decision = decisions[layer]
         assert torch.equal(decision.keep_N, total_N < 1) and decisions[num_layers - 1 - layer] is decision
         gate_N = decision.output_gate_N
@@ -55,11 +72,24 @@ def test_the_equations(num_layers: int, surrogate: str) -> None:
     assert 0 < decisions[0].keep_N.sum() < 63, "else the test tests little"
 
 
-def test_straight_through_is_the_gradient_of_one_minus_the_depth_score() -> None:
-    policy = MiddleOut(2, 8, **STRAIGHT)
+@pytest.mark.parametrize("scores", SCORES)
+def test_every_token_starts_in_every_layer(scores: str) -> None:
+    policy = MiddleOut(12, 768, gates="hard", scores=scores)
+    policy.reset_parameters()
+    state: dict[str, Any] = {}
+    layout = rectangle(1, 4096)
+    for layer in range(12):
+        assert policy(layer, torch.randn(4096, 768), state, layout).keep_N.float().mean() > 0.999
+
+
+# ---- learning
+
+
+def test_hidden_states_have_the_gradient_of_one_minus_the_depth_score() -> None:
+    policy = MiddleOut(2, 8, **STATES)
     nn.init.normal_(policy.weight)
     nn.init.constant_(policy.bias, -0.5)
-    h_ND, layout = torch.randn(63, 8, requires_grad=True), Layout.from_rectangle(torch.ones(7, 9).bool())
+    h_ND, layout = torch.randn(63, 8, requires_grad=True), rectangle(7, 9)
     state: dict[str, Any] = {}
     decision = policy(0, h_ND, state, layout)
     value_N = torch.randn(63)
@@ -76,83 +106,120 @@ def test_straight_through_is_the_gradient_of_one_minus_the_depth_score() -> None
         assert policy(0, h_ND, {}, layout).output_gate_N is None, "without gradients there is nothing to multiply"
 
 
-def test_gates_that_learn_from_the_loss_find_the_tokens_that_are_hard() -> None:
-    policy = MiddleOut(4, 8, gates="hard")
-    policy.reset_parameters()
-    h_ND, layout = torch.randn(512, 8), Layout.from_rectangle(torch.ones(8, 64).bool())
-    nats_N = (2 + h_ND @ torch.randn(8)).clamp(min=0)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
-    for _ in range(300):
-        state: dict[str, Any] = {}
-        for layer in range(4):
-            policy(layer, h_ND, state, layout)
-        lesson_N = policy.lesson(state, nats_N)
-        assert lesson_N is not None and lesson_N.shape == (512,)
+def test_difficulty_is_the_mean_excess_of_the_pair() -> None:
+    difficulty = Difficulty()
+    tokens, previous = torch.tensor([3, 3, 5, 5] * 500), torch.tensor([1, 2, 1, 2] * 500)
+    nats = torch.tensor([1.0, 2.0, 3.0, 6.0] * 500)
+    scored = torch.ones(2000, dtype=torch.bool)
+    difficulty.observe(tokens, previous, torch.where(scored, nats, 0), scored)
+    assert not difficulty(tokens, previous).any(), "nothing changes before it is absorbed"
+    difficulty.absorb()
+    torch.testing.assert_close(difficulty(tokens[:4], previous[:4]), nats[:4] - 3, rtol=0.1, atol=0.1)
+    # a pair that was never seen has what is known of its token; an unknown token has nothing
+    new = difficulty(torch.tensor([3, 5, 9]), torch.tensor([7, 7, 7]))
+    torch.testing.assert_close(new, torch.tensor([-1.5, 1.5, 0.0]), rtol=0.1, atol=0.1)
+    before = difficulty.seen.clone()
+    difficulty.observe(tokens, previous, nats, ~scored)  # none counts
+    difficulty.absorb()
+    torch.testing.assert_close(difficulty.seen, before * MEMORY)
+
+
+def test_kinds_differ_and_are_spread() -> None:
+    token_N, previous_N = torch.arange(256).repeat(64), torch.arange(64).repeat_interleave(256) - 1
+    of_token, of_pair = kinds(token_N, previous_N)
+    assert of_token.unique().numel() == 256
+    assert of_pair.unique().numel() > 0.6 * 2**14  # of as many pairs: a random hash fills 63 %
+    big = kinds(torch.tensor([2**31 - 1]), torch.tensor([2**31 - 2]))
+    assert all(0 <= int(kind) < 2**14 for kind in big)
+
+
+def test_a_model_in_training_learns_what_is_hard(make_model: Make) -> None:
+    model = make_model(None, policy_settings={"gates": "hard"})
+    ids_BT = torch.randint(2, (8, 32)) * 2  # 0 and 2 ...
+    ids_BT[:, 1::2] = ids_BT[:, ::2] + 1  # ... and after each its successor: odd tokens alone are hard to go on from
+    policy = model.model.policy
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(40):
         optimizer.zero_grad()
-        lesson_N.mean().backward()
-        optimizer.step()
-    with torch.no_grad():
-        policy.bias.fill_(0)
-        keep_N = policy(0, h_ND, {}, layout).keep_N
-    assert 0.2 < keep_N.float().mean() < 0.8
-    assert nats_N[keep_N].mean() > 2 * nats_N[~keep_N].mean()
-
-
-def test_the_loss_keeps_its_value_and_its_gradient_for_all_but_the_policy(make_model: Make) -> None:
-    ids_BT = torch.randint(31, (3, 9))
-    found = []
-    for surrogate in SURROGATES:
-        model = make_model("kept", policy_settings={"gates": "hard", "surrogate": surrogate})
         loss = model(ids_BT, labels=ids_BT).loss
         loss.backward()
-        gradients = {name: x.grad for name, x in model.named_parameters() if "policy" not in name}
-        found.append((loss.detach(), gradients, model.model.policy.weight.grad.norm()))
-    assert found[0][0] == found[1][0] and found[0][2] != found[1][2]
-    for name, gradient in found[0][1].items():
-        torch.testing.assert_close(gradient, found[1][1][name], rtol=0, atol=1e-12)
+        optimizer.step()
+        policy.absorb()
+    even, odd = (policy.difficulty(torch.tensor([token]), torch.tensor([-1])).item() for token in (0, 1))
+    assert odd > even + 0.3
+    before = policy.difficulty.seen.clone()
+    model.eval()(ids_BT, labels=ids_BT)
+    policy.absorb()
+    assert torch.equal(policy.difficulty.seen, before), "evaluation teaches nothing"
 
 
-def test_every_token_starts_in_every_layer() -> None:
-    policy = MiddleOut(12, 768, gates="hard")
-    policy.reset_parameters()
-    state: dict[str, Any] = {}
-    layout = Layout.from_rectangle(torch.ones(1, 4096).bool())
-    for layer in range(12):
-        assert policy(layer, torch.randn(4096, 768), state, layout).keep_N.float().mean() > 0.999
+# ---- exactness
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5, 6])
 @pytest.mark.parametrize("norms", ["sandwich", "pre"])
 @pytest.mark.parametrize("keys", ["gated", "all"])
 @pytest.mark.parametrize("gates", ["kept", "mixed", "late", "gone"])
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("scores", SCORES)
 def test_packed_is_naive(
-    make_model: Make, ragged: tuple[Tensor, Tensor], surrogate: str, gates: str, keys: str, norms: str, num_layers: int
+    make_model: Make, ragged: tuple[Tensor, Tensor], scores: str, gates: str, keys: str, norms: str, num_layers: int
 ) -> None:
-    settings = {"gates": "hard", "surrogate": surrogate}
+    settings = {"gates": "hard", "scores": scores}
     model = make_model(gates, num_hidden_layers=num_layers, keys=keys, norms=norms, policy_settings=settings)
     packed, found = check_equal(model, *ragged)
     gate_LN = packed["gates"][:, ragged[1].bool()]
     assert ((gate_LN == 0) | (gate_LN == 1)).all()
     assert {"kept": (gate_LN == 1).all(), "gone": (gate_LN == 0).all()}.get(gates, 0 < gate_LN.mean() < 1)
-    assert (norm(found, "policy") > 0) == (gates != "gone" or surrogate == "loss")
+    if scores == "hidden_states":
+        assert (norm(found, "policy") > 0) == (gates != "gone")
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("factor", [0.0, 0.4, 2.5])
 def test_training_under_a_budget_is_naive_too(
-    make_model: Make, ragged: tuple[Tensor, Tensor], factor: float, surrogate: str
+    make_model: Make, ragged: tuple[Tensor, Tensor], factor: float, scores: str
 ) -> None:
-    model = make_model("mixed", num_hidden_layers=5, policy_settings={"gates": "hard", "surrogate": surrogate})
+    model = make_model("mixed", num_hidden_layers=5, policy_settings={"gates": "hard", "scores": scores})
     as_trained = check_equal(model, *ragged)[0]["gates"].mean()
     with effort(model.model.policy, factor):
         under = check_equal(model, *ragged)[0]["gates"].mean()
     assert (under > as_trained) == (factor < 1)
 
 
+def test_documents_of_a_window_do_not_see_each_others_tokens(make_model: Make) -> None:
+    model = make_model("mixed", num_hidden_layers=3, policy_settings={"gates": "hard"}).eval()
+    ids_BT = torch.randint(31, (2, 9))
+    positions_BT = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)
+    check_equal(model, ids_BT, torch.ones_like(ids_BT), positions_BT)
+    together = model(ids_BT, position_ids=positions_BT).gates
+    torch.testing.assert_close(together[..., 4:], model(ids_BT[:, 4:]).gates)
+
+
+@pytest.mark.parametrize("num_columns", [1, 2, 5])
+def test_steps_with_a_cache_are_one_pass(make_model: Make, ragged: tuple[Tensor, Tensor], num_columns: int) -> None:
+    model = make_model("mixed", num_hidden_layers=5, policy_settings={"gates": "hard"}).eval()
+    ids_BT, mask_BT = ragged
+    with torch.no_grad():
+        expected = model(ids_BT, attention_mask=mask_BT)
+        cache, found = None, []
+        for start in range(0, 9, num_columns):
+            stop = start + num_columns
+            step = model(ids_BT[:, start:stop], attention_mask=mask_BT[:, :stop], past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            found.append(step)
+            if start == 0:  # taken back and done again: the cache knows the token before
+                cache.crop(-1)
+                again = slice(min(stop, 9) - 1, min(stop, 9))
+                model(ids_BT[:, again], attention_mask=mask_BT[:, : again.stop], past_key_values=cache)
+    for name in ("gates", "logits"):
+        dimension = 2 if name == "gates" else 1
+        got = torch.cat([getattr(step, name) for step in found], dimension)
+        torch.testing.assert_close(got, getattr(expected, name), rtol=0, atol=1e-9)
+
+
 def test_hard_gates_pass_the_laws() -> None:
-    for surrogate in SURROGATES:
-        check_policy("middle_out", {"gates": "hard", "surrogate": surrogate}, num_layers=4)
+    for scores in SCORES:
+        check_policy("middle_out", {"gates": "hard", "scores": scores}, num_layers=4)
     check_policy(f"{__name__}:Half", num_layers=3)
 
 
@@ -165,10 +232,14 @@ def test_a_policy_that_says_it_is_hard_is_held_to_it(monkeypatch: pytest.MonkeyP
         check_policy(f"{__name__}:Half", num_layers=1)
 
 
+# ---- refusals
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"gates": "half"}, r"gates is 'half'; expected one of 'soft', 'hard'"),
+        ({"gates": "hard", "scores": "ids"}, r"scores is 'ids'; expected one of 'tokens', 'hidden_states'"),
         ({"gates": "hard", "start": "released"}, r"start is 'released', of soft gates; hard gates start 'open'"),
     ],
 )
@@ -182,4 +253,10 @@ def test_gates_that_learn_from_the_loss_need_a_budget() -> None:
     with pytest.raises(ValueError, match=r"learn which tokens are hard, .*use the controller 'budget'"):
         build_controller("sparsity", 4).steer(policy)
     build_controller("budget", 4, target_share=0.5).steer(policy)
-    build_controller("sparsity", 4).steer(MiddleOut(4, 8, **STRAIGHT))
+    build_controller("sparsity", 4).steer(MiddleOut(4, 8, **STATES))
+
+
+def test_gates_that_go_by_tokens_need_tokens(make_model: Make) -> None:
+    model = make_model("mixed", policy_settings={"gates": "hard"})
+    with pytest.raises(ValueError, match=r"go by token ids, and it was given inputs_embeds: give input_ids"):
+        model(inputs_embeds=torch.randn(1, 3, 16, dtype=torch.float64))

@@ -28,7 +28,7 @@ class CacheBytes:
 
     Attributes:
         used: of what is held of tokens: their keys, values, columns and gates.
-        allocated: of all memory taken: the used part, slots that are free, and the position of each column seen.
+        allocated: of all memory taken: the used part, slots that are free, and position and token of each column seen.
     """
 
     used: int
@@ -70,7 +70,8 @@ class SkipCache(Cache):
             layer.reset()
         self.num_columns = 0
         self.lengths: list[int] = []
-        self._position_BC: Tensor | None = None  # int32, position of each column seen, -1 for pads; some are spare
+        # int32 [B, C, 2], position and token of each column seen, -1 for pads and unknown tokens; some are spare
+        self._seen_BC2: Tensor | None = None
         self._model: ReferenceType[nn.Module] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class SkipCache(Cache):
     @property
     def batch_size(self) -> int:
         """Sequences; 0 while nothing came."""
-        return 0 if self._position_BC is None else self._position_BC.shape[0]
+        return 0 if self._seen_BC2 is None else self._seen_BC2.shape[0]
 
     @property
     def executed_share(self) -> float:
@@ -98,12 +99,12 @@ class SkipCache(Cache):
     def num_bytes(self) -> CacheBytes:
         """What it takes, used and allocated."""
         used = sum(layer.num_tokens * layer.token_bytes for layer in self.layers)
-        columns = 0 if self._position_BC is None else self._position_BC.nbytes
+        columns = 0 if self._seen_BC2 is None else self._seen_BC2.nbytes
         return CacheBytes(used, columns + sum(layer.allocated_bytes for layer in self.layers))
 
     def admit(
         self, model: nn.Module, shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None,
-        device: torch.device,
+        device: torch.device, input_ids: Tensor | None = None,
     ) -> Layout:  # fmt: skip
         """Note the next columns, and give the layout of their tokens.
 
@@ -112,6 +113,7 @@ class SkipCache(Cache):
             shape: B and T.
             attention_mask: bool or int [B, C + T], of the columns seen and the new ones.
             position_ids: int64 [B or 1, T].
+            input_ids: int64 [B, T], if they are known.
 
         Raises:
             ValueError: a cache of another model or batch size, a mask that does not fit what was seen, positions that
@@ -124,16 +126,19 @@ class SkipCache(Cache):
                 f"attention_mask has the shape {list(attention_mask.shape)}; expected {[batch_size, past + num_new]}: "
                 f"it covers the {past} columns in the cache and the {num_new} new ones"
             )
-        if self._position_BC is None:
-            seen_BC = torch.full((batch_size, 0), -1, dtype=torch.int32, device=device)
+        if self._seen_BC2 is None:
+            seen_BC, known_BC = torch.full((2, batch_size, 0), -1, dtype=torch.int32, device=device)
         else:
-            seen_BC = self._position_BC[:, :past]
+            seen_BC, known_BC = self._seen_BC2[:, :past].unbind(-1)
         valid_BC = seen_BC >= 0
         marks_BC = torch.cat([valid_BC, valid_BC.new_ones(shape)], 1)
         if attention_mask is not None:
             marks_BC = attention_mask.to(torch.bool)
         valid_BT = marks_BC[:, past:]
-        last_B1 = torch.nn.functional.pad(seen_BC, (1, 0), value=-1).amax(1, keepdim=True).long()
+        last_B1, place_B1 = torch.nn.functional.pad(seen_BC, (1, 0), value=-1).max(1, keepdim=True)
+        last_B1 = last_B1.long()
+        past_token_B = torch.nn.functional.pad(known_BC, (1, 0), value=-1).gather(1, place_B1)
+        past_token_B = torch.where(last_B1 < 0, -1, past_token_B).squeeze(1).long()
         position_BT = last_B1 + valid_BT.cumsum(1) if position_ids is None else position_ids.expand(shape)
         position_BT = torch.where(valid_BT, position_BT, -1)
         before_BT = torch.cat([last_B1, position_BT], 1).cummax(1).values[:, :-1]
@@ -157,7 +162,8 @@ class SkipCache(Cache):
                 f"position_ids reach to {highest}; this model takes 0 to {self.config.max_position_embeddings - 1}"
             )
         self._model = ref(model)
-        self._note(position_BT)
+        token_BT = torch.full_like(position_BT, -1) if input_ids is None else input_ids
+        self._note(torch.stack([position_BT, token_BT], -1))
         past_lengths = self.lengths or [0] * batch_size
         self.lengths = [held + more for held, more in zip(past_lengths, lengths, strict=True)]
         if sum(lengths) == valid_BT.numel():
@@ -165,7 +171,10 @@ class SkipCache(Cache):
         else:
             column_N = torch.nonzero_static(valid_BT.flatten(), size=sum(lengths)).squeeze(1)
         position_N = position_BT.flatten().index_select(0, column_N)
-        return Layout(batch_size, num_new, column_N, position_N, lengths, first_column=past, past_lengths=past_lengths)
+        return Layout(
+            batch_size, num_new, column_N, position_N, lengths, first_column=past, past_lengths=past_lengths,
+            past_token_B=past_token_B,
+        )  # fmt: skip
 
     def _check_whose(self, model: nn.Module, batch_size: int) -> None:
         config: Any = model.config
@@ -181,15 +190,15 @@ class SkipCache(Cache):
                 "cache by batch_repeat_interleave or batch_select_indices"
             )
 
-    def _note(self, position_BT: Tensor) -> None:
-        if self._position_BC is None:
-            self._position_BC = position_BT.new_empty(position_BT.shape[0], 0, dtype=torch.int32)
-        self._position_BC = writable([self._position_BC])[0]
-        end = self.num_columns + position_BT.shape[1]
-        if end > self._position_BC.shape[1]:
-            more = end * (SPARE + 1) // SPARE + ROUND - self._position_BC.shape[1]
-            self._position_BC = torch.nn.functional.pad(self._position_BC, (0, more), value=-1)
-        self._position_BC[:, self.num_columns : end] = position_BT
+    def _note(self, new_BT2: Tensor) -> None:
+        if self._seen_BC2 is None:
+            self._seen_BC2 = new_BT2.new_empty(new_BT2.shape[0], 0, 2, dtype=torch.int32)
+        self._seen_BC2 = writable([self._seen_BC2])[0]
+        end = self.num_columns + new_BT2.shape[1]
+        if end > self._seen_BC2.shape[1]:
+            more = end * (SPARE + 1) // SPARE + ROUND - self._seen_BC2.shape[1]
+            self._seen_BC2 = torch.nn.functional.pad(self._seen_BC2, (0, 0, 0, more), value=-1)
+        self._seen_BC2[:, self.num_columns : end] = new_BT2
         self.num_columns = end
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -218,11 +227,11 @@ class SkipCache(Cache):
             )
         if not column:  # nothing is left, so it may take any batch again
             self._empty()
-        if not tokens_to_remove or self._position_BC is None:
+        if not tokens_to_remove or self._seen_BC2 is None:
             return
         self.num_columns = column
         filled = [layer for layer in self.layers if layer.lengths]
-        counts = [(self._position_BC[:, :column] >= 0).sum(1), *(layer.lengths_before(column) for layer in filled)]
+        counts = [(self._seen_BC2[:, :column, 0] >= 0).sum(1), *(layer.lengths_before(column) for layer in filled)]
         self.lengths, *lengths = torch.stack(counts).tolist()
         for layer, layer_lengths in zip(filled, lengths, strict=True):
             layer.crop(column, layer_lengths)
@@ -241,14 +250,14 @@ class SkipCache(Cache):
         Raises:
             ValueError: no row at all.
         """
-        if self._position_BC is None:
+        if self._seen_BC2 is None:
             return
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
         if not indices.numel():
             raise ValueError("no row of the cache is selected: give at least one, or call reset() to empty it")
-        row_R, rows = indices.to(self._position_BC.device), indices.tolist()
-        self._position_BC = self._position_BC.index_select(0, row_R)
+        row_R, rows = indices.to(self._seen_BC2.device), indices.tolist()
+        self._seen_BC2 = self._seen_BC2.index_select(0, row_R)
         self.lengths = [self.lengths[row] for row in rows]
         for layer in self.layers:
             layer.select(row_R, rows)
@@ -265,7 +274,7 @@ class SkipCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return self._position_BC is not None
+        return self._seen_BC2 is not None
 
 
 @contextmanager

@@ -129,7 +129,8 @@ class MidskipModel(MidskipPreTrainedModel):
             h_ND = layout.pack(inputs_embeds)
         else:
             assert input_ids is not None
-            h_ND = self.embed_tokens(layout.pack(input_ids))
+            layout.token_N = layout.pack(input_ids)
+            h_ND = self.embed_tokens(layout.token_N)
         h_ND = self.embed_layernorm(h_ND)
         layout.rotary = self.rotary(layout.position_N, h_ND.dtype)
         if output_hidden_states is None:
@@ -230,7 +231,7 @@ class MidskipModel(MidskipPreTrainedModel):
         if position_ids is not None and position_ids.shape not in (shape, (1, shape[1])):
             raise ValueError(f"position_ids has the shape {list(position_ids.shape)}; expected {list(shape)}")
         if cache is not None:
-            return cache.admit(self, (shape[0], shape[1]), attention_mask, position_ids, given.device)
+            return cache.admit(self, (shape[0], shape[1]), attention_mask, position_ids, given.device, input_ids)
         if attention_mask is None:
             valid_BT = torch.ones(shape, dtype=torch.bool, device=given.device)
         elif attention_mask.shape != shape:
@@ -311,8 +312,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
 
         Args:
             labels: int64 [B, T], the tokens themselves (they are shifted here); -100 is left out, and so is a token
-                that is a pad or follows one. The last token of a document predicts the first of the next. The loss is
-                the mean cross-entropy; its gradient has that of `Policy.lesson` in it.
+                that is a pad or follows one. The last token of a document predicts the first of the next.
             logits_to_keep: 0 for all columns, k > 0 for the last k, or an int64 tensor of columns; the head runs on
                 those only. With labels it must be 0.
 
@@ -353,10 +353,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         target_N = layout.pack(next_BT)
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         nats_N = F.cross_entropy(logits_NV.to(wide), target_N, ignore_index=-100, reduction="none")
-        num_scored = (target_N != -100).sum().clamp(min=1)
-        loss = nats_N.sum() / num_scored
-        lesson_N = self.model.policy.lesson(packed.state, nats_N.detach()) if loss.requires_grad else None
-        if lesson_N is not None:
-            lesson = torch.where(target_N != -100, lesson_N, 0).sum() / num_scored
-            loss = loss + (lesson - lesson.detach())  # its gradient alone
+        scored_N = target_N != -100
+        if self.training:
+            self.model.policy.observe(packed.state, nats_N.detach(), scored_N)
+        loss = nats_N.sum() / scored_N.sum().clamp(min=1)
         return layout.unpack(logits_NV), loss

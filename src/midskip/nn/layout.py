@@ -31,6 +31,8 @@ class Layout:
         rows_N: int64 [N], row of each token in the layout that this one was kept from; None if not kept from one.
         first_column: columns that stand before this rectangle, in a cache.
         past_lengths: tokens of each sequence that stand there, pads not counted; None without a cache.
+        past_token_B: int64 [B], the last token of each of those, -1 if there is none; None without a cache.
+        token_N: int64 [N], ids; set by the model if it was given ids. None in a layout that was kept from another.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class Layout:
         rows_N: Tensor | None = None,
         first_column: int = 0,
         past_lengths: list[int] | None = None,
+        past_token_B: Tensor | None = None,
     ):
         self.batch_size, self.num_columns = batch_size, num_columns
         self.column_N, self.position_N, self.document_N = column_N, position_N, document_N
         self.lengths, self.rotary, self.rows_N = lengths, rotary, rows_N
-        self.first_column, self.past_lengths = first_column, past_lengths
+        self.first_column, self.past_lengths, self.past_token_B = first_column, past_lengths, past_token_B
+        self.token_N: Tensor | None = None
         self._kept: dict[int, tuple[Tensor, Layout | None]] = {}
 
     @classmethod
@@ -99,6 +103,14 @@ class Layout:
         length_S = self.column_N.new_zeros(len(self.lengths)).index_add_(0, sequence_N, torch.ones_like(sequence_N))
         start_S = length_S.cumsum(0) - length_S
         return torch.arange(self.num_tokens, device=sequence_N.device) - start_S.index_select(0, sequence_N)
+
+    @cached_property
+    def previous_token_N(self) -> Tensor:
+        """int64 [N], the token before each one in its sequence, one in a cache too; -1 where there is none."""
+        assert self.token_N is not None, "the model was given no ids"
+        before_N = torch.nn.functional.pad(self.token_N[:-1], (1, 0), value=-1)
+        first_N = -1 if self.past_token_B is None else self.past_token_B.index_select(0, self.sequence_N)
+        return torch.where(self.rank_N == 0, first_N, before_N)
 
     @property
     def is_even(self) -> bool:

@@ -106,18 +106,20 @@ class Policy(nn.Module):
         """
         raise NotImplementedError
 
-    def lesson(self, state: dict[str, Any], nats_N: Tensor) -> Tensor | None:
-        """What the policy may learn from how hard the text was to predict: [N], to be made smaller, or None.
-
-        Called at the end of a pass with labels and gradients on. The model takes the mean over the tokens that made a
-        prediction and adds its gradient to that of the loss; the value of the loss stays as it is. Here there is none.
+    def observe(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor) -> None:
+        """Note how hard the text was to predict; called at the end of a pass in training with labels. Here: nothing.
 
         Args:
             state: that of the pass.
-            nats_N: float32 or wider [N], the cross-entropy of the prediction that each token made, without gradient;
-                0 where there was none to make.
+            nats_N: float32 or wider [N], the cross-entropy of the prediction that each token made, without gradient.
+            scored_N: bool [N], False where a token made none that counts.
         """
-        return None
+
+    def absorb(self) -> None:
+        """Learn from what was observed in the passes of an optimizer step; called after it, on all ranks.
+
+        Here: nothing. Decisions must not change between two calls.
+        """
 
     def set_effort(self, factor: float = 1.0, ceiling: int | None = None) -> None:
         """From now on do more or less work than as trained. Without arguments: as trained.

@@ -11,39 +11,34 @@ from torch import Tensor, nn
 
 from midskip.nn.layout import Layout
 from midskip.policies.base import Decision, Policy
+from midskip.policies.difficulty import Difficulty
 
 STARTS = ("open", "spread", "released")
 GATES = ("soft", "hard")
 SOFT_OPEN_SCORE = 0.1  # depth score at which the innermost soft gate starts
 HARD_OPEN_BIAS = -4.0  # of hard gates; the logarithm of a score spreads by about 1 around its bias
-SURROGATES = ("loss", "straight_through")
-LESSON_WEIGHT = 0.003  # small beside the gradient of the loss, with which it is clipped; AdamW does not mind
+SCORES = ("tokens", "hidden_states")
 LARGEST_EXPONENT = 30.0  # a score is finite under any factor, and so is its gradient
 
 
 class MiddleOut(Policy):
     """Scores add up over the first half of the layers; a token whose sum reaches 1 skips the middle.
 
-        score        s(i, l) = relu(w_l . h(i, l) + b_l)          for l < L/2, with soft gates
-                     s(i, l) = exp(sqrt(D) cos(w_l, h(i, l)) + b_l)            with hard gates
-        depth score  S(i, l) = sum of s(i, l') for l' <= l
-        gate         g(i, l) = 1 - min(S(i, l), 1)                for l < L/2, with soft gates
-                     g(i, l) = 1 if S(i, l) < 1 else 0                         with hard gates
-                     g(i, l) = g(i, L-1-l)                        for l >= L/2
+        depth score  S(i, l) = sum of the scores s(i, l') for l' <= l
+        soft gate    g(i, l) = 1 - min(S(i, l), 1)          for l < L/2;  g(i, l) = g(i, L-1-l) above
+        hard gate    g(i, l) = 1 if S(i, l) < 1, else 0     the same
 
-    (arXiv 2506.21103 for soft gates.) For odd L the middle layer has a gate of its own. Scores are float32, also under
-    autocast. Where S >= 1 the gate is 0 and its slope 0, so that a token that left gives its gate no gradient and need
-    not be scored again.
+    For odd L the middle layer has a gate of its own. Where S >= 1 the gate is 0 and its slope 0, so that a token that
+    left gives its gate no gradient and need not be scored again. Scores are float32, also under autocast:
 
-    A hard gate has no gradient of its own. It learns by a surrogate:
+        soft gates                           s(i, l) = relu(w_l . h(i, l) + b_l)          (arXiv 2506.21103)
+        hard gates, scores="tokens"          s(i, l) = exp(b_l - d(i))
+        hard gates, scores="hidden_states"   s(i, l) = exp(b_l + sqrt(D) cos(w_l, h(i, l)))
 
-    - `"loss"`: w . h is fitted to the loss of the token's own prediction, with the sign turned (a regression, see
-      `lesson`), so that tokens which are easy to predict leave;
-    - `"straight_through"`: in the backward pass the gate has the gradient of 1 - S (see `Decision.hard`).
-
-    Either reaches the policy's weights and not the hidden states, which learn from the loss alone. The cosine keeps the
-    spread of the scores whatever the size of w and h, and the exponential keeps every score above 0, so that a larger
-    bias or factor sends any token away.
+    d is how hard the token and the one before it have been to go on from (`Difficulty`): what is easy leaves. It is a
+    running mean of losses and has no gradient. The cosine learns by a surrogate gradient, that of 1 - S (straight-
+    through, see `Decision.hard`), which reaches w and b and not the hidden states. How many leave is set by b, which a
+    controller moves. An exponential is never 0, so that a larger b or factor sends any token away.
 
     Under an effort (`set_effort`) the score is multiplied by the factor, hence S too; and where the ceiling closes a
     layer, S is at least 1. Layer l < L/2 and its mirror are two blocks, so l is open under a ceiling of 2 (l + 1) or
@@ -51,75 +46,87 @@ class MiddleOut(Policy):
 
     Args:
         gates: `"soft"` or `"hard"`.
+        scores: of hard gates, `"tokens"` or `"hidden_states"`. `"tokens"` needs a model that is given ids and not
+            embeddings, and the controller `budget`.
         start: of soft gates. `"open"`: w = 0 and b > 0 such that every gate starts between 1 and 0.9 (the middle one)
             and every token gives every gate a gradient; `"spread"`: the same b and a normal w of norm 0.2, so that
             tokens differ from the first step, as a controller that moves b needs; `"released"`: as in the paper's code,
-            w normal and b = 0, which starts with almost half of the gates at 0. Hard gates have one start, `"open"`: w
-            normal, and b so low that every token runs every layer.
-        surrogate: of hard gates, `"loss"` or `"straight_through"`.
+            w normal and b = 0, which starts with almost half of the gates at 0. Hard gates have one start, `"open"`: b
+            so low that every token runs every layer.
     """
 
     adjustable = True
 
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, start: str = "open", gates: str = "soft",
-        surrogate: str = "loss",
+        scores: str = "tokens",
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
-        given = (("start", start, STARTS), ("gates", gates, GATES), ("surrogate", surrogate, SURROGATES))
-        for name, value, known in given:
+        for name, value, known in (("start", start, STARTS), ("gates", gates, GATES), ("scores", scores, SCORES)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
         if gates == "hard" and start != "open":
             raise ValueError(f"start is {start!r}, of soft gates; hard gates start 'open': leave it out")
         self.start, self.is_hard = start, gates == "hard"
-        self.learns_from_loss = self.needs_budget = self.is_hard and surrogate == "loss"
         self.num_gates = (num_layers + 1) // 2
         self.open_bias = HARD_OPEN_BIAS if self.is_hard else SOFT_OPEN_SCORE / self.num_gates
-        self.weight = nn.Parameter(torch.empty(self.num_gates, width))
-        self.bias = nn.Parameter(torch.empty(self.num_gates))
-        self.mean_loss = nn.Parameter(torch.empty(self.num_gates)) if self.learns_from_loss else None
+        self.needs_budget = self.is_hard and scores == "tokens"
+        self.difficulty = Difficulty() if self.needs_budget else None
+        self.weight = None if self.needs_budget else nn.Parameter(torch.empty(self.num_gates, width))
+        self.bias = nn.Parameter(torch.empty(self.num_gates), requires_grad=not self.needs_budget)
 
     def reset_parameters(self, init: Any = nn.init) -> None:
-        if self.is_hard:  # so small that its direction is learnt in the first steps
-            init.normal_(self.weight, std=1e-3 * self.width**-0.5)
+        init.constant_(self.bias, 0.0 if self.start == "released" else self.open_bias)
+        if self.difficulty is not None:
+            init.zeros_(self.difficulty.seen)
+        elif self.is_hard:
+            init.normal_(self.weight, std=self.width**-0.5)
         elif self.start == "open":
             init.zeros_(self.weight)
         else:
             # a spread of 0.2 in the first scores of normed hidden states, at any width
             std = self.initializer_range if self.start == "released" else 0.2 / self.width**0.5
             init.normal_(self.weight, std=std)
-        init.constant_(self.bias, 0.0 if self.start == "released" else self.open_bias)
-        if self.mean_loss is not None:
-            init.zeros_(self.mean_loss)
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
         if layer == 0:
-            state.update(depth_scores=[], decisions=[], ease=[])
+            state.update(depth_scores=[], decisions=[])
+            if self.difficulty is not None:
+                state["kind"] = _tokens(layout)
+                state["difficulty"] = self.difficulty(state["kind"][0], state["kind"][1])
         decisions = state["decisions"]
         if layer >= self.num_gates:
             return decisions[self.num_layers - 1 - layer]
-        present = self._scored(layer, state, layout)
+        rows_N = self._scored(layer, state, layout).rows_N
         if self._closed(layer):
             before_N = state["depth_scores"][-1] if layer else h_ND.new_zeros(len(h_ND), dtype=_wide(h_ND))
             depth_score_N = before_N.clamp(min=1)
-        elif layer == 0:
-            depth_score_N = self._score(layer, h_ND, present, state)
-        elif present.rows_N is None:
-            depth_score_N = state["depth_scores"][-1] + self._score(layer, h_ND, present, state)
         else:
-            score_M = self._score(layer, h_ND.index_select(0, present.rows_N), present, state)
-            depth_score_N = state["depth_scores"][-1].index_add(0, present.rows_N, score_M)
+            seen_ND = h_ND if self.difficulty is None else state["difficulty"]
+            score_N = self._score(layer, seen_ND if rows_N is None else seen_ND.index_select(0, rows_N))
+            if layer == 0:
+                depth_score_N = score_N
+            elif rows_N is None:
+                depth_score_N = state["depth_scores"][-1] + score_N
+            else:
+                depth_score_N = state["depth_scores"][-1].index_add(0, rows_N, score_N)
         state["depth_scores"].append(depth_score_N)
         keep_N = depth_score_N < 1
-        if self.learns_from_loss:
-            decisions.append(Decision(keep_N))
-        elif self.is_hard:
+        if self.is_hard:
             decisions.append(Decision.hard(keep_N, 1 - depth_score_N))
         else:
             gate_N = torch.where(keep_N, 1 - depth_score_N, 0)
             decisions.append(Decision(keep_N, gate_N, gate_N))
         return decisions[-1]
+
+    def observe(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor) -> None:
+        if self.difficulty is not None:
+            token_N, previous_N = state["kind"]
+            self.difficulty.observe(token_N, previous_N, nats_N, scored_N)
+
+    def absorb(self) -> None:
+        if self.difficulty is not None:
+            self.difficulty.absorb()
 
     def _scored(self, layer: int, state: dict[str, Any], layout: Layout) -> Layout:
         """Who gets a score in this layer: the tokens that have not left before."""
@@ -129,39 +136,39 @@ class MiddleOut(Policy):
         """Whether the ceiling lets nobody into this layer and those between it and its mirror."""
         return self.ceiling is not None and min(2 * (layer + 1), self.num_layers) > self.ceiling
 
-    def _score(self, layer: int, h_ND: Tensor, present: Layout, state: dict[str, Any]) -> Tensor:
-        wide = _wide(h_ND)
-        x_ND, weight_1D, bias = h_ND.to(wide), self.weight[layer : layer + 1].to(wide), self.bias[layer].to(wide)
-        with torch.autocast(h_ND.device.type, enabled=False):
-            if self.is_hard:
-                x_ND = x_ND.detach()
-                size_N = torch.linalg.vector_norm(x_ND, dim=1).clamp(min=torch.finfo(wide).tiny)
-                ease_N = F.linear(x_ND, weight_1D).squeeze(1) / size_N * self.width**0.5
-                if self.learns_from_loss:
-                    state["ease"].append((layer, present, ease_N))
-                size = torch.linalg.vector_norm(weight_1D).clamp(min=torch.finfo(wide).tiny)
-                score_N = (ease_N / size + bias).clamp(max=LARGEST_EXPONENT).exp()
-            else:
-                score_N = F.relu(F.linear(x_ND, weight_1D, bias[None])).squeeze(1)
+    def _score(self, layer: int, seen_ND: Tensor) -> Tensor:
+        """Of hidden states [N, D], or of difficulties [N]."""
+        wide = _wide(seen_ND)
+        seen_ND, bias = seen_ND.to(wide), self.bias[layer].to(wide)
+        if self.weight is None:
+            score_N = (bias - seen_ND).clamp(max=LARGEST_EXPONENT).exp()
+        else:
+            with torch.autocast(seen_ND.device.type, enabled=False):
+                score_N = self._score_states(seen_ND, self.weight[layer : layer + 1].to(wide), bias)
         return score_N if self.factor == 1.0 else self.factor * score_N
 
-    def lesson(self, state: dict[str, Any], nats_N: Tensor) -> Tensor | None:
-        """With `surrogate="loss"`: LESSON_WEIGHT (mean_loss_l - w_l . h / rms(h) - nats)^2, summed over the layers in
-        which the token was scored."""
-        if self.mean_loss is None:
-            return None
-        total_N = torch.zeros_like(nats_N) * self.bias.sum()  # which a controller moves: its gradient is 0, not none
-        for layer, present, ease_M in state["ease"]:
-            rows_M = present.rows_N
-            nats_M = nats_N if rows_M is None else nats_N.index_select(0, rows_M)
-            error_M = (self.mean_loss[layer] - ease_M - nats_M).square()
-            total_N = total_N + error_M if rows_M is None else total_N.index_add(0, rows_M, error_M)
-        return LESSON_WEIGHT * total_N
+    def _score_states(self, h_ND: Tensor, weight_1D: Tensor, bias: Tensor) -> Tensor:
+        if not self.is_hard:
+            return F.relu(F.linear(h_ND, weight_1D, bias[None])).squeeze(1)
+        h_ND = h_ND.detach()
+        sizes_N = torch.linalg.vector_norm(h_ND, dim=1) * torch.linalg.vector_norm(weight_1D)
+        cosine_N = F.linear(h_ND, weight_1D).squeeze(1) / sizes_N.clamp(min=torch.finfo(h_ND.dtype).tiny)
+        return (self.width**0.5 * cosine_N + bias).clamp(max=LARGEST_EXPONENT).exp()
 
     def flops(self, layer: int, state: dict[str, Any], layout: Layout) -> int:
-        if layer >= self.num_gates or self._closed(layer):
+        if self.weight is None or layer >= self.num_gates or self._closed(layer):
             return 0
         return 2 * self.width * self._scored(layer, state, layout).num_tokens
+
+
+def _tokens(layout: Layout) -> tuple[Tensor, Tensor]:
+    """The tokens, and those before them."""
+    if layout.token_N is None:
+        raise ValueError(
+            "the gates of this model go by token ids, and it was given inputs_embeds: give input_ids, or train it with "
+            "the policy setting scores: hidden_states"
+        )
+    return layout.token_N, layout.previous_token_N
 
 
 def _wide(h_ND: Tensor) -> torch.dtype:

@@ -5,7 +5,6 @@ One row at a time: T valid tokens, D width, H query heads, G key heads, K head w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,8 @@ from midskip.model import MidskipForCausalLM
 from midskip.nn.layers import Block, RMSNorm
 from midskip.nn.layout import Layout
 from midskip.policies import Policy
-from midskip.policies.middle_out import LARGEST_EXPONENT, LESSON_WEIGHT, MiddleOut
+from midskip.policies.difficulty import NUM_KINDS, PRIOR
+from midskip.policies.middle_out import LARGEST_EXPONENT, MiddleOut
 
 
 @dataclass
@@ -28,7 +28,6 @@ class NaiveOutput:
     gates: Tensor  # [L, B, T]
     depth_scores: Tensor | None  # [ceil(L/2), B, T]; scores go on growing past 1
     hidden_states: Tensor  # [L + 1, B, T, D]
-    lesson: Callable[[Tensor], Tensor | None] | None = None  # of a row: what `Policy.lesson` gives for its nats
 
 
 def naive_forward(
@@ -46,7 +45,7 @@ def naive_forward(
     logits = torch.zeros(*shape, config.vocab_size, dtype=dtype)
     gates = torch.zeros(config.num_hidden_layers, *shape, dtype=dtype)
     hidden = torch.zeros(config.num_hidden_layers + 1, *shape, config.hidden_size, dtype=dtype)
-    scores, losses, lessons = [], [], []
+    scores, losses = [], []
     for b in range(shape[0]):
         columns = valid_BT[b].nonzero().squeeze(1)
         if not len(columns):
@@ -63,20 +62,11 @@ def naive_forward(
         if run.depth_scores is not None:
             scores.append(torch.einsum("b,tc,lc->lbt", one_hot, put, run.depth_scores))
         if labels is not None:
-            nats_T, scored = torch.zeros(len(columns), dtype=dtype), []
             for here, after in zip(range(shape[1] - 1), range(1, shape[1]), strict=True):
                 if valid_BT[b, here] and valid_BT[b, after] and labels[b, after] != -100:
-                    token = int((columns == here).nonzero())
-                    losses.append(torch.logsumexp(run.logits[token], 0) - run.logits[token, labels[b, after]])
-                    nats_T[token] = losses[-1].detach()
-                    scored.append(token)
-            assert run.lesson is not None
-            lesson_T = run.lesson(nats_T)
-            lessons += [] if lesson_T is None else lesson_T[scored].unbind()
+                    row = run.logits[int((columns == here).nonzero())]
+                    losses.append(torch.logsumexp(row, 0) - row[labels[b, after]])
     loss = None if labels is None else (torch.stack(losses).mean() if losses else logits.sum() * 0)
-    if loss is not None and lessons:
-        lesson = torch.stack(lessons).mean()
-        loss = loss + lesson - lesson.detach()  # its gradient alone
     return NaiveOutput(loss, logits, gates, torch.stack(scores).sum(0) if scores else None, hidden)
 
 
@@ -95,13 +85,15 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Na
         for t in document:
             sees_TT[t, document[0] : t + 1] = True
     hidden, gates, scores = [x_TD], [], []
-    asked = [
-        ({}, Layout.from_rectangle(torch.ones(1, len(document), dtype=torch.bool), position_T[None, document]))
-        for document in documents
-    ]
+    asked: list[tuple[dict[str, Any], Layout]] = []
+    for document in documents:
+        layout = Layout.from_rectangle(torch.ones(1, len(document), dtype=torch.bool), position_T[None, document])
+        layout.token_N = ids_T[document]
+        asked.append(({}, layout))
+    difficulty_T = _difficulties(body.policy, ids_T, documents).to(x_TD.dtype)
     for layer, block in enumerate(body.layers):
         if isinstance(body.policy, MiddleOut):
-            output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, scores, gates)
+            output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, difficulty_T, scores, gates)
             if body.policy.is_hard:
                 key_gate_T = key_gate_T.detach()  # the surrogate gradient is of what a block adds, not of its keys
         else:
@@ -118,17 +110,7 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Na
         hidden.append(x_TD)
     logits_TV = _rms_norm(x_TD, body.norm) @ model.lm_head.weight.T
     depth_scores = torch.stack(scores) if scores else None
-
-    def lesson(nats_T: Tensor) -> Tensor | None:
-        if isinstance(body.policy, MiddleOut):
-            return _middle_out_lesson(body.policy, hidden, gates, nats_T)
-        parts = [
-            body.policy.lesson(state, nats_T[document]) for document, (state, _) in zip(documents, asked, strict=True)
-        ]
-        found = [part for part in parts if part is not None]
-        return torch.cat(found) if found else None
-
-    return NaiveOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden), lesson)
+    return NaiveOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden))
 
 
 def _documents(position_T: Tensor) -> list[list[int]]:
@@ -156,45 +138,47 @@ def _decided_gates(
     return output_gate_T, key_gate_T
 
 
-def _middle_out_gate(policy: MiddleOut, layer: int, x_TD: Tensor, scores: list[Tensor], gates: list[Tensor]) -> Tensor:
+def _difficulties(policy: Policy, ids_T: Tensor, documents: list[list[int]]) -> Tensor:
+    """Expected excess of each token's loss, from what `Difficulty` has seen: the pair's mean, drawn towards that of the
+    token alone, drawn towards 0."""
+    expected_T = torch.zeros(len(ids_T), dtype=torch.float64)
+    if not isinstance(policy, MiddleOut) or policy.difficulty is None:
+        return expected_T
+    for document in documents:
+        previous = -1
+        for t in document:
+            token = int(ids_T[t])
+            pair = (token * 2654435761 + (previous + 1) * 2246822519) % 2**31
+            for seen_2K, kind in zip(policy.difficulty.seen, (token, pair ^ (pair >> 15)), strict=True):
+                total, count = seen_2K[:, kind % NUM_KINDS].tolist()
+                expected_T[t] = (total + PRIOR * expected_T[t]) / (count + PRIOR)
+            previous = token
+    return expected_T
+
+
+def _middle_out_gate(
+    policy: MiddleOut, layer: int, x_TD: Tensor, difficulty_T: Tensor, scores: list[Tensor], gates: list[Tensor]
+) -> Tensor:
     """Appends the depth score of this layer to `scores` in the first half; the mirrored gate in the second."""
     if layer >= policy.num_gates:
         return gates[policy.num_layers - 1 - layer]
-    weight_D, bias = policy.weight[layer], policy.bias[layer]
-    if policy.is_hard:
+    bias = policy.bias[layer]
+    if policy.weight is None:
+        score_T = policy.factor * torch.exp((bias - difficulty_T).clamp(max=LARGEST_EXPONENT))
+    elif policy.is_hard:
+        weight_D = policy.weight[layer]
         y_TD = x_TD.detach()  # hidden states learn nothing from the surrogate gradient
         cosine_T = (y_TD @ weight_D) / (y_TD.pow(2).sum(-1).sqrt() * weight_D.pow(2).sum().sqrt())
         score_T = policy.factor * torch.exp((policy.width**0.5 * cosine_T + bias).clamp(max=LARGEST_EXPONENT))
     else:
-        score_T = policy.factor * torch.relu(x_TD @ weight_D + bias)
+        score_T = policy.factor * torch.relu(x_TD @ policy.weight[layer] + bias)
     depth_score_T = score_T if layer == 0 else scores[-1] + score_T
     if policy.ceiling is not None and _outer_blocks(policy, layer) > policy.ceiling:
         depth_score_T = depth_score_T.clamp(min=1)
     scores.append(depth_score_T)
     soft_T = 1 - scores[-1]
-    if policy.learns_from_loss:
-        gate_T = torch.ones_like(soft_T)
-    elif policy.is_hard:
-        gate_T = 1 + (soft_T - soft_T.detach())  # 1, with the gradient of the soft gate
-    else:
-        gate_T = soft_T
+    gate_T = 1 + (soft_T - soft_T.detach()) if policy.is_hard else soft_T  # 1, with the gradient of the soft gate
     return torch.where(scores[-1] < 1, gate_T, 0)  # the slope at S = 1 is 0
-
-
-def _middle_out_lesson(policy: MiddleOut, hidden: list[Tensor], gates: list[Tensor], nats_T: Tensor) -> Tensor | None:
-    """How far each token's predicted loss was off, in the layers that it entered the gate of."""
-    if policy.mean_loss is None:
-        return None
-    total_T = torch.zeros_like(nats_T)
-    for layer in range(policy.num_gates):
-        if policy.ceiling is not None and _outer_blocks(policy, layer) > policy.ceiling:
-            break
-        y_TD = hidden[layer].detach()
-        y_TD = y_TD / y_TD.pow(2).mean(-1, keepdim=True).sqrt()
-        error_T = policy.mean_loss[layer] - y_TD @ policy.weight[layer] - nats_T
-        was_there_T = torch.ones_like(nats_T) if layer == 0 else gates[layer - 1].detach()
-        total_T = total_T + was_there_T * error_T.pow(2)
-    return LESSON_WEIGHT * total_T
 
 
 def _outer_blocks(policy: MiddleOut, layer: int) -> int:

@@ -203,6 +203,7 @@ class _AroundStep(TrainerCallback):
         share_L = step.share_by_layer()
         mean_L, variance_L = step.statistics.mean("gate"), step.statistics.variance("gate")
         expected_share = trainer.controller.expected_share
+        trainer.bare_model.model.policy.absorb()
         trainer.controller.update(mean_L.float(), variance_L.float(), share_L.float())
         self._steer()
         now_s = time.perf_counter()

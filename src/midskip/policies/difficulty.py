@@ -1,0 +1,66 @@
+"""How hard each kind of token has been to go on from, as far as training has seen.
+
+N packed tokens, K kinds.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+NUM_KINDS = 2**14  # tokens, and pairs of tokens, are told apart by a hash into so many kinds
+PRIOR = 20.0  # tokens' worth of what is known of the wider kind
+MEMORY = 0.999  # of what was seen, kept from one step to the next
+
+
+class Difficulty(nn.Module):
+    """The mean of how far the loss of a token's prediction lies above that of its batch, for each kind of token.
+
+    The kind is the token together with the one before it; where few of a pair have been seen, the token alone counts,
+    and where few of those, nothing is known: 0. It is a running mean and has no gradient. What it says of a token
+    depends on two token ids, so it changes slowly: a gate that goes by it sends the same tokens the same way from one
+    step to the next, which matters more than which tokens they are (docs/results.md).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Buffer(torch.zeros(2, 2, NUM_KINDS))  # by token, by pair: sum of excess nats, and count
+        self._new: Tensor | None = None  # the same, of passes not absorbed yet; no buffer: each rank has its own
+
+    def forward(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
+        """float32 or wider [N], nats above the mean that are expected of the prediction that each token makes.
+
+        Args:
+            token_N: int64, ids.
+            previous_N: int64, those of the tokens before; -1 where there is none.
+        """
+        expected_N = torch.zeros_like(token_N, dtype=torch.promote_types(self.seen.dtype, torch.float32))
+        for seen_2K, kind_N in zip(self.seen, kinds(token_N, previous_N)):
+            sum_N, count_N = seen_2K.index_select(1, kind_N).to(expected_N.dtype)
+            expected_N = (sum_N + PRIOR * expected_N) / (count_N + PRIOR)
+        return expected_N
+
+    @torch.no_grad()
+    def observe(self, token_N: Tensor, previous_N: Tensor, nats_N: Tensor, scored_N: Tensor) -> None:
+        """Note the losses [N] of a pass, of those predictions that count (bool [N]); `absorb` then takes them in."""
+        if self._new is None:
+            self._new = torch.zeros_like(self.seen)
+        counts_N = scored_N.to(self.seen.dtype)
+        excess_N = (nats_N - (nats_N * scored_N).sum() / scored_N.sum().clamp(min=1)).to(self.seen.dtype) * counts_N
+        for new_2K, kind_N in zip(self._new, kinds(token_N, previous_N)):
+            new_2K.index_add_(1, kind_N, torch.stack([excess_N, counts_N]))
+
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """Take in what all ranks have noted since the last time."""
+        if self._new is None:
+            return
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self._new)
+        self.seen.mul_(MEMORY).add_(self._new)
+        self._new = None
+
+
+def kinds(token_N: Tensor, previous_N: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [N] twice, the kind of each token alone and of its pair, below `NUM_KINDS`."""
+    pair_N = (token_N * 2654435761 + (previous_N + 1) * 2246822519) % 2**31
+    return token_N % NUM_KINDS, (pair_N ^ (pair_N >> 15)) % NUM_KINDS
