@@ -180,13 +180,20 @@ def test_other_policies_are_refused() -> None:
 def shares_over(controller: BudgetController, policy: MiddleOut, steps: int) -> tuple[Tensor, list[float]]:
     """Shares [steps, L] of a policy steered on hidden states that drift, as they do in training; and those expected."""
     generator = torch.Generator().manual_seed(0)
-    policy.weight.normal_(std=0.05, generator=generator)
+    if policy.weight is not None:
+        policy.weight.normal_(std=0.05, generator=generator)
     drift_D = 0.02 * torch.randn(policy.width, generator=generator)
     layout = Layout.from_rectangle(torch.ones(4, 128, dtype=torch.bool))
     shares, expected = [], []
     for step in range(steps):
         controller.steer(policy)
         h_ND = torch.randn(512, policy.width, generator=generator) * (1 + step / 300) + step * drift_D
+        layout.token_N = torch.randint(512, (512,), generator=generator)
+        layout.__dict__.pop("previous_token_N", None)  # of the step before
+        if policy.difficulty is not None:
+            nats_N = torch.rand(512, generator=generator) + layout.token_N / (100 + step)
+            policy.difficulty.observe(layout.token_N, layout.previous_token_N, nats_N, torch.ones(512).bool())
+            policy.absorb()
         state: dict[str, Any] = {}
         keeps = [policy(layer, h_ND, state, layout).keep_N for layer in range(policy.num_layers)]
         shares.append(torch.stack([keep_N.float().mean() for keep_N in keeps if keep_N is not None]))
@@ -197,10 +204,10 @@ def shares_over(controller: BudgetController, policy: MiddleOut, steps: int) -> 
 
 @pytest.mark.parametrize("num_layers", [5, 8])
 @pytest.mark.parametrize("target", [0.4, 0.6, 0.8])
-@pytest.mark.parametrize("gates", ["soft", "hard"])
+@pytest.mark.parametrize("settings", [{}, {"gates": "hard"}, {"gates": "hard", "scores": "hidden_states"}])
 @torch.no_grad()
-def test_the_share_arrives_at_its_target_and_stays(num_layers: int, target: float, gates: str) -> None:
-    policy = MiddleOut(num_layers, 16, gates=gates)
+def test_the_share_arrives_at_its_target_and_stays(num_layers: int, target: float, settings: dict[str, str]) -> None:
+    policy = MiddleOut(num_layers, 16, **settings)
     policy.reset_parameters()
     controller = make(num_layers, target_share=target)
     shares_SL, _ = shares_over(controller, policy, 300)
