@@ -260,3 +260,16 @@ def test_gates_that_go_by_tokens_need_tokens(make_model: Make) -> None:
     model = make_model("mixed", policy_settings={"gates": "hard"})
     with pytest.raises(ValueError, match=r"go by token ids, and it was given inputs_embeds: give input_ids"):
         model(inputs_embeds=torch.randn(1, 3, 16, dtype=torch.float64))
+
+
+def test_random_difficulty_is_drawn_and_never_learnt(make_model: Make) -> None:
+    path = "midskip.testing.policies:RandomDifficulty"
+    policy = make_model(None, policy=path, policy_settings={"redraw_steps": 2}).model.policy
+    tokens, previous = torch.arange(20), torch.arange(20) - 1
+    first = policy.difficulty(tokens, previous)
+    assert first.std() > 0.3
+    policy.observe({}, torch.ones(20), torch.ones(20).bool())
+    policy.absorb()
+    assert torch.equal(policy.difficulty(tokens, previous), first)
+    policy.absorb()
+    assert not torch.equal(policy.difficulty(tokens, previous), first)

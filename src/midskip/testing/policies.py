@@ -6,10 +6,11 @@ N packed tokens, L layers.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from midskip.nn.layout import Layout
 from midskip.policies.base import Decision, Policy
+from midskip.policies.middle_out import MiddleOut
 
 NUM_DRAWN = 2**16  # numbers of each kind; positions that lie so far apart share theirs
 LARGEST_SEED = 2**32
@@ -61,3 +62,40 @@ class FixedDepths(Policy):
             generator = torch.Generator().manual_seed(self.seed * 1000 + stream)
             self._drawn[stream] = torch.rand(NUM_DRAWN, generator=generator).to(device)
         return self._drawn[stream][layout.position_N % NUM_DRAWN]
+
+
+class RandomDifficulty(MiddleOut):
+    """Hard gates that go by tokens and learn nothing: how hard a pair of tokens is, is drawn. The control for what
+    learning it is worth, and, with `redraw_steps`, for what it is worth that the same tokens keep leaving.
+
+    Args:
+        redraw_steps: optimizer steps after which all is drawn anew; 0: never.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self, num_layers: int, width: int, initializer_range: float = 0.02, redraw_steps: int = 0, seed: int = 0
+    ):
+        super().__init__(num_layers, width, initializer_range, gates="hard")
+        self.redraw_steps, self.seed, self.num_steps = redraw_steps, seed, 0
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        super().reset_parameters(init)
+        if not self.bias.is_meta:
+            self._draw()
+
+    def observe(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor) -> None:
+        """Nothing is learnt."""
+
+    def absorb(self) -> None:
+        self.num_steps += 1
+        if self.redraw_steps and self.num_steps % self.redraw_steps == 0:
+            self._draw()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        assert self.difficulty is not None
+        generator = torch.Generator().manual_seed(self.seed * 1_000_000 + self.num_steps)
+        count = 1e6  # so many that the pair alone counts
+        drawn_K = torch.randn(self.difficulty.seen.shape[-1], generator=generator)
+        self.difficulty.seen[1] = torch.stack([drawn_K * count, torch.full_like(drawn_K, count)])
