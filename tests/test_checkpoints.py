@@ -314,7 +314,7 @@ def test_another_number_of_processes_is_noticed(stopped: Path) -> None:
     "writer",
     [
         "midskip.train.recipe.Recipe.save",
-        "midskip.train.run.write_whole",
+        "midskip.train.folder.write_whole",
         "transformers.PreTrainedTokenizerBase.save_pretrained",
     ],
 )

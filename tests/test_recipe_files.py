@@ -90,13 +90,20 @@ def test_twins_differ_in_nothing_but_the_gates(kind: str) -> None:
     assert replace(dense.model, **skips) == gated.model and dense.model.policy == "dense"
 
 
-@pytest.mark.parametrize("kind", ["gated", "dense"])
-def test_the_small_recipes_are_the_demos(kind: str) -> None:
-    recipe = read_recipe(FOLDER / f"pydocs-small-{kind}.yaml")
-    demos = demo_recipe(recipe.output, gated=kind == "gated")
+def test_the_small_recipe_is_the_demos() -> None:
+    recipe = read_recipe(FOLDER / "pydocs-small-gated.yaml")
+    demos = demo_recipe(recipe.output)
     training = replace(recipe.training, save_steps=demos.training.save_steps, report_to=demos.training.report_to)
     data = replace(recipe.data, vocab_size=demos.data.vocab_size)  # 2048 is the default
     assert recipe.data.vocab_size == 2048 and replace(recipe, data=data, training=training) == demos
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_gated_recipe_of_ours_has_hard_gates_and_a_dense_model_beside_it(path: Path) -> None:
+    recipe = read_recipe(path)
+    if recipe.model.policy == "middle_out" and path not in PAPERS:
+        assert recipe.model.policy_settings == {"gates": "hard"} and recipe.controller.name == "budget"
+        assert recipe.dense_layers == [recipe.model.num_hidden_layers // 2], "of about as many FLOPs"
 
 
 # ---- the paper's

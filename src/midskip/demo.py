@@ -36,7 +36,7 @@ def demo_recipe(output: str, steps: int = STEPS, source: str = "pydocs") -> Reci
     return Recipe(
         output=output,
         data=DataSettings(source=source),
-        model=ModelSettings(policy_settings={"gates": "hard"}, keys="all"),
+        model=ModelSettings(policy_settings={"gates": "hard"}),
         controller=ControllerSettings("budget", {"target_share": 0.5, "outer": 1}),
         training=TrainingSettings(steps=steps, gate_learning_rate_scale=0.3, save_steps=0, report_to=[]),
         dense_layers=[4],
