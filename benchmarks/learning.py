@@ -53,22 +53,21 @@ def budget(share: float, **settings: Any) -> list[str]:
 
 KEYS = {"all": ["--model.keys=all"], "gated": ["--model.keys=gated"]}
 STATES = ["--model.policy_settings={gates: hard, scores: hidden_states}"]
-RANDOM = ["--model.policy=midskip.testing.policies:RandomDifficulty", "--model.policy_settings={}"]
-REDRAWN = "--model.policy_settings={redraw_steps: 10}"
+DIFFICULTY = ["--model.policy_settings={gates: hard, scores: difficulty}"]
+REDRAWN = ["--model.policy=midskip.testing.policies:Redrawn", "--model.policy_settings={redraw_steps: 10}"]
 RUNS: dict[str, list[str]] = {
     **{f"dense-{num_layers}": dense(num_layers) for num_layers in (2, 3, 4, 5, 6, 8)},
     # the recipe as it is, and what it costs to drop the keys of tokens that skip, to come down slowly, ...
-    "hard": budget(0.5) + KEYS["all"],
-    "hard, keys gated": budget(0.5) + KEYS["gated"],
-    "hard, ramp 300": budget(0.5, ramp_steps=300) + KEYS["all"],
-    "hard, hidden states": budget(0.5) + KEYS["all"] + STATES,
-    "hard, hidden states, keys gated": budget(0.5) + KEYS["gated"] + STATES,
-    "hard, random": budget(0.5) + KEYS["gated"] + RANDOM,
-    "hard, random, redrawn every 10 steps": [*budget(0.5), *KEYS["gated"], RANDOM[0], REDRAWN],
+    "hard": budget(0.5) + KEYS["gated"],
+    "hard, keys all": budget(0.5) + KEYS["all"],
+    "hard, ramp 300": budget(0.5, ramp_steps=300) + KEYS["gated"],
+    "hard, hidden states": budget(0.5) + KEYS["gated"] + STATES,
+    "hard, difficulty": budget(0.5) + KEYS["gated"] + DIFFICULTY,
+    "hard, redrawn every 10 steps": budget(0.5) + KEYS["gated"] + REDRAWN,
     # one model for many budgets, and twins trained for one
-    "hard, sampled budgets": budget(0.5, lowest_share=0.3) + KEYS["all"],
-    "hard, 0.3": budget(0.3) + KEYS["all"],
-    "hard, 0.75": budget(0.75) + KEYS["all"],
+    "hard, sampled budgets": budget(0.5, lowest_share=0.3) + KEYS["gated"],
+    "hard, 0.3": budget(0.3) + KEYS["gated"],
+    "hard, 0.75": budget(0.75) + KEYS["gated"],
     # the soft gates of the paper
     "soft, budget, keys gated": [*SOFT, OLD_BUDGET, *KEYS["gated"]],
     "soft, budget, keys all": [*SOFT, OLD_BUDGET, *KEYS["all"]],

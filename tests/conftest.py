@@ -80,9 +80,9 @@ def set_gates(policy: MiddleOut, gates: str, scale: float) -> None:
     """
     count, width = policy.num_gates, policy.width
     if policy.is_hard:
-        if policy.difficulty is None:
+        if policy.weight is not None:
             policy.weight.normal_()
-        else:
+        elif policy.difficulty is not None:
             policy.difficulty.seen[:, 0].normal_(std=60)
             policy.difficulty.seen[:, 1].fill_(20)
         policy.bias.fill_({"kept": -30.0, "mixed": -1.0 - math.log(count), "late": 30.0, "gone": 30.0}[gates])

@@ -11,7 +11,7 @@ from torch import Tensor
 from midskip.controllers import BudgetController, build_controller
 from midskip.nn.layout import Layout
 from midskip.policies.dense import Dense
-from midskip.policies.middle_out import MiddleOut
+from midskip.policies.middle_out import SCORES, MiddleOut
 
 DEPTHS = (1, 2, 3, 4, 5, 8, 9, 12)
 
@@ -188,7 +188,7 @@ def shares_over(controller: BudgetController, policy: MiddleOut, steps: int) -> 
     for step in range(steps):
         controller.steer(policy)
         h_ND = torch.randn(512, policy.width, generator=generator) * (1 + step / 300) + step * drift_D
-        layout.token_N = torch.randint(512, (512,), generator=generator)
+        layout.token_N = torch.randint(200, (512,), generator=generator)
         layout.__dict__.pop("previous_token_N", None)  # of the step before
         if policy.difficulty is not None:
             nats_N = torch.rand(512, generator=generator) + layout.token_N / (100 + step)
@@ -204,7 +204,7 @@ def shares_over(controller: BudgetController, policy: MiddleOut, steps: int) -> 
 
 @pytest.mark.parametrize("num_layers", [5, 8])
 @pytest.mark.parametrize("target", [0.4, 0.6, 0.8])
-@pytest.mark.parametrize("settings", [{}, {"gates": "hard"}, {"gates": "hard", "scores": "hidden_states"}])
+@pytest.mark.parametrize("settings", [{}, *({"gates": "hard", "scores": scores} for scores in SCORES)], ids=str)
 @torch.no_grad()
 def test_the_share_arrives_at_its_target_and_stays(num_layers: int, target: float, settings: dict[str, str]) -> None:
     policy = MiddleOut(num_layers, 16, **settings)

@@ -12,10 +12,11 @@ from midskip import MidskipForCausalLM
 from midskip.controllers import build_controller
 from midskip.nn.layout import Layout
 from midskip.policies import Decision, Policy
-from midskip.policies.difficulty import MEMORY, Difficulty, kinds
+from midskip.policies.difficulty import MEMORY, Difficulty, drawn, kinds
 from midskip.policies.middle_out import SCORES, MiddleOut
 from midskip.testing import check_policy
 from midskip.testing.effort import effort
+from midskip.testing.policies import Redrawn
 
 Make = Callable[..., MidskipForCausalLM]
 STATES = {"gates": "hard", "scores": "hidden_states"}
@@ -50,18 +51,20 @@ def test_the_equations(num_layers: int, scores: str) -> None:
     policy = MiddleOut(num_layers, 8, gates="hard", scores=scores)
     nn.init.constant_(policy.bias, -0.5)
     h_LND, layout = 3 * torch.randn(num_layers, 63, 8), rectangle(7, 9)
-    if scores == "tokens":
+    if scores == "difficulty":
         policy.difficulty.seen[:, 0].normal_(std=40)
         policy.difficulty.seen[:, 1].fill_(20)
-        hard_N = policy.difficulty(layout.token_N, layout.previous_token_N)
+        worth_N = policy.difficulty(layout.token_N, layout.previous_token_N)
+    elif scores == "hash":
+        worth_N = drawn(layout.token_N, layout.previous_token_N)
     else:
         nn.init.normal_(policy.weight)
     state: dict[str, Any] = {}
     decisions = [policy(layer, h_ND, state, layout) for layer, h_ND in enumerate(h_LND)]
     total_N = torch.zeros(63)
     for layer in range((num_layers + 1) // 2):
-        if scores == "tokens":
-            ease_N = -hard_N
+        if scores != "hidden_states":
+            ease_N = -worth_N
         else:
             ease_N = 8**0.5 * torch.cosine_similarity(h_LND[layer], policy.weight[layer][None])
         total_N = total_N + (ease_N + policy.bias[layer]).exp()
@@ -133,8 +136,20 @@ def test_kinds_differ_and_are_spread() -> None:
     assert all(0 <= int(kind) < 2**14 for kind in big)
 
 
+def test_what_is_drawn_for_a_pair_is_spread_evenly_and_stays() -> None:
+    token_N, previous_N = torch.arange(256).repeat(64), torch.arange(64).repeat_interleave(256) - 1
+    first = drawn(token_N, previous_N)
+    assert torch.equal(first, drawn(token_N, previous_N))
+    counts = first.add(2).mul(4).long().bincount(minlength=16).double()
+    assert len(counts) == 16 and abs(counts / 1024 - 1).max() < 0.15
+    by_token, by_previous = first.view(64, 256).mean(0), first.view(64, 256).mean(1)
+    assert by_token.std() < 0.25 and by_previous.std() < 0.15, "it tells pairs apart, not tokens"
+    other = drawn(token_N, previous_N, seed=1)
+    assert abs(torch.corrcoef(torch.stack([first, other]))[0, 1]) < 0.05
+
+
 def test_a_model_in_training_learns_what_is_hard(make_model: Make) -> None:
-    model = make_model(None, policy_settings={"gates": "hard"})
+    model = make_model(None, policy_settings={"gates": "hard", "scores": "difficulty"})
     ids_BT = torch.randint(2, (8, 32)) * 2  # 0 and 2 ...
     ids_BT[:, 1::2] = ids_BT[:, ::2] + 1  # ... and after each its successor: odd tokens alone are hard to go on from
     policy = model.model.policy
@@ -239,7 +254,7 @@ def test_a_policy_that_says_it_is_hard_is_held_to_it(monkeypatch: pytest.MonkeyP
     ("settings", "message"),
     [
         ({"gates": "half"}, r"gates is 'half'; expected one of 'soft', 'hard'"),
-        ({"gates": "hard", "scores": "ids"}, r"scores is 'ids'; expected one of 'tokens', 'hidden_states'"),
+        ({"gates": "hard", "scores": "ids"}, r"scores is 'ids'; expected one of 'hash', 'difficulty', 'hidden_states'"),
         ({"gates": "hard", "start": "released"}, r"start is 'released', of soft gates; hard gates start 'open'"),
     ],
 )
@@ -262,14 +277,10 @@ def test_gates_that_go_by_tokens_need_tokens(make_model: Make) -> None:
         model(inputs_embeds=torch.randn(1, 3, 16, dtype=torch.float64))
 
 
-def test_random_difficulty_is_drawn_and_never_learnt(make_model: Make) -> None:
-    path = "midskip.testing.policies:RandomDifficulty"
-    policy = make_model(None, policy=path, policy_settings={"redraw_steps": 2}).model.policy
-    tokens, previous = torch.arange(20), torch.arange(20) - 1
-    first = policy.difficulty(tokens, previous)
-    assert first.std() > 0.3
-    policy.observe({}, torch.ones(20), torch.ones(20).bool())
-    policy.absorb()
-    assert torch.equal(policy.difficulty(tokens, previous), first)
-    policy.absorb()
-    assert not torch.equal(policy.difficulty(tokens, previous), first)
+def test_redrawn_gates_change_every_so_many_steps() -> None:
+    policy = Redrawn(4, 8, redraw_steps=2)
+    seeds = []
+    for _ in range(4):
+        seeds.append(policy.hash_seed)
+        policy.absorb()
+    assert seeds == [0, 0, 1, 1]

@@ -13,7 +13,7 @@ from midskip.train import Recipe, train
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 MakeRecipe = Callable[..., Recipe]
 BUDGET = ("budget", {"target_share": 0.5, "outer": 1, "lowest_share": 0.3, "ramp_steps": 3})
-HARD = {"model": {"num_hidden_layers": 6, "policy_settings": {"gates": "hard"}}}
+HARD = {"model": {"num_hidden_layers": 6, "policy_settings": {"gates": "hard", "scores": "difficulty"}}}
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(make_recipe: MakeRecipe) -> None:

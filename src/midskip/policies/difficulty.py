@@ -1,4 +1,4 @@
-"""How hard each kind of token has been to go on from, as far as training has seen.
+"""What the kind of a token, and of the one before it, decides: by a hash, or by how hard such tokens have been.
 
 N packed tokens, K kinds.
 """
@@ -16,9 +16,7 @@ class Difficulty(nn.Module):
     """The mean of how far the loss of a token's prediction lies above that of its batch, for each kind of token.
 
     The kind is the token together with the one before it; where few of a pair have been seen, the token alone counts,
-    and where few of those, nothing is known: 0. It is a running mean and has no gradient. What it says of a token
-    depends on two token ids, so it changes slowly: a gate that goes by it sends the same tokens the same way from one
-    step to the next, which matters more than which tokens they are (docs/results.md).
+    and where few of those, nothing is known: 0. It is a running mean and has no gradient, and changes slowly.
     """
 
     def __init__(self) -> None:
@@ -62,5 +60,19 @@ class Difficulty(nn.Module):
 
 def kinds(token_N: Tensor, previous_N: Tensor) -> tuple[Tensor, Tensor]:
     """int64 [N] twice, the kind of each token alone and of its pair, below `NUM_KINDS`."""
-    pair_N = (token_N * 2654435761 + (previous_N + 1) * 2246822519) % 2**31
-    return token_N % NUM_KINDS, (pair_N ^ (pair_N >> 15)) % NUM_KINDS
+    return token_N % NUM_KINDS, pair_hash(token_N, previous_N) % NUM_KINDS
+
+
+def pair_hash(token_N: Tensor, previous_N: Tensor, seed: int = 0) -> Tensor:
+    """int64 [N] from 0 to below 2**31, drawn evenly for each pair of a token and the one before it (-1: none)."""
+    mixed_N = (token_N + 1) * 2654435761 + (previous_N + 2) * 2246822519 + seed * 3266489917
+    for multiplier in (668265263, 374761393):
+        mixed_N = mixed_N % 2**31
+        mixed_N = (mixed_N ^ (mixed_N >> 15)) * multiplier
+    mixed_N = mixed_N % 2**31
+    return mixed_N ^ (mixed_N >> 13)
+
+
+def drawn(token_N: Tensor, previous_N: Tensor, seed: int = 0) -> Tensor:
+    """float32 [N] from -2 to below 2, drawn evenly for each pair, and always the same; no rounding is in it."""
+    return (pair_hash(token_N, previous_N, seed) >> 11).to(torch.float32) * 2**-18 - 2

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from midskip.nn.layout import Layout
 from midskip.policies.base import Decision, Policy
-from midskip.policies.difficulty import Difficulty
+from midskip.policies.difficulty import Difficulty, drawn
 
 STARTS = ("open", "spread", "released")
 GATES = ("soft", "hard")
 SOFT_OPEN_SCORE = 0.1  # depth score at which the innermost soft gate starts
 HARD_OPEN_BIAS = -4.0  # of hard gates; the logarithm of a score spreads by about 1 around its bias
-SCORES = ("tokens", "hidden_states")
+SCORES = ("hash", "difficulty", "hidden_states")
 LARGEST_EXPONENT = 30.0  # a score is finite under any factor, and so is its gradient
 
 
@@ -32,13 +32,15 @@ class MiddleOut(Policy):
     left gives its gate no gradient and need not be scored again. Scores are float32, also under autocast:
 
         soft gates                           s(i, l) = relu(w_l . h(i, l) + b_l)          (arXiv 2506.21103)
-        hard gates, scores="tokens"          s(i, l) = exp(b_l - d(i))
+        hard gates, scores="hash"            s(i, l) = exp(b_l - u(i))
+        hard gates, scores="difficulty"      s(i, l) = exp(b_l - d(i))
         hard gates, scores="hidden_states"   s(i, l) = exp(b_l + sqrt(D) cos(w_l, h(i, l)))
 
-    d is how hard the token and the one before it have been to go on from (`Difficulty`): what is easy leaves. It is a
-    running mean of losses and has no gradient. The cosine learns by a surrogate gradient, that of 1 - S (straight-
-    through, see `Decision.hard`), which reaches w and b and not the hidden states. How many leave is set by b, which a
-    controller moves. An exponential is never 0, so that a larger b or factor sends any token away.
+    u is drawn, once and for all, for each pair of a token and the one before it. d is how hard such pairs have been to
+    go on from (`Difficulty`), a running mean of losses without a gradient: what is easy leaves. The cosine learns by a
+    surrogate gradient, that of 1 - S (straight-through, see `Decision.hard`), which reaches w and b and not the hidden
+    states. How many leave is set by b, which a controller moves. An exponential is never 0, so that a larger b or
+    factor sends any token away.
 
     Under an effort (`set_effort`) the score is multiplied by the factor, hence S too; and where the ceiling closes a
     layer, S is at least 1. Layer l < L/2 and its mirror are two blocks, so l is open under a ceiling of 2 (l + 1) or
@@ -46,8 +48,8 @@ class MiddleOut(Policy):
 
     Args:
         gates: `"soft"` or `"hard"`.
-        scores: of hard gates, `"tokens"` or `"hidden_states"`. `"tokens"` needs a model that is given ids and not
-            embeddings, and the controller `budget`.
+        scores: of hard gates, `"hash"`, `"difficulty"` or `"hidden_states"`. The first two need a model that is given
+            ids and not embeddings, and the controller `budget`.
         start: of soft gates. `"open"`: w = 0 and b > 0 such that every gate starts between 1 and 0.9 (the middle one)
             and every token gives every gate a gradient; `"spread"`: the same b and a normal w of norm 0.2, so that
             tokens differ from the first step, as a controller that moves b needs; `"released"`: as in the paper's code,
@@ -59,7 +61,7 @@ class MiddleOut(Policy):
 
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, start: str = "open", gates: str = "soft",
-        scores: str = "tokens",
+        scores: str = "hash",
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
         for name, value, known in (("start", start, STARTS), ("gates", gates, GATES), ("scores", scores, SCORES)):
@@ -70,8 +72,9 @@ class MiddleOut(Policy):
         self.start, self.is_hard = start, gates == "hard"
         self.num_gates = (num_layers + 1) // 2
         self.open_bias = HARD_OPEN_BIAS if self.is_hard else SOFT_OPEN_SCORE / self.num_gates
-        self.needs_budget = self.is_hard and scores == "tokens"
-        self.difficulty = Difficulty() if self.needs_budget else None
+        self.needs_budget = self.is_hard and scores != "hidden_states"
+        self.difficulty = Difficulty() if self.is_hard and scores == "difficulty" else None
+        self.hash_seed = 0
         self.weight = None if self.needs_budget else nn.Parameter(torch.empty(self.num_gates, width))
         self.bias = nn.Parameter(torch.empty(self.num_gates), requires_grad=not self.needs_budget)
 
@@ -79,6 +82,8 @@ class MiddleOut(Policy):
         init.constant_(self.bias, 0.0 if self.start == "released" else self.open_bias)
         if self.difficulty is not None:
             init.zeros_(self.difficulty.seen)
+        elif self.weight is None:
+            pass
         elif self.is_hard:
             init.normal_(self.weight, std=self.width**-0.5)
         elif self.start == "open":
@@ -91,9 +96,14 @@ class MiddleOut(Policy):
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
         if layer == 0:
             state.update(depth_scores=[], decisions=[])
-            if self.difficulty is not None:
-                state["kind"] = _tokens(layout)
-                state["difficulty"] = self.difficulty(state["kind"][0], state["kind"][1])
+            if self.weight is None:
+                state["pair"] = token_N, previous_N = _pair(layout)
+                worth_N = (
+                    drawn(token_N, previous_N, self.hash_seed)
+                    if self.difficulty is None
+                    else self.difficulty(token_N, previous_N)
+                )
+                state["worth"] = worth_N.to(_wide(h_ND))
         decisions = state["decisions"]
         if layer >= self.num_gates:
             return decisions[self.num_layers - 1 - layer]
@@ -102,7 +112,7 @@ class MiddleOut(Policy):
             before_N = state["depth_scores"][-1] if layer else h_ND.new_zeros(len(h_ND), dtype=_wide(h_ND))
             depth_score_N = before_N.clamp(min=1)
         else:
-            seen_ND = h_ND if self.difficulty is None else state["difficulty"]
+            seen_ND = state["worth"] if self.weight is None else h_ND
             score_N = self._score(layer, seen_ND if rows_N is None else seen_ND.index_select(0, rows_N))
             if layer == 0:
                 depth_score_N = score_N
@@ -121,7 +131,7 @@ class MiddleOut(Policy):
 
     def observe(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor) -> None:
         if self.difficulty is not None:
-            token_N, previous_N = state["kind"]
+            token_N, previous_N = state["pair"]
             self.difficulty.observe(token_N, previous_N, nats_N, scored_N)
 
     def absorb(self) -> None:
@@ -137,7 +147,7 @@ class MiddleOut(Policy):
         return self.ceiling is not None and min(2 * (layer + 1), self.num_layers) > self.ceiling
 
     def _score(self, layer: int, seen_ND: Tensor) -> Tensor:
-        """Of hidden states [N, D], or of difficulties [N]."""
+        """Of hidden states [N, D], or of what tokens are worth [N]."""
         wide = _wide(seen_ND)
         seen_ND, bias = seen_ND.to(wide), self.bias[layer].to(wide)
         if self.weight is None:
@@ -161,7 +171,7 @@ class MiddleOut(Policy):
         return 2 * self.width * self._scored(layer, state, layout).num_tokens
 
 
-def _tokens(layout: Layout) -> tuple[Tensor, Tensor]:
+def _pair(layout: Layout) -> tuple[Tensor, Tensor]:
     """The tokens, and those before them."""
     if layout.token_N is None:
         raise ValueError(

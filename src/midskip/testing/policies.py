@@ -6,7 +6,7 @@ N packed tokens, L layers.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from midskip.nn.layout import Layout
 from midskip.policies.base import Decision, Policy
@@ -64,38 +64,14 @@ class FixedDepths(Policy):
         return self._drawn[stream][layout.position_N % NUM_DRAWN]
 
 
-class RandomDifficulty(MiddleOut):
-    """Hard gates that go by tokens and learn nothing: how hard a pair of tokens is, is drawn. The control for what
-    learning it is worth, and, with `redraw_steps`, for what it is worth that the same tokens keep leaving.
+class Redrawn(MiddleOut):
+    """Hard gates that go by a hash of tokens, which is drawn anew every `redraw_steps` optimizer steps: the control for
+    what it is worth that the same tokens keep leaving."""
 
-    Args:
-        redraw_steps: optimizer steps after which all is drawn anew; 0: never.
-        seed: of the draw.
-    """
-
-    def __init__(
-        self, num_layers: int, width: int, initializer_range: float = 0.02, redraw_steps: int = 0, seed: int = 0
-    ):
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02, redraw_steps: int = 10):
         super().__init__(num_layers, width, initializer_range, gates="hard")
-        self.redraw_steps, self.seed, self.num_steps = redraw_steps, seed, 0
-
-    def reset_parameters(self, init: Any = nn.init) -> None:
-        super().reset_parameters(init)
-        if not self.bias.is_meta:
-            self._draw()
-
-    def observe(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor) -> None:
-        """Nothing is learnt."""
+        self.redraw_steps, self.num_steps = redraw_steps, 0
 
     def absorb(self) -> None:
         self.num_steps += 1
-        if self.redraw_steps and self.num_steps % self.redraw_steps == 0:
-            self._draw()
-
-    @torch.no_grad()
-    def _draw(self) -> None:
-        assert self.difficulty is not None
-        generator = torch.Generator().manual_seed(self.seed * 1_000_000 + self.num_steps)
-        count = 1e6  # so many that the pair alone counts
-        drawn_K = torch.randn(self.difficulty.seen.shape[-1], generator=generator)
-        self.difficulty.seen[1] = torch.stack([drawn_K * count, torch.full_like(drawn_K, count)])
+        self.hash_seed = self.num_steps // self.redraw_steps
