@@ -263,9 +263,9 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
         MiddleOut(4, 8, **settings)
 
 
-def test_gates_that_learn_from_the_loss_need_a_budget() -> None:
+def test_gates_without_a_gradient_need_a_budget() -> None:
     policy = MiddleOut(4, 8, gates="hard")
-    with pytest.raises(ValueError, match=r"learn which tokens are hard, .*use the controller 'budget'"):
+    with pytest.raises(ValueError, match=r"have no gradient, so .*use the controller 'budget'"):
         build_controller("sparsity", 4).steer(policy)
     build_controller("budget", 4, target_share=0.5).steer(policy)
     build_controller("sparsity", 4).steer(MiddleOut(4, 8, **STATES))

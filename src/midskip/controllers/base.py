@@ -68,8 +68,8 @@ class Controller:
         """
         if policy.needs_budget:
             raise ValueError(
-                f"the gates of this {type(policy).__name__} learn which tokens are hard, and a controller has to say "
-                f"how many run; got {type(self).__name__}: use the controller 'budget', or the policy setting scores: "
+                f"the gates of this {type(policy).__name__} have no gradient, so a controller has to say how many "
+                f"tokens run; got {type(self).__name__}: use the controller 'budget', or the policy setting scores: "
                 "hidden_states"
             )
 
