@@ -22,12 +22,11 @@ class BudgetController(Controller):
 
     The regularisers above push gates through the loss, where a gate that is flat at 0 no longer feels them. This one
     adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each layer of
-    the first half, so that the gradient decides which tokens leave and the controller how many. The gain of a layer
-    grows while its error keeps its sign, since nobody knows where the scores will lie. The first `outer`
-    layers and their mirrors run for every token. The targets of the others fall evenly by 2 d, d = spread * min(m,
-    1 - m), around the mean m with which all layers together have target_share, and are approached from 1 over
-    `ramp_steps`. The idea is that of load balancing without a loss (Wang
-    et al. 2024, arXiv 2408.15664), there between experts.
+    the first half, so that the policy decides which tokens leave and the controller how many. The gain of a layer grows
+    while its error keeps its sign, since nobody knows where the scores will lie. The first `outer` layers and their
+    mirrors run for every token. The targets of the others fall evenly by 2 d, d = spread * min(m, 1 - m), around the
+    mean m with which all layers together have target_share, and are approached from 1 over `ramp_steps`. The idea is
+    that of load balancing without a loss (Wang et al. 2024, arXiv 2408.15664), there between experts.
 
     With `lowest_share` every second step is taken under a budget drawn evenly from [lowest_share, 1], and applied as
     at run time (`Policy.set_effort`), so that one model serves them all. The factor of the scores that each budget
