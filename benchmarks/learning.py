@@ -10,6 +10,7 @@ that is done is not done again. `--collect` writes the rows of all runs in the f
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def run_one(name: str, seed: int, steps: int, text: Path, folder: Path) -> dict[
         return json.loads((output / ROW_FILE).read_text(encoding="utf-8"))
     common = [
         f"--output={output}", f"--data.source={text}", f"--training.seed={seed}", f"--training.steps={steps}",
-        "--training.report_to=[]", "--training.save_steps=250", "--dense_layers=[]",
+        "--training.report_to=[]", "--training.save_steps=250", f"--training.evaluation_steps={steps // 5}", "--dense_layers=[]",
     ]  # fmt: skip
     recipe = read_recipe(RECIPE, [*common, *RUNS[name]])
     report = train(recipe, resume=output.is_dir(), title=f"{name}, seed {seed}")
@@ -100,7 +101,7 @@ def run_one(name: str, seed: int, steps: int, text: Path, folder: Path) -> dict[
         row[what] = measured[what]
     row |= {"collapse": report["training"]["collapse"], "share_in_training": report["training"]["executed_share"]}
     row |= {"seconds": report["training"]["seconds"], "curves": curves(history)}
-    row["rise_bits"] = rise(row["curves"]["bits"])
+    row["above_best_bits"] = (measured["loss"] - report["best"]["loss"]) / math.log(2)
     warm = history[steps // 10 :]
     row["gradient_norm"] = {
         "median": statistics.median(step["gradient_norm"] for step in warm),
@@ -127,7 +128,7 @@ def curves(history: list[dict[str, Any]]) -> dict[str, list[Any]]:
         spread = ((variance + mean**2) / present.clamp(min=1e-9) - of_present**2).clamp(min=0).sqrt()
         point = {
             "step": part[-1]["step"],
-            "bits": round(statistics.fmean(step["cross_entropy"] for step in part) / 0.6931471805599453, 4),
+            "bits": round(statistics.fmean(step["cross_entropy"] for step in part) / math.log(2), 4),
             "share": round(statistics.fmean(step["executed_share"] for step in part), 4),
             "gradient_norm": round(statistics.median(step["gradient_norm"] for step in part), 3),
             "gate_mean": [round(x, 4) for x in of_present.tolist()],
@@ -136,12 +137,6 @@ def curves(history: list[dict[str, Any]]) -> dict[str, list[Any]]:
         for name, value in point.items():
             points.setdefault(name, []).append(value)
     return points
-
-
-def rise(bits: list[float], points: int = 5) -> float:
-    """How far the training loss ends above its own best, both as means of `points` points of the curve."""
-    means = [statistics.fmean(bits[end - points : end]) for end in range(points, len(bits) + 1)]
-    return round(means[-1] - min(means), 4) if means else 0.0
 
 
 def gradients(output: Path, recipe: Any) -> dict[str, float]:
