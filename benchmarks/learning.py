@@ -90,7 +90,8 @@ def run_one(name: str, seed: int, steps: int, text: Path, folder: Path) -> dict[
         return json.loads((output / ROW_FILE).read_text(encoding="utf-8"))
     common = [
         f"--output={output}", f"--data.source={text}", f"--training.seed={seed}", f"--training.steps={steps}",
-        "--training.report_to=[]", "--training.save_steps=250", f"--training.evaluation_steps={steps // 5}", "--dense_layers=[]",
+        f"--training.evaluation_steps={steps // 5}", "--training.save_steps=250", "--training.report_to=[]",
+        "--dense_layers=[]",
     ]  # fmt: skip
     recipe = read_recipe(RECIPE, [*common, *RUNS[name]])
     report = train(recipe, resume=output.is_dir(), title=f"{name}, seed {seed}")
