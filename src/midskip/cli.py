@@ -92,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
 def _demo(arguments: list[str]) -> None:
     parser = _Parser("midskip demo", description=COMMANDS["demo"], allow_abbrev=False)
     parser.add_argument("--output", default="runs/demo", help="run folder (default: %(default)s)")
-    parser.add_argument("--steps", type=_at_least_one, default=600, help="steps of each model (default: %(default)s)")
+    parser.add_argument("--steps", type=_at_least_one, default=500, help="steps of each model (default: %(default)s)")
     parser.add_argument(
         "--source", default="pydocs", help="pydocs, a text file or a folder of .txt (default: %(default)s)"
     )

@@ -28,7 +28,7 @@ from midskip.train.run import train
 from midskip.train.text import cut_windows
 
 PROMPT = "The function returns"
-STEPS = 600
+STEPS = 500
 
 
 def demo_recipe(output: str, steps: int = STEPS, source: str = "pydocs") -> Recipe:
