@@ -54,9 +54,9 @@ def test_the_equations(num_layers: int, scores: str) -> None:
     if scores == "difficulty":
         policy.difficulty.seen[:, 0].normal_(std=40)
         policy.difficulty.seen[:, 1].fill_(20)
-        worth_N = policy.difficulty(layout.token_N, layout.previous_token_N)
+        priority_N = policy.difficulty(layout.token_N, layout.previous_token_N)
     elif scores == "hash":
-        worth_N = drawn(layout.token_N, layout.previous_token_N)
+        priority_N = drawn(layout.token_N, layout.previous_token_N)
     else:
         nn.init.normal_(policy.weight)
     state: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def test_the_equations(num_layers: int, scores: str) -> None:
     total_N = torch.zeros(63)
     for layer in range((num_layers + 1) // 2):
         if scores != "hidden_states":
-            ease_N = -worth_N
+            ease_N = -priority_N
         else:
             ease_N = 8**0.5 * torch.cosine_similarity(h_LND[layer], policy.weight[layer][None])
         total_N = total_N + (ease_N + policy.bias[layer]).exp()

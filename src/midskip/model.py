@@ -260,7 +260,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         self.post_init()
 
     def set_budget(self, budget: float | None = None, ceiling: int | None = None, on_drift: str = "keep") -> None:
-        """How much may be computed from now on, in evaluation mode. Without arguments: the gates as trained.
+        """How much may be computed from now on, in training mode too. Without arguments: the gates as trained.
 
         What is decided about a token still depends on it and its past alone, not on who shares its batch.
 

@@ -98,12 +98,12 @@ class MiddleOut(Policy):
             state.update(depth_scores=[], decisions=[])
             if self.weight is None:
                 state["pair"] = token_N, previous_N = _pair(layout)
-                worth_N = (
+                priority_N = (
                     drawn(token_N, previous_N, self.hash_seed)
                     if self.difficulty is None
                     else self.difficulty(token_N, previous_N)
                 )
-                state["worth"] = worth_N.to(_wide(h_ND))
+                state["priority"] = priority_N.to(_wide(h_ND))
         decisions = state["decisions"]
         if layer >= self.num_gates:
             return decisions[self.num_layers - 1 - layer]
@@ -112,7 +112,7 @@ class MiddleOut(Policy):
             before_N = state["depth_scores"][-1] if layer else h_ND.new_zeros(len(h_ND), dtype=_wide(h_ND))
             depth_score_N = before_N.clamp(min=1)
         else:
-            seen_ND = state["worth"] if self.weight is None else h_ND
+            seen_ND = state["priority"] if self.weight is None else h_ND
             score_N = self._score(layer, seen_ND if rows_N is None else seen_ND.index_select(0, rows_N))
             if layer == 0:
                 depth_score_N = score_N
@@ -147,7 +147,7 @@ class MiddleOut(Policy):
         return self.ceiling is not None and min(2 * (layer + 1), self.num_layers) > self.ceiling
 
     def _score(self, layer: int, seen_ND: Tensor) -> Tensor:
-        """Of hidden states [N, D], or of what tokens are worth [N]."""
+        """Of hidden states [N, D], or of priorities of tokens [N]."""
         wide = _wide(seen_ND)
         seen_ND, bias = seen_ND.to(wide), self.bias[layer].to(wide)
         if self.weight is None:

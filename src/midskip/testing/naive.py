@@ -90,10 +90,10 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Na
         layout = Layout.from_rectangle(torch.ones(1, len(document), dtype=torch.bool), position_T[None, document])
         layout.token_N = ids_T[document]
         asked.append(({}, layout))
-    worth_T = _worth(body.policy, ids_T, documents).to(x_TD.dtype)
+    priority_T = _priorities(body.policy, ids_T, documents).to(x_TD.dtype)
     for layer, block in enumerate(body.layers):
         if isinstance(body.policy, MiddleOut):
-            output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, worth_T, scores, gates)
+            output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, priority_T, scores, gates)
             if body.policy.is_hard:
                 key_gate_T = key_gate_T.detach()  # the surrogate gradient is of what a block adds, not of its keys
         else:
@@ -138,26 +138,26 @@ def _decided_gates(
     return output_gate_T, key_gate_T
 
 
-def _worth(policy: Policy, ids_T: Tensor, documents: list[list[int]]) -> Tensor:
+def _priorities(policy: Policy, ids_T: Tensor, documents: list[list[int]]) -> Tensor:
     """What hard gates that go by tokens go by: a number drawn for each pair of a token and the one before it; or the
     excess of its loss expected from what `Difficulty` has seen, the mean of the pair, drawn towards that of the token
     alone, drawn towards 0."""
-    worth_T = torch.zeros(len(ids_T), dtype=torch.float64)
+    priority_T = torch.zeros(len(ids_T), dtype=torch.float64)
     if not isinstance(policy, MiddleOut) or policy.weight is not None:
-        return worth_T
+        return priority_T
     for document in documents:
         previous = -1
         for t in document:
             token = int(ids_T[t])
             pair = _hash(token, previous, policy.hash_seed)
             if policy.difficulty is None:
-                worth_T[t] = (pair >> 11) / 2**18 - 2
+                priority_T[t] = (pair >> 11) / 2**18 - 2
             else:
                 for seen_2K, kind in zip(policy.difficulty.seen, (token, _hash(token, previous, 0)), strict=True):
                     total, count = seen_2K[:, kind % NUM_KINDS].tolist()
-                    worth_T[t] = (total + PRIOR * worth_T[t]) / (count + PRIOR)
+                    priority_T[t] = (total + PRIOR * priority_T[t]) / (count + PRIOR)
             previous = token
-    return worth_T
+    return priority_T
 
 
 def _hash(token: int, previous: int, seed: int) -> int:
@@ -170,14 +170,14 @@ def _hash(token: int, previous: int, seed: int) -> int:
 
 
 def _middle_out_gate(
-    policy: MiddleOut, layer: int, x_TD: Tensor, worth_T: Tensor, scores: list[Tensor], gates: list[Tensor]
+    policy: MiddleOut, layer: int, x_TD: Tensor, priority_T: Tensor, scores: list[Tensor], gates: list[Tensor]
 ) -> Tensor:
     """Appends the depth score of this layer to `scores` in the first half; the mirrored gate in the second."""
     if layer >= policy.num_gates:
         return gates[policy.num_layers - 1 - layer]
     bias = policy.bias[layer]
     if policy.weight is None:
-        score_T = policy.factor * torch.exp((bias - worth_T).clamp(max=LARGEST_EXPONENT))
+        score_T = policy.factor * torch.exp((bias - priority_T).clamp(max=LARGEST_EXPONENT))
     elif policy.is_hard:
         weight_D = policy.weight[layer]
         y_TD = x_TD.detach()  # hidden states learn nothing from the surrogate gradient

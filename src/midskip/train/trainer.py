@@ -160,7 +160,6 @@ class _AroundStep(TrainerCallback):
         self.trainer, self.folder = trainer, Path(str(trainer.args.output_dir))
         self.watch: Watch | None = None
         self.gradient_norm = math.nan
-        self.num_warmup = num_warmup_steps(trainer.settings)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -170,7 +169,7 @@ class _AroundStep(TrainerCallback):
         self.started_s = time.perf_counter() - earlier_s
         self.resumed_s = time.perf_counter()
         self.rows: list[dict[str, Any]] = []  # since the last log
-        self.health = Health(self.num_warmup, self.trainer.history)
+        self.health = Health(num_warmup_steps(self.trainer.settings), self.trainer.history)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
