@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from midskip.bench.results import machine
+from midskip.controllers.budget import BudgetController
 from midskip.data import prepare
 from midskip.runs import load_run, write_whole
 from midskip.train import read_recipe, train
@@ -27,7 +28,14 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "bytes-tiny.yaml"
 ROW_FILE = "row.json"
 CURVE_STEPS = 20  # steps that a point of a curve is the mean of
 SOFT = ["--model.policy_settings={start: spread}", "--training.gate_learning_rate_scale=0.1"]
+FIXED_GAIN = "--controller.name=learning:FixedGain"
 OLD_BUDGET = "--controller.settings={target_share: 0.5, spread: 0.8}"
+
+
+class FixedGain(BudgetController):
+    """A budget whose gain does not adapt: the control for what that is worth."""
+
+    gain_range = (1.0, 1.0)
 
 
 def dense(num_layers: int) -> list[str]:
@@ -73,6 +81,11 @@ RUNS: dict[str, list[str]] = {
     "soft, budget, keys gated": [*SOFT, OLD_BUDGET, *KEYS["gated"]],
     "soft, budget, keys all": [*SOFT, OLD_BUDGET, *KEYS["all"]],
     "soft, budget, open start": ["--model.policy_settings={start: open}", *SOFT[1:], OLD_BUDGET, *KEYS["gated"]],
+    # why soft gates collapse under a budget: as the recipes had them once, and with one thing changed
+    "soft, fixed gain": [*SOFT, OLD_BUDGET, *KEYS["gated"], FIXED_GAIN],
+    "soft, fixed gain, keys all": [*SOFT, OLD_BUDGET, *KEYS["all"], FIXED_GAIN],
+    "soft, fixed gain, scores not trained": [SOFT[0], "--training.gate_learning_rate_scale=0", OLD_BUDGET, FIXED_GAIN],
+    "soft, fixed gain, no norm after a branch": [*SOFT, OLD_BUDGET, FIXED_GAIN, "--model.norms=pre"],
     "soft, proportional": paper("proportional") + KEYS["gated"],
     "soft, proportional, released": paper("proportional", "released") + KEYS["gated"],
     "soft, adaptive": paper("adaptive") + KEYS["gated"],

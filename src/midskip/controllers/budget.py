@@ -12,7 +12,6 @@ from midskip.policies.middle_out import MiddleOut
 NUM_KNOTS = 9  # budgets whose factor of the scores is tracked; between them it is straight in its logarithm
 FACTOR_GAIN = 2  # gain of a factor of the scores, as a multiple of `gain`: each hears of its own budgets alone
 FASTER, SLOWER = 1.2, 0.6  # what a layer's gain is multiplied by while its error keeps its sign, and when it turns
-GAIN_RANGE = (0.2, 20.0)  # of the product of those
 LARGEST_LOG_FACTOR = 10.0
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, less their whole parts, spread evenly however many are taken
 
@@ -34,6 +33,7 @@ class BudgetController(Controller):
     """
 
     changing = ("bias", "gains", "errors", "num_updates")
+    gain_range = (0.2, 20.0)  # of the product of `FASTER` and `SLOWER`
 
     def __init__(
         self, num_layers: int, *, target_share: float, lowest_share: float | None = None, outer: int = 0,
@@ -93,7 +93,7 @@ class BudgetController(Controller):
         if self.drawn_share is None:
             errors = share_L[: len(self.bias)] - (1 - (1 - self.targets) * self._ramp())
             turned = torch.where(errors * self.errors > 0, FASTER, SLOWER)
-            self.gains = (self.gains * turned).clamp(*GAIN_RANGE)
+            self.gains = (self.gains * turned).clamp(*self.gain_range)
             self.bias = self.bias + self.gain * self.gains * errors
             self.errors = errors
         else:
