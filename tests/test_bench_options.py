@@ -25,7 +25,7 @@ from midskip.testing.policies import FixedDepths
         (["--tasks", "prefill,prefill"], "none of them twice"),
         (["--dtypes", "int8"], "dtypes has 'int8'"),
         (["--dtypes", "float64"], "dtypes has 'float64'"),
-        (["--gates", "open"], "gates has 'open'; expected some of fixed, fractional"),
+        (["--gates", "open"], "gates has 'open'; expected some of fixed, fractional, hard"),
         (["--shares", "0,1.5"], "shares has 1.5; expected shares of skipped block-tokens, from 0 to below 1"),
         (["--shares", "nan"], "shares has nan"),
         (["--shares", "0.5,0.5000001"], "expected shares that differ in their first six digits"),

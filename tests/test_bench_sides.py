@@ -8,6 +8,7 @@ import torch
 from tiny_bench import DTYPE, ids, settings, side
 from transformers import LlamaForCausalLM
 
+from midskip.bench.agree import check_ours
 from midskip.bench.models import Side, build_llama, build_ours, imposed, placed, positions, with_policy
 from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS
 from midskip.bench.tasks import Decode, Prefill, Training
@@ -75,6 +76,14 @@ def test_sides_share_their_weights() -> None:
         for name, parameter in one.model.named_parameters():
             assert parameter.data_ptr() == dense.get_parameter(name).data_ptr(), name
     assert dense.config.policy == "dense" and sides[1].model.config.policy_settings["skip_share"] == 0.5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75])
+def test_hard_gates_skip_what_is_asked_for_and_agree_with_the_plain_twin(share: float) -> None:
+    one = side(share, "hard", shape={"num_hidden_layers": 8})
+    with torch.no_grad():
+        assert abs(1 - Prefill(ids(16, 100)).work(one).executed_share - share) < 0.05
+    assert len(check_ours(one, ids(2, 40), gradients=True)) == 5
 
 
 @pytest.mark.parametrize("kind", [Prefill, Decode, Training])

@@ -313,7 +313,7 @@ def _bench(arguments: list[str]) -> None:
     add("--batch_sizes", type=_counts, help="sequences decoded at once (default: 1,8,32)")
     add("--shares", type=_numbers, help="of block-tokens skipped (default: 0,0.25,0.5,0.75)")
     add("--dtypes", type=_words, help="default: float32,bfloat16; with --run float32")
-    add("--gates", type=_words, help="of the tokens present: fixed at 1, or fractional (default: fixed,fractional)")
+    add("--gates", type=_words, help="fixed at 1, fractional, or hard ones by tokens (default: fixed,fractional)")
     add("--norms", help="sandwich or pre (default: sandwich)")
     add("--prompt_tokens", type=_at_least_one, help="prefilled (default: 1024)")
     add("--context_tokens", type=_at_least_one, help="before decoding, and of a training sequence (default: 512)")

@@ -17,6 +17,7 @@ from midskip.bench.settings import BenchSettings
 from midskip.config import MidskipConfig
 from midskip.model import MidskipForCausalLM
 from midskip.policies import build_policy
+from midskip.policies.middle_out import MiddleOut
 
 FIXED_DEPTHS = "midskip.testing.policies:FixedDepths"
 
@@ -116,10 +117,29 @@ def imposed(settings: BenchSettings, dense: MidskipForCausalLM, gates: str) -> l
     """Our sides at each skip share."""
     sides = []
     for share in settings.shares:
-        policy = {"skip_share": share, "fractional": gates == "fractional", "seed": settings.seed + 1}
-        model = with_policy(dense, FIXED_DEPTHS, policy)
-        sides.append(Side(f"skip {share:g}", model, share, stretch=settings.most_columns))
+        if gates == "hard":
+            model, stretch = with_policy(dense, "middle_out", {"gates": "hard"}), 0
+            _skip(model.model.policy, share)
+        else:
+            policy = {"skip_share": share, "fractional": gates == "fractional", "seed": settings.seed + 1}
+            model, stretch = with_policy(dense, FIXED_DEPTHS, policy), settings.most_columns
+        sides.append(Side(f"skip {share:g}", model, share, stretch=stretch))
     return sides
+
+
+@torch.no_grad()
+def _skip(policy: MiddleOut, share: float) -> None:
+    """Sets the biases of hard gates that go by a hash, so that this share of block-tokens is skipped where all pairs of
+    tokens are equally frequent, spread over the layers as in `FixedDepths`."""
+    policy.reset_parameters()
+    if share == 0:
+        return
+    num_gates = policy.num_gates
+    least, most = num_gates * max(0, 1 - 2 * share), num_gates * min(1, 2 - 2 * share)
+    present = ((most - torch.arange(num_gates) - 0.5) / (most - least)).clamp(0, 1)
+    # priorities are spread over [-2, 2), and a token is kept where its own is above the logarithm of the sum of exp(b)
+    sums = (2.01 - 4.02 * present).exp()
+    policy.bias.copy_(sums.diff(prepend=torch.zeros(1)).clamp(min=1e-6).log())
 
 
 def llama_with_our_equations(llama: LlamaForCausalLM, config: MidskipConfig) -> MidskipForCausalLM:

@@ -15,7 +15,7 @@ from midskip.testing.policies import LARGEST_SEED
 
 TASKS = ("prefill", "decode", "training")
 DTYPES = ("float32", "bfloat16", "float16")  # in float64 too Llama would turn by float32 angles, and not agree
-GATES = ("fixed", "fractional")
+GATES = ("fixed", "fractional", "hard")
 SHAPE_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 )  # fmt: skip
@@ -56,7 +56,8 @@ class BenchSettings:
         prompt_batch_size, training_batch_size: prompts prefilled at once, and sequences of a training step.
         shares: of block-tokens that are skipped.
         dtypes: of weights and activations.
-        gates: of the tokens present: `"fixed"`, all 1, or `"fractional"`, drawn from (0.5, 1).
+        gates: of the tokens present: `"fixed"`, all 1, or `"fractional"`, drawn from (0.5, 1), both by position; or
+            `"hard"`, all 1, as `middle_out` with hard gates decides them, by the tokens.
         prompt_tokens: that are prefilled.
         context_tokens: that stand in the cache before decoding begins; also the length of a training sequence.
         new_tokens: decoded in a stretch.
@@ -76,7 +77,7 @@ class BenchSettings:
     batch_sizes: tuple[int, ...] = (1,)
     shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    gates: tuple[str, ...] = GATES
+    gates: tuple[str, ...] = ("fixed", "fractional")
     prompt_tokens: int = 1024
     context_tokens: int = 512
     new_tokens: int = 32
