@@ -155,7 +155,7 @@ def curves(history: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def gradients(output: Path, recipe: Any) -> dict[str, float]:
     """Of the trained model on eight held-out windows: the norm of the gradient by kind of parameter, and the mean size
-    of the weights of the norms that end a branch."""
+    of the weights of the norms that end a branch, 0 without."""
     model, _ = load_run(output)
     _, validation = cut_windows(open_text(recipe.data, output, None), recipe.data)  # pyright: ignore[reportArgumentType]
     batch = {name: torch.stack([validation[i][name] for i in range(8)]) for name in validation[0]}
@@ -167,7 +167,7 @@ def gradients(output: Path, recipe: Any) -> dict[str, float]:
         found[kind] += [] if parameter.grad is None else [parameter.grad.flatten()]
     norms = {kind: torch.cat(parts).norm().item() if parts else 0.0 for kind, parts in found.items()}
     sizes = [parameter.abs().mean().item() for name, parameter in model.named_parameters() if ".post_" in name]
-    return norms | {"size_of_branch_norms": statistics.fmean(sizes)}
+    return norms | {"size_of_branch_norms": statistics.fmean(sizes) if sizes else 0.0}
 
 
 def main() -> None:
