@@ -18,14 +18,18 @@ from typing import Any
 import torch
 
 from midskip.bench.results import machine
+from midskip.calibrate import calibrate, thinned
 from midskip.controllers.budget import BudgetController
-from midskip.data import prepare
+from midskip.data import prepare, token_bytes
+from midskip.evaluate import evaluate
 from midskip.runs import load_run, write_whole
 from midskip.train import read_recipe, train
 from midskip.train.run import cut_windows, open_text
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "bytes-tiny.yaml"
 ROW_FILE = "row.json"
+BUDGETS = (0.3, 0.5, 0.75, 1.0)
+UNDER_BUDGETS = ("hard", "hard, sampled budgets")  # runs whose trained model is tried under `BUDGETS`
 CURVE_STEPS = 20  # steps that a point of a curve is the mean of
 SOFT = ["--model.policy_settings={start: spread}", "--training.gate_learning_rate_scale=0.1"]
 FIXED_GAIN = "--controller.name=learning:FixedGain"
@@ -96,9 +100,22 @@ RUNS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+def prepared(text: Path, validation: Path, folder: Path) -> Path:
+    """The folder of prepared text, made if it is not there."""
+    prepared_text = folder / "text"
+    if not (prepared_text / "prepared.json").is_file():
+        limits = {"max_tokens": 14_000_000, "max_validation_tokens": 100_000}
+        prepare(str(text), prepared_text, tokenizer="bytes", validation=str(validation), **limits)
+    return prepared_text
+
+
+def run_folder(name: str, seed: int, steps: int, folder: Path) -> Path:
+    return folder / f"{name.replace(', ', '_').replace(' ', '-')}-{steps}-{seed}"
+
+
 def run_one(name: str, seed: int, steps: int, text: Path, folder: Path) -> dict[str, Any]:
     """Train one, or go on with it; gives its row, which is also written into its folder."""
-    output = folder / f"{name.replace(', ', '_').replace(' ', '-')}-{steps}-{seed}"
+    output = run_folder(name, seed, steps, folder)
     if (output / ROW_FILE).is_file():
         return json.loads((output / ROW_FILE).read_text(encoding="utf-8"))
     common = [
@@ -123,6 +140,8 @@ def run_one(name: str, seed: int, steps: int, text: Path, folder: Path) -> dict[
         "largest": max(step["gradient_norm"] for step in warm),
     }
     row["gradients"] = gradients(output, recipe)
+    if name in UNDER_BUDGETS:
+        row["budgets"] = under_budgets(output, recipe)
     write_whole(output / ROW_FILE, json.dumps(row))
     return row
 
@@ -170,6 +189,19 @@ def gradients(output: Path, recipe: Any) -> dict[str, float]:
     return norms | {"size_of_branch_norms": statistics.fmean(sizes) if sizes else 0.0}
 
 
+def under_budgets(output: Path, recipe: Any) -> list[dict[str, float]]:
+    """Share and bits of the trained model under each of `BUDGETS`, as `set_budget` applies it, on the held-out text."""
+    model, tokenizer = load_run(output)
+    _, validation = cut_windows(open_text(recipe.data, output, None), recipe.data)
+    calibrate(model, thinned(validation, 40_000), lowest=0.25)
+    rows = []
+    for share in BUDGETS:
+        model.set_budget(share)
+        measured = evaluate(model, validation, token_bytes(tokenizer))
+        rows.append({"budget": share, **{what: measured[what] for what in ("executed_share", "bits_per_byte")}})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="text to train on; its first 14 MB, as `midskip prepare` takes it")
@@ -183,10 +215,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.text:
-        text = options.folder / "text"
-        if not (text / "prepared.json").is_file():
-            limits = {"max_tokens": 14_000_000, "max_validation_tokens": 100_000}
-            prepare(str(options.text), text, tokenizer="bytes", validation=str(options.validation), **limits)
+        text = prepared(options.text, options.validation, options.folder)
         names = [name.strip() for name in options.runs.split(";")]
         for name in names:
             if name not in RUNS:
@@ -200,6 +229,7 @@ def main() -> None:
                 )
     if options.collect:
         rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.folder.glob(f"*/{ROW_FILE}"))]
+        rows = [row for row in rows if row["run"] in RUNS]  # not those of `depth_gain.py`
         options.collect.write_text(json.dumps({"rows": rows}, indent=None).replace('{"run"', '\n{"run"') + "\n")
         print(f"{len(rows)} rows in {options.collect}")
 

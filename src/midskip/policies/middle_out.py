@@ -97,13 +97,8 @@ class MiddleOut(Policy):
         if layer == 0:
             state.update(depth_scores=[], decisions=[])
             if self.weight is None:
-                state["pair"] = token_N, previous_N = _pair(layout)
-                priority_N = (
-                    drawn(token_N, previous_N, self.hash_seed)
-                    if self.difficulty is None
-                    else self.difficulty(token_N, previous_N)
-                )
-                state["priority"] = priority_N.to(_wide(h_ND))
+                state["pair"] = _pair(layout)
+                state["priority"] = self.priority(*state["pair"]).to(_wide(h_ND))
         decisions = state["decisions"]
         if layer >= self.num_gates:
             return decisions[self.num_layers - 1 - layer]
@@ -128,6 +123,13 @@ class MiddleOut(Policy):
             gate_N = torch.where(keep_N, 1 - depth_score_N, 0)
             decisions.append(Decision(keep_N, gate_N, gate_N))
         return decisions[-1]
+
+    def priority(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
+        """Float [N]: of hard gates that go by tokens (int64 [N], and those before them, -1 where there is none), what
+        keeps a token: the lower, the sooner it leaves."""
+        if self.difficulty is None:
+            return drawn(token_N, previous_N, self.hash_seed)
+        return self.difficulty(token_N, previous_N)
 
     def observe(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor) -> None:
         if self.difficulty is not None:
