@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from learning import KEYS, RUNS, budget, prepared, run_folder, run_one
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from midskip.bench.results import machine
 from midskip.nn.layout import Layout
@@ -45,11 +45,11 @@ class Fresh(MiddleOut):
 
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02):
         super().__init__(num_layers, width, initializer_range, gates="hard")
-        self.num_steps = 0
+        self.num_steps = nn.Buffer(torch.tensor(0))
         self.imposed_N: Tensor | None = None
 
     def priority(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
-        return drawn(torch.arange(len(token_N), device=token_N.device), previous_N, self.num_steps)
+        return drawn(torch.arange(len(token_N), device=token_N.device), previous_N, int(self.num_steps))
 
     def absorb(self) -> None:
         self.num_steps += 1
@@ -91,7 +91,8 @@ def measure(run: Path, num_passes: int) -> tuple[Tensor, Tensor, Tensor]:
             logits_NV = model(**batch).logits.flatten(0, 1).float()
             bits.append(F.cross_entropy(logits_NV, target_N, ignore_index=-100, reduction="none") / math.log(2))
         token_N = batch["input_ids"].flatten()
-        previous_N = F.pad(batch["input_ids"][:, :-1], (1, 0), value=-1).flatten()
+        previous_N = F.pad(batch["input_ids"][:, :-1], (1, 0)).flatten()
+        previous_N[batch["position_ids"].flatten() == 0] = -1  # as the model sees it: a document has none before it
         kept_N = measured_N & (target_N != -100)
         found.append((torch.stack(bits, 1)[kept_N], token_N[kept_N], previous_N[kept_N]))
     bits_MG, token_M, previous_M = (torch.cat(parts) for parts in zip(*found, strict=True))

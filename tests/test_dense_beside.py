@@ -1,7 +1,9 @@
 """A gated run trains the dense models of fewer layers that it is to be compared with, and reports them."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,28 @@ def test_a_resumed_run_does_not_train_them_again(make_recipe: MakeRecipe, monkey
     report = train(recipe, resume=True, console=QUIET)
     assert report["dense"] == expected["dense"] and report["validation"] == expected["validation"]
     assert history(recipe) == rows
+
+
+def test_a_killed_run_that_has_moved_goes_on(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(*HALF, dense_layers=[2], save_steps=2)
+    expected = train(recipe, console=QUIET)
+    folder = Path(recipe.output)
+    for file in ("page.html", "report.json"):  # the dense model was finished, the gated one was not
+        (folder / file).unlink()
+    moved = replace(recipe, output=str(folder.with_name("moved")))
+    shutil.move(folder, moved.output)
+    assert train(moved, resume=True, console=QUIET)["dense"] == expected["dense"]
+
+
+def test_what_a_finished_dense_model_cannot_take_changes_nothing(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(*HALF, dense_layers=[2], save_steps=2)
+    train(recipe, console=QUIET)
+    (Path(recipe.output) / "page.html").unlink()
+    before = Path(recipe.output, "recipe.yaml").read_bytes()
+    changed = replace(recipe, training=replace(recipe.training, learning_rate=1.0))
+    with pytest.raises(ValueError, match=r"the run is finished, with another recipe .*learning_rate"):
+        train(changed, resume=True, accept_changes=True, console=QUIET)
+    assert Path(recipe.output, "recipe.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize(("layers", "message"), [([0], "each at least 1"), ([2, 2], "different numbers of layers")])

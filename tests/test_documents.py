@@ -188,5 +188,6 @@ def test_positions_that_go_on_are_one_sequence(make_model: Make, ragged: tuple[T
         same(model(ids_BT, attention_mask=mask_BT, position_ids=position_BT).logits, expected.logits, "logits")
     with pytest.raises(ValueError, match="position_ids reach from 0 to 70; this model takes 0 to 63"):
         model(ids_BT, attention_mask=mask_BT, position_ids=torch.where(counted_BT == 8, 70, counted_BT.clamp(min=0)))
-    nobody = model(ids_BT, attention_mask=mask_BT * 0, position_ids=counted_BT)
-    assert (nobody.logits == 0).all()
+    for nobody in (model, make_model(policy_settings={"gates": "hard"}).eval()):
+        output = nobody(ids_BT, attention_mask=mask_BT * 0, position_ids=counted_BT)
+        assert (output.logits == 0).all()

@@ -1,5 +1,6 @@
 """Gates of exactly 0 or 1: their equations, how they learn, and what they must not change."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -270,6 +271,26 @@ def test_gates_without_a_gradient_need_a_budget() -> None:
     build_controller("sparsity", 4).steer(MiddleOut(4, 8, **STATES))
 
 
+def test_scores_of_soft_gates_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"scores is 'hash', of hard gates; add gates: hard, or leave it out"):
+        MiddleOut(4, 8, scores="hash")
+
+
+@pytest.mark.parametrize("num_layers", [4, 15, 48])
+def test_hard_gates_start_open_at_any_depth(num_layers: int) -> None:
+    policy = MiddleOut(num_layers, 8, gates="hard")
+    policy.reset_parameters()
+    assert (policy.bias.exp().sum() * math.exp(2)).item() < 1  # 2: the lowest priority is -2
+
+
+def test_counts_of_difficulty_stay_in_float32_in_a_model_of_half_precision() -> None:
+    policy = MiddleOut(4, 8, gates="hard", scores="difficulty")
+    policy.difficulty.seen += 70_001  # more than float16 can hold
+    policy.half()
+    assert policy.bias.dtype == torch.float16
+    assert policy.difficulty.seen.dtype == torch.float32 and (policy.difficulty.seen == 70_001).all()
+
+
 def test_gates_that_go_by_tokens_need_tokens(make_model: Make) -> None:
     model = make_model("mixed", policy_settings={"gates": "hard"})
     with pytest.raises(ValueError, match=r"go by token ids, and it was given inputs_embeds: give input_ids"):
@@ -278,8 +299,8 @@ def test_gates_that_go_by_tokens_need_tokens(make_model: Make) -> None:
 
 def test_redrawn_gates_change_every_so_many_steps() -> None:
     policy = Redrawn(4, 8, redraw_steps=2)
-    seeds = []
+    token_N, drawn = torch.arange(20), []
     for _ in range(4):
-        seeds.append(policy.hash_seed)
+        drawn.append(policy.priority(token_N, token_N - 1))
         policy.absorb()
-    assert seeds == [0, 0, 1, 1]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3]) and not torch.equal(drawn[1], drawn[2])

@@ -34,8 +34,8 @@ def test_a_run_is_evaluated_and_kept_as_trained_whatever_budget_is_drawn(make_re
     recipe = make_recipe(*BUDGET, steps=8, evaluation_steps=3, **HARD)
     report = train(recipe, console=QUIET)
     rows = history(recipe)
-    assert {row["expected_share"] for row in rows[4::2]} == {0.5}
-    assert len({row["expected_share"] for row in rows[3::2]}) == 3
+    assert {row["expected_share"] for row in rows[3::2]} == {0.5}
+    assert len({row["expected_share"] for row in rows[2::2]}) == 3
     model, _ = load_run(recipe.output)
     assert (model.model.policy.factor, model.model.policy.ceiling) == (1.0, None)
     assert 0 < report["validation"]["executed_share"] <= 1
@@ -50,8 +50,8 @@ def test_two_passes_of_two_learn_what_one_pass_of_four_learns(make_recipe: MakeR
         )  # fmt: skip
         train(recipe, console=QUIET)
         found.append(weights(recipe)["model.policy.difficulty.seen"])
-    counts, others = (seen[:, 1] for seen in found)
-    assert counts.sum() > 0 and torch.equal(counts, others)
+    assert found[0][:, 1].sum() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 def test_hard_gates_without_a_budget_are_refused_before_the_run(make_recipe: MakeRecipe) -> None:

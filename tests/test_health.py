@@ -59,8 +59,9 @@ def test_each_sign_is_seen(name: str, changes: dict[str, Any], what: str) -> Non
     for row in rows(600, **changes)[399:]:
         health.add(row)
     assert list(health.signs) == [name] and 400 < health.signs[name]["step"] <= 500
-    warning = health.warning()
+    warning = health.warning(is_hard=False)
     assert "seems to collapse" in warning and "gates: hard" in warning
+    assert "gates: hard" not in health.warning(is_hard=True)
     assert re.search(what, warning)
 
 

@@ -70,7 +70,7 @@ class SkipCache(Cache):
             layer.reset()
         self.num_columns = 0
         self.lengths: list[int] = []
-        # int32 [B, C, 2], position and token of each column seen, -1 for pads and unknown tokens; some are spare
+        # int32 [B, C, 2], position (-1: a pad) and token (-1: unknown) of each column seen; some spare
         self._seen_BC2: Tensor | None = None
         self._model: ReferenceType[nn.Module] | None = None
 

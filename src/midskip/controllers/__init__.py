@@ -1,7 +1,7 @@
 """Gate regularisers: how much of its depth a model may spend.
 
-A controller adds a term to the training loss that pushes the gates of each layer, and may change the weights of that
-term, or what the policy leaves to it, after each optimizer step.
+A controller may add a term to the training loss that pushes the gates of each layer; after each optimizer step it may
+change the weights of that term, or set what the policy leaves to it.
 """
 
 from midskip.controllers.base import Controller

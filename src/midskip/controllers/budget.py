@@ -19,13 +19,14 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, less their whole parts, spread
 class BudgetController(Controller):
     """Holds the share of block-tokens that run, by moving the bias of each layer's score in `middle_out`.
 
-    The regularisers above push gates through the loss, where a gate that is flat at 0 no longer feels them. This one
+    The paper's regularisers push gates through the loss, where a gate that is flat at 0 no longer feels them. This one
     adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each layer of
     the first half, so that the policy decides which tokens leave and the controller how many. The gain of a layer grows
-    while its error keeps its sign, since nobody knows where the scores will lie. The first `outer` layers and their
-    mirrors run for every token. The targets of the others fall evenly by 2 d, d = spread * min(m, 1 - m), around the
-    mean m with which all layers together have target_share, and are approached from 1 over `ramp_steps`. The idea is
-    that of load balancing without a loss (Wang et al. 2024, arXiv 2408.15664), there between experts.
+    while its error keeps its sign, since nobody knows where the scores will lie. As trained, the first `outer` layers
+    and their mirrors run for every token. The targets of the others fall evenly by up to 2 d, d = spread *
+    min(m, 1 - m), around the mean m with which all layers together have target_share, and are approached from 1 over
+    `ramp_steps`. The idea is that of load balancing without a loss (Wang et al. 2024, arXiv 2408.15664), there between
+    experts.
 
     With `lowest_share` every second step is taken under a budget drawn evenly from [lowest_share, 1], and applied as
     at run time (`Policy.set_effort`), so that one model serves them all. The factor of the scores that each budget
@@ -73,9 +74,9 @@ class BudgetController(Controller):
 
     @property
     def drawn_share(self) -> float | None:
-        """The budget of the step to come; None: as trained, at `target_share`."""
+        """The budget of the step to come; None: as trained, at `target_share`, as every even step, counted from 1."""
         step = int(self.num_updates)
-        if self.lowest_share is None or step % 2 == 0:
+        if self.lowest_share is None or step % 2:
             return None
         return self.lowest_share + (1 - self.lowest_share) * (step * GOLDEN % 1)
 

@@ -97,7 +97,7 @@ class Layout:
     @cached_property
     def rank_N(self) -> Tensor:
         """int64 [N], tokens of its sequence in this layout that stand before each token."""
-        if max(self.lengths) == 1:
+        if max(self.lengths, default=0) <= 1:
             return torch.zeros_like(self.column_N)
         sequence_N = self.sequence_N
         length_S = self.column_N.new_zeros(len(self.lengths)).index_add_(0, sequence_N, torch.ones_like(sequence_N))

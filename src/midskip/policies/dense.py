@@ -11,5 +11,7 @@ from midskip.policies.base import Decision, Policy
 class Dense(Policy):
     """Every token runs every layer with gate 1."""
 
+    is_hard = True
+
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
         return Decision()

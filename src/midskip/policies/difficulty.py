@@ -3,6 +3,8 @@
 N packed tokens, K kinds.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ MEMORY = 0.999  # of what was seen, kept from one step to the next
 
 
 class Difficulty(nn.Module):
-    """The mean of how far the loss of a token's prediction lies above that of its batch, for each kind of token.
+    """The mean of how far the loss of a token's prediction lies above that of its step, for each kind of token.
 
     The kind is the token together with the one before it; where few of a pair have been seen, the token alone counts,
     and where few of those, nothing is known: 0. It is a running mean and has no gradient, and changes slowly.
@@ -23,6 +25,13 @@ class Difficulty(nn.Module):
         super().__init__()
         self.seen = nn.Buffer(torch.zeros(2, 2, NUM_KINDS))  # by token, by pair: sum of excess nats, and count
         self._new: Tensor | None = None  # the same, of passes not absorbed yet; no buffer: each rank has its own
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = self.seen
+        super()._apply(fn, recurse)
+        if self.seen.dtype.itemsize < kept.dtype.itemsize:  # half precision cannot count so far
+            self.seen = kept.to(self.seen.device)
+        return self
 
     def forward(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
         """float32 or wider [N], nats above the mean that are expected of the prediction that each token makes.
@@ -42,10 +51,9 @@ class Difficulty(nn.Module):
         """Note the losses [N] of a pass, of those predictions that count (bool [N]); `absorb` then takes them in."""
         if self._new is None:
             self._new = torch.zeros_like(self.seen)
-        counts_N = scored_N.to(self.seen.dtype)
-        excess_N = (nats_N - (nats_N * scored_N).sum() / scored_N.sum().clamp(min=1)).to(self.seen.dtype) * counts_N
+        counted_2N = torch.stack([nats_N * scored_N, scored_N]).to(self.seen.dtype)
         for new_2K, kind_N in zip(self._new, kinds(token_N, previous_N)):
-            new_2K.index_add_(1, kind_N, torch.stack([excess_N, counts_N]))
+            new_2K.index_add_(1, kind_N, counted_2N)
 
     @torch.no_grad()
     def absorb(self) -> None:
@@ -54,6 +62,8 @@ class Difficulty(nn.Module):
             return
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._new)
+        nats_K, count_K = self._new.unbind(1)
+        nats_K -= count_K * (nats_K.sum(1, keepdim=True) / count_K.sum(1, keepdim=True).clamp(min=1))
         self.seen.mul_(MEMORY).add_(self._new)
         self._new = None
 

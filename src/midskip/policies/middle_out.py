@@ -3,6 +3,7 @@
 N packed tokens, D width, L layers.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from midskip.policies.difficulty import Difficulty, drawn
 STARTS = ("open", "spread", "released")
 GATES = ("soft", "hard")
 SOFT_OPEN_SCORE = 0.1  # depth score at which the innermost soft gate starts
-HARD_OPEN_BIAS = -4.0  # of hard gates; the logarithm of a score spreads by about 1 around its bias
+HARD_OPEN_BIAS = -4.0  # of hard gates, or lower in deep models; priorities reach down to -2
 SCORES = ("hash", "difficulty", "hidden_states")
 LARGEST_EXPONENT = 30.0  # a score is finite under any factor, and so is its gradient
 
@@ -48,33 +49,35 @@ class MiddleOut(Policy):
 
     Args:
         gates: `"soft"` or `"hard"`.
-        scores: of hard gates, `"hash"`, `"difficulty"` or `"hidden_states"`. The first two need a model that is given
-            ids and not embeddings, and the controller `budget`.
+        scores: of hard gates, `"hash"`, the default, `"difficulty"` or `"hidden_states"`. The first two need a model
+            that is given ids and not embeddings, and the controller `budget`.
         start: of soft gates. `"open"`: w = 0 and b > 0 such that every gate starts between 1 and 0.9 (the middle one)
             and every token gives every gate a gradient; `"spread"`: the same b and a normal w of norm 0.2, so that
             tokens differ from the first step, as a controller that moves b needs; `"released"`: as in the paper's code,
             w normal and b = 0, which starts with almost half of the gates at 0. Hard gates have one start, `"open"`: b
-            so low that every token runs every layer.
+            so low that every token runs every layer (of those that go by hidden states, all but a few).
     """
 
     adjustable = True
 
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, start: str = "open", gates: str = "soft",
-        scores: str = "hash",
+        scores: str | None = None,
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
         for name, value, known in (("start", start, STARTS), ("gates", gates, GATES), ("scores", scores, SCORES)):
-            if value not in known:
+            if value not in known and not (value is None and name == "scores"):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
         if gates == "hard" and start != "open":
             raise ValueError(f"start is {start!r}, of soft gates; hard gates start 'open': leave it out")
-        self.start, self.is_hard = start, gates == "hard"
+        if gates == "soft" and scores is not None:
+            raise ValueError(f"scores is {scores!r}, of hard gates; add gates: hard, or leave it out")
+        self.start, self.is_hard, scores = start, gates == "hard", scores or "hash"
         self.num_gates = (num_layers + 1) // 2
-        self.open_bias = HARD_OPEN_BIAS if self.is_hard else SOFT_OPEN_SCORE / self.num_gates
+        hard_bias = min(HARD_OPEN_BIAS, -2.01 - math.log(self.num_gates))  # the sum of all scores is below 1
+        self.open_bias = hard_bias if self.is_hard else SOFT_OPEN_SCORE / self.num_gates
         self.needs_budget = self.is_hard and scores != "hidden_states"
         self.difficulty = Difficulty() if self.is_hard and scores == "difficulty" else None
-        self.hash_seed = 0
         self.weight = None if self.needs_budget else nn.Parameter(torch.empty(self.num_gates, width))
         self.bias = nn.Parameter(torch.empty(self.num_gates), requires_grad=not self.needs_budget)
 
@@ -128,7 +131,7 @@ class MiddleOut(Policy):
         """Float [N]: of hard gates that go by tokens (int64 [N], and those before them, -1 where there is none), what
         keeps a token: the lower, the sooner it leaves."""
         if self.difficulty is None:
-            return drawn(token_N, previous_N, self.hash_seed)
+            return drawn(token_N, previous_N)
         return self.difficulty(token_N, previous_N)
 
     def observe(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from midskip.config import KEYS, MidskipConfig
+from midskip.controllers import build_controller
 from midskip.model import MidskipForCausalLM
 from midskip.policies import Decision
 from midskip.testing.decode import in_steps
@@ -24,18 +25,9 @@ from midskip.testing.naive import naive_forward
 
 TOLERANCE = 1e-6  # of the largest number of a tensor; wide enough for a policy that works in float32
 NUM_COLUMNS = 7
-# what each row of the batch holds: all, pads left, pads right, both, one token, none, a hole
-VALID_BT = torch.tensor(
-    [
-        [1, 1, 1, 1, 1, 1, 1],
-        [0, 0, 1, 1, 1, 1, 1],
-        [1, 1, 1, 1, 0, 0, 0],
-        [0, 1, 1, 1, 1, 1, 0],
-        [0, 0, 0, 1, 0, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 1, 1, 1],
-    ]
-).bool()
+STEPS_OF_BUDGET = 30  # in which a controller brings about half of the tokens to leave
+ROWS = "1111111 0011111 1111000 0111110 0001000 0000000 1100111"  # all, pads left, right, both, one token, none, a hole
+VALID_BT = torch.tensor([[digit == "1" for digit in row] for row in ROWS.split()])
 
 
 def check_policy(
@@ -104,12 +96,9 @@ class _Trial:
             torch.manual_seed(seed)
             model = MidskipForCausalLM(config).double().eval()
         generator = torch.Generator().manual_seed(seed)
-        if moved:
-            with torch.no_grad():
-                for parameter in model.model.policy.parameters():
-                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                    parameter += noise.to(parameter) / config.hidden_size**0.5
         ids_BT = torch.randint(config.vocab_size, VALID_BT.shape, generator=generator)
+        if moved:
+            _move(model, ids_BT, generator)
         state = "with its parameters moved" if moved else "as it starts"
         return cls(model, ids_BT, generator, f"{policy!r}, {num_layers} layers, keys={keys!r}, {state}")
 
@@ -127,6 +116,23 @@ class _Trial:
         for name, tensor in got.items():
             if distance := _distance(tensor, expected[name]):
                 raise self.broken(law, f"{what}; {name} differ by {distance}")
+
+
+@torch.no_grad()
+def _move(model: MidskipForCausalLM, ids_BT: Tensor, generator: torch.Generator) -> None:
+    """Move what the policy has learnt at random; where a controller has to close gates, until about half are."""
+    policy = model.model.policy
+    for parameter in policy.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter += noise.to(parameter) / policy.width**0.5
+    if policy.needs_budget:
+        for buffer in policy.buffers():
+            buffer += torch.rand(buffer.shape, generator=generator, dtype=torch.float64).to(buffer)
+        controller = build_controller("budget", policy.num_layers, target_share=0.5, ramp_steps=1)
+        for _ in range(STEPS_OF_BUDGET):
+            controller.steer(policy)
+            gates_LN = model(ids_BT, attention_mask=VALID_BT).gates[:, VALID_BT]
+            controller.update(gates_LN.mean(1), gates_LN.var(1), (gates_LN > 0).float().mean(1))
 
 
 def _by_token(output: Any) -> dict[str, Tensor]:

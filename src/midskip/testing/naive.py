@@ -149,19 +149,19 @@ def _priorities(policy: Policy, ids_T: Tensor, documents: list[list[int]]) -> Te
         previous = -1
         for t in document:
             token = int(ids_T[t])
-            pair = _hash(token, previous, policy.hash_seed)
+            pair = _hash(token, previous)
             if policy.difficulty is None:
                 priority_T[t] = (pair >> 11) / 2**18 - 2
             else:
-                for seen_2K, kind in zip(policy.difficulty.seen, (token, _hash(token, previous, 0)), strict=True):
+                for seen_2K, kind in zip(policy.difficulty.seen, (token, pair), strict=True):
                     total, count = seen_2K[:, kind % NUM_KINDS].tolist()
                     priority_T[t] = (total + PRIOR * priority_T[t]) / (count + PRIOR)
             previous = token
     return priority_T
 
 
-def _hash(token: int, previous: int, seed: int) -> int:
-    mixed = (token + 1) * 2654435761 + (previous + 2) * 2246822519 + seed * 3266489917
+def _hash(token: int, previous: int) -> int:
+    mixed = (token + 1) * 2654435761 + (previous + 2) * 2246822519
     for multiplier in (668265263, 374761393):
         mixed %= 2**31
         mixed = (mixed ^ (mixed >> 15)) * multiplier

@@ -6,10 +6,11 @@ N packed tokens, L layers.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from midskip.nn.layout import Layout
 from midskip.policies.base import Decision, Policy
+from midskip.policies.difficulty import drawn
 from midskip.policies.middle_out import MiddleOut
 
 NUM_DRAWN = 2**16  # numbers of each kind; positions that lie so far apart share theirs
@@ -70,8 +71,10 @@ class Redrawn(MiddleOut):
 
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02, redraw_steps: int = 10):
         super().__init__(num_layers, width, initializer_range, gates="hard")
-        self.redraw_steps, self.num_steps = redraw_steps, 0
+        self.redraw_steps, self.num_steps = redraw_steps, nn.Buffer(torch.tensor(0))
+
+    def priority(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
+        return drawn(token_N, previous_N, int(self.num_steps) // self.redraw_steps)
 
     def absorb(self) -> None:
         self.num_steps += 1
-        self.hash_seed = self.num_steps // self.redraw_steps

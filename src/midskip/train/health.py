@@ -13,7 +13,8 @@ NORM_RISE = 5.0  # times the lowest gradient norm of a window before
 SMALLEST_GATE = 0.1  # of the tokens that run
 SHARE_ERROR = 0.1  # between the share of block-tokens that runs and the one the controller wants
 
-REMEDY = (
+REMEDY = "a lower training.learning_rate, a longer training.warmup_share, or training.clip_norm"
+REMEDY_OF_SOFT_GATES = (
     "hard gates, which have no size to lose (--model.policy_settings='{gates: hard}' with the controller budget); with "
     "soft gates, start: open and the paper's proportional controller, or a lower training.gate_learning_rate_scale"
 )
@@ -64,7 +65,7 @@ class Health:
     def _found(self, name: str, what: str) -> None:
         self.signs.setdefault(name, {"step": self._rows[-1]["step"], "what": what})
 
-    def warning(self) -> str:
-        """All signs so far, and what helps."""
+    def warning(self, is_hard: bool) -> str:
+        """All signs so far, and what helps a model whose gates are all 0 or 1, or soft ones."""
         found = "; ".join(f"{sign['what']} (step {sign['step']})" for sign in self.signs.values())
-        return f"this run seems to collapse: {found}. What helps: {REMEDY}"
+        return f"this run seems to collapse: {found}. What may help: {REMEDY if is_hard else REMEDY_OF_SOFT_GATES}"

@@ -40,7 +40,7 @@ from midskip.train.optimizer import num_warmup_steps
 from midskip.train.peak import peak_flops
 from midskip.train.progress import ProgressBar
 from midskip.train.recipe import Recipe, TrainingSettings
-from midskip.train.text import TEXT_FOLDER, cut_windows, open_text
+from midskip.train.text import cut_windows, open_text
 from midskip.train.trainer import BEST_FILE, BEST_FOLDER, MidskipTrainer
 
 
@@ -50,6 +50,7 @@ def train(
     accept_changes: bool = False,
     title: str = "training",
     console: Console | None = None,
+    text_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train what the recipe says and write its folder; returns what is in `report.json`.
 
@@ -59,6 +60,7 @@ def train(
         resume: go on from the newest complete checkpoint in the folder; a run that is finished stays as it is.
         accept_changes: go on although the recipe, the text or the number of processes is not the one it began with.
         title: of the progress bar.
+        text_folder: the run folder that has the prepared text, or gets it; by default that of this run.
 
     Raises:
         ValueError: something in the recipe, the text or the folder does not fit; found before training starts.
@@ -74,14 +76,15 @@ def train(
     console = console if is_first else Console(quiet=True)
     with _first_goes_first(arguments):
         if is_first:
-            check_folder(folder, recipe, resume, accept_changes)
+            for one in (recipe, *dense_recipes(recipe)):
+                check_folder(Path(one.output), one, resume, accept_changes)
         if resume and (folder / PAGE_FILE).is_file():  # written last: the run is finished
             return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")) if is_first else {}
         tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         checkpoint = newest_checkpoint(folder, tell) if resume else None
         if is_first and checkpoint is not None:
             remove_old(folder, settings.checkpoints_kept)  # one that was half removed
-        text = open_text(recipe.data, folder, console)
+        text = open_text(recipe.data, text_folder or folder, console)
         training, validation = cut_windows(text, recipe.data)
         training.require(settings.batch_size * settings.accumulation_steps * arguments.world_size)
         if is_first:
@@ -146,8 +149,21 @@ def train(
     return report
 
 
+def dense_recipes(recipe: Recipe) -> list[Recipe]:
+    """Of the dense models that the recipe wants beside its own: the same but for policy, controller and layers."""
+    return [
+        Recipe(
+            output=str(Path(recipe.output, f"dense-{num_layers}")),
+            data=recipe.data,
+            model=replace(recipe.model, policy="dense", policy_settings={}, num_hidden_layers=num_layers),
+            training=recipe.training,
+        )
+        for num_layers in recipe.dense_layers
+    ]
+
+
 def train_dense(recipe: Recipe, resume: bool, accept_changes: bool, console: Console) -> list[dict[str, Any]]:
-    """Train the dense models that the recipe wants beside its own, each into a folder within the run's.
+    """Train the dense models that the recipe wants beside its own, each into a folder within the run's, on its text.
 
     Returns:
         A row a model, on the first process: `num_hidden_layers`; `folder`; of the held-out text `loss`,
@@ -155,19 +171,15 @@ def train_dense(recipe: Recipe, resume: bool, accept_changes: bool, console: Con
         `seconds` of training.
     """
     rows = []
-    for num_layers in recipe.dense_layers:
-        folder = f"dense-{num_layers}"
-        text = Path(recipe.output, TEXT_FOLDER)
-        model = replace(recipe.model, policy="dense", policy_settings={}, num_hidden_layers=num_layers)
-        data = replace(recipe.data, source=str(text)) if text.is_dir() else recipe.data
-        twin = Recipe(str(Path(recipe.output, folder)), data, model, training=recipe.training)
-        report = train(twin, resume, accept_changes, f"dense, {num_layers} layers", console)
+    for dense in dense_recipes(recipe):
+        num_layers = dense.model.num_hidden_layers
+        report = train(dense, resume, accept_changes, f"dense, {num_layers} layers", console, Path(recipe.output))
         if report:
             measured = report["validation"]
             rows.append(
                 {
                     "num_hidden_layers": num_layers,
-                    "folder": folder,
+                    "folder": Path(dense.output).name,
                     "loss": measured["loss"],
                     "bits_per_byte": measured.get("bits_per_byte"),
                     "flops_per_token": measured["flops_per_token"],

@@ -232,7 +232,7 @@ class _AroundStep(TrainerCallback):
         self.health.add(row)
         if state.is_world_process_zero:
             if was_well and self.health.signs:
-                warnings.warn(self.health.warning(), stacklevel=2)
+                warnings.warn(self.health.warning(trainer.bare_model.model.policy.is_hard), stacklevel=2)
             with (self.folder / HISTORY_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self.resumed_s = time.perf_counter()
