@@ -64,6 +64,7 @@ def test_a_killed_run_that_has_moved_goes_on(make_recipe: MakeRecipe) -> None:
     moved = replace(recipe, output=str(folder.with_name("moved")))
     shutil.move(folder, moved.output)
     assert train(moved, resume=True, console=QUIET)["dense"] == expected["dense"]
+    assert not Path(moved.output, "dense-2", "text").exists()
 
 
 def test_what_a_finished_dense_model_cannot_take_changes_nothing(make_recipe: MakeRecipe) -> None:

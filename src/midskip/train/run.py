@@ -50,7 +50,6 @@ def train(
     accept_changes: bool = False,
     title: str = "training",
     console: Console | None = None,
-    text_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train what the recipe says and write its folder; returns what is in `report.json`.
 
@@ -60,7 +59,6 @@ def train(
         resume: go on from the newest complete checkpoint in the folder; a run that is finished stays as it is.
         accept_changes: go on although the recipe, the text or the number of processes is not the one it began with.
         title: of the progress bar.
-        text_folder: the run folder that has the prepared text, or gets it; by default that of this run.
 
     Raises:
         ValueError: something in the recipe, the text or the folder does not fit; found before training starts.
@@ -84,7 +82,7 @@ def train(
         checkpoint = newest_checkpoint(folder, tell) if resume else None
         if is_first and checkpoint is not None:
             remove_old(folder, settings.checkpoints_kept)  # one that was half removed
-        text = open_text(recipe.data, text_folder or folder, console)
+        text = open_text(recipe.data, folder, console)
         training, validation = cut_windows(text, recipe.data)
         training.require(settings.batch_size * settings.accumulation_steps * arguments.world_size)
         if is_first:
@@ -173,7 +171,7 @@ def train_dense(recipe: Recipe, resume: bool, accept_changes: bool, console: Con
     rows = []
     for dense in dense_recipes(recipe):
         num_layers = dense.model.num_hidden_layers
-        report = train(dense, resume, accept_changes, f"dense, {num_layers} layers", console, Path(recipe.output))
+        report = train(dense, resume, accept_changes, f"dense, {num_layers} layers", console)
         if report:
             measured = report["validation"]
             rows.append(

@@ -9,13 +9,15 @@ from rich.console import Console
 from midskip.data import DataError, TokenWindows
 from midskip.data.prepare import prepare
 from midskip.data.prepared import SUMMARY_FILE, Prepared, open_prepared, open_shards
-from midskip.train.recipe import DataSettings
+from midskip.runs import RECIPE_FILE
+from midskip.train.recipe import DataSettings, read_recipe
 
 TEXT_FOLDER = "text"  # in the run folder: the shards, where the recipe names text
 
 
 def open_text(settings: DataSettings, folder: Path, console: Console) -> Prepared:
-    """What `settings.source` is: shards, a prepared folder, or text, which is prepared into `folder` first.
+    """What `settings.source` is: shards, a prepared folder, or text, which is prepared into the run folder first. A run
+    within the folder of another that names the same text (a dense model beside it) shares that one's.
 
     Raises:
         DataError: there is no such text, or it cannot be used.
@@ -29,6 +31,9 @@ def open_text(settings: DataSettings, folder: Path, console: Console) -> Prepare
         return open_shards(settings.source, settings.validation, settings.tokenizer)
     if Path(settings.source, SUMMARY_FILE).is_file():
         return open_prepared(settings.source)
+    outer = folder.parent / RECIPE_FILE
+    if outer.is_file() and read_recipe(outer).data == settings:
+        folder = folder.parent
     prepare(
         settings.source,
         folder / TEXT_FOLDER,
