@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from midskip.bench.results import machine
+from midskip.evaluate import batch_of
 from midskip.nn.layout import Layout
 from midskip.policies import Decision
 from midskip.policies.difficulty import NUM_KINDS, drawn, kinds
@@ -80,7 +81,7 @@ def measure(run: Path, num_passes: int) -> tuple[Tensor, Tensor, Tensor]:
     training, _ = cut_windows(open_text(recipe.data, run, None), recipe.data)
     found = []
     for start in range(len(training) - num_passes * WINDOWS, len(training), WINDOWS):
-        batch = {name: torch.stack([training[start + i][name] for i in range(WINDOWS)]) for name in training[0]}
+        batch = batch_of(training, range(start, start + WINDOWS), model.device)
         labels_BT = batch.pop("labels")
         target_N = F.pad(labels_BT[:, 1:], (0, 1), value=-100).flatten()
         measured_N = torch.rand(target_N.shape) < MEASURED_SHARE
@@ -132,6 +133,7 @@ def told_by(guess_M: Tensor, gain_M: Tensor) -> dict[str, float]:
 
 
 def describe(bits_MG: Tensor, token_M: Tensor, previous_M: Tensor) -> dict[str, Any]:
+    """What `measure` found: mean bits by depth, what tells the gain of other tokens, and the most frequent pairs."""
     gain_M = bits_MG[:, 0] - bits_MG[:, -1]
     half = torch.arange(len(gain_M)) % 2 == 0
     guesses = {"gain of the pair": gain_M, "difficulty of the pair": bits_MG[:, 0]}

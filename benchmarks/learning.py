@@ -21,7 +21,7 @@ from midskip.bench.results import machine
 from midskip.calibrate import calibrate, thinned
 from midskip.controllers.budget import BudgetController
 from midskip.data import prepare, token_bytes
-from midskip.evaluate import evaluate
+from midskip.evaluate import batch_of, evaluate
 from midskip.runs import load_run, write_whole
 from midskip.train import read_recipe, train
 from midskip.train.run import cut_windows, open_text
@@ -177,7 +177,7 @@ def gradients(output: Path, recipe: Any) -> dict[str, float]:
     of the weights of the norms that end a branch, 0 without."""
     model, _ = load_run(output)
     _, validation = cut_windows(open_text(recipe.data, output, None), recipe.data)  # pyright: ignore[reportArgumentType]
-    batch = {name: torch.stack([validation[i][name] for i in range(8)]) for name in validation[0]}
+    batch = batch_of(validation, range(8), model.device)
     model.train()(**batch).loss.backward()
     kinds = {"gates": ".policy.", "branch_norms": ".post_", "embedding": "embed_tokens", "head": "lm_head"}
     found = {kind: [] for kind in (*kinds, "rest")}

@@ -108,7 +108,7 @@ def evaluate(
     try:
         with Meter(model) as meter, effort_kept(model):
             for start in progress_bar(own, title, progress and rank == 0):
-                batch = _batch(windows, range(start, min(start + batch_size, len(windows))), model.device)
+                batch = batch_of(windows, range(start, min(start + batch_size, len(windows))), model.device)
                 labels_BT = batch.pop("labels")
                 output = model(**batch)
                 sums.add(output.logits, output.gates, labels_BT, **batch)
@@ -119,7 +119,10 @@ def evaluate(
     return sums.result(meter, windows[0]["input_ids"].shape[0], world_size)
 
 
-def _batch(windows: TokenWindows | Sequence[dict[str, Tensor]], rows: range, device: torch.device) -> dict[str, Tensor]:
+def batch_of(
+    windows: TokenWindows | Sequence[dict[str, Tensor]], rows: range, device: torch.device
+) -> dict[str, Tensor]:
+    """Those windows as the model takes them, `labels` among them, each [B, T]."""
     items = [windows[row] for row in rows]
     return {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
 
