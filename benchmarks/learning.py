@@ -5,7 +5,8 @@
     python benchmarks/learning.py --collect benchmarks/results/learning.json [--folder runs/learning]
 
 The recipe is `recipes/bytes-tiny.yaml`, of which each run changes what `RUNS` says. A run that was stopped goes on; one
-that is done is not done again. `--collect` writes the rows of all runs in the folder into one file.
+that is done is not done again. `--collect` puts the rows of all runs in the folder into one file, each in place of an
+earlier one of the same run, seed and steps.
 """
 
 import argparse
@@ -202,6 +203,17 @@ def under_budgets(output: Path, recipe: Any) -> list[dict[str, float]]:
     return rows
 
 
+def collect(folder: Path, file: Path) -> None:
+    """Put the rows of all runs in the folder into the file, in the order of `RUNS`."""
+    earlier = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"*/{ROW_FILE}")]
+    rows = {(row["run"], row["steps"], row["seed"]): row for row in [*earlier, *found]}
+    names = list(RUNS)  # without those of `depth_gain.py`
+    kept = sorted((key for key in rows if key[0] in names), key=lambda key: (names.index(key[0]), *key[1:]))
+    write_whole(file, json.dumps({"rows": [rows[key] for key in kept]}).replace('{"run"', '\n{"run"') + "\n")
+    print(f"{len(kept)} rows in {file}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="text to train on; its first 14 MB, as `midskip prepare` takes it")
@@ -228,10 +240,7 @@ def main() -> None:
                     flush=True,
                 )
     if options.collect:
-        rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.folder.glob(f"*/{ROW_FILE}"))]
-        rows = [row for row in rows if row["run"] in RUNS]  # not those of `depth_gain.py`
-        options.collect.write_text(json.dumps({"rows": rows}, indent=None).replace('{"run"', '\n{"run"') + "\n")
-        print(f"{len(rows)} rows in {options.collect}")
+        collect(options.folder, options.collect)
 
 
 if __name__ == "__main__":
