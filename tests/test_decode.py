@@ -1,4 +1,4 @@
-"""The laws of decoding: whatever the steps, with a cache they give what one pass over all gives."""
+"""Decoding: whatever the steps, with a cache they give what one pass over all gives."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def by_column(output: Any) -> dict[str, Tensor]:
 def in_chunks(
     model: MidskipForCausalLM, ids_BT: Tensor, mask_BT: Tensor | None, chunks: list[int], hidden: bool = False
 ) -> tuple[dict[str, Tensor], SkipCache]:
-    """The results of all columns, and the cache in the end. Without hidden states a pass works in place."""
+    """The results of all columns, and the cache in the end."""
     cache, start, parts = SkipCache(model.config), 0, []
     for stop in accumulate(chunks):
         seen = None if mask_BT is None else mask_BT[:, :stop]

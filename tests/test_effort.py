@@ -158,7 +158,7 @@ def test_training_under_an_effort_is_as_in_evaluation(make_model: Make, factor: 
     assert torch.equal(under, model.eval()(ids_BT).gates) and not torch.equal(under, as_trained)
 
 
-# ---- the law for other people's policies
+# ---- the contract for other people's policies
 
 
 class Deep(Policy):
@@ -214,22 +214,22 @@ class Sticky(Deep):
 
 
 @pytest.mark.parametrize(
-    ("policy", "law"),
+    ("policy", "problem"),
     [
         (Deep, ""),
-        (DeafToFactor, "'budget' broken: under factor 0 a token does not run every block"),
-        (DeafToCeiling, r"'budget' broken: a token runs 2 blocks under a ceiling of 1"),
-        (Backwards, "'budget' broken: factor 1.0 keeps a token in layer 0 that a smaller factor sends away"),
-        (BackwardsBelow, "'budget' broken: factor 1.0 keeps a token in layer 1 that a smaller factor sends away"),
-        (Shared, r"broken: .*factor 3.0, ceiling None"),
-        (Sticky, "'budget' broken: after an effort was set and taken back"),
+        (DeafToFactor, "'budget' failed: under factor 0 a token does not run every block"),
+        (DeafToCeiling, r"'budget' failed: a token runs 2 blocks under a ceiling of 1"),
+        (Backwards, "'budget' failed: factor 1.0 keeps a token in layer 0 that a smaller factor sends away"),
+        (BackwardsBelow, "'budget' failed: factor 1.0 keeps a token in layer 1 that a smaller factor sends away"),
+        (Shared, r"failed: .*factor 3.0, ceiling None"),
+        (Sticky, "'budget' failed: after an effort was set and taken back"),
     ],
 )
-def test_the_law_sees_what_is_wrong(policy: type[Policy], law: str) -> None:
+def test_the_contract_sees_what_is_wrong(policy: type[Policy], problem: str) -> None:
     def check() -> None:
         check_policy(f"{policy.__module__}:{policy.__name__}", num_layers=2, keys="gated")
 
-    if not law:
+    if not problem:
         return check()
-    with pytest.raises(AssertionError, match=law):
+    with pytest.raises(AssertionError, match=problem):
         check()

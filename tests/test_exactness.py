@@ -49,7 +49,7 @@ def gradients(model: MidskipForCausalLM, found: dict[str, Tensor]) -> dict[str, 
 def check_equal(
     model: MidskipForCausalLM, ids_BT: Tensor, mask_BT: Tensor, position_BT: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Packed in training = naive, with gradients; packed in evaluation, which works in place = naive."""
+    """Packed in training = naive, with gradients; packed in evaluation = naive."""
     labels_BT = torch.where(torch.arange(ids_BT.shape[1]) % 4 == 2, -100, ids_BT)
     naive = outputs(naive_forward(model, ids_BT, mask_BT, labels_BT, position_BT))
     naive_gradients = gradients(model, naive)

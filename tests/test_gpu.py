@@ -90,7 +90,7 @@ def test_float64_equals_the_cpu(
         assert got.keys() == expected.keys()
         for name in expected:
             same(got[name], expected[name], name)
-    with torch.no_grad():  # which works in place
+    with torch.no_grad():
         moved = {name: x.to(DEVICE) for name, x in batch.items()}
         got, expected = on_gpu.eval()(**moved), model.eval()(**batch)
     same(got.logits.cpu(), expected.logits, "logits in evaluation")

@@ -243,7 +243,7 @@ def test_a_policy_that_says_it_is_hard_is_held_to_it(monkeypatch: pytest.MonkeyP
         return Decision(None, h_ND.new_full((len(h_ND),), 0.5))
 
     monkeypatch.setattr(Half, "decide", soft)
-    with pytest.raises(AssertionError, match=r"law 'gates' broken: is_hard is True and a gate is neither 0 nor 1"):
+    with pytest.raises(AssertionError, match=r"check 'gates' failed: is_hard is True and a gate is neither 0 nor 1"):
         check_policy(f"{__name__}:Half", num_layers=1)
 
 

@@ -102,7 +102,7 @@ def test_hidden_states_only_when_asked(make_model: Make) -> None:
     torch.testing.assert_close(model.lm_head(output.last_hidden_state), model(ids_BT).logits)
     model.config.output_hidden_states = True
     assert len(model(ids_BT).hidden_states) == 5
-    with torch.no_grad():  # works in place when they are not asked for
+    with torch.no_grad():
         model.config.output_hidden_states = False
         first = model(ids_BT, output_hidden_states=True)
         kept = [hidden.clone() for hidden in first.hidden_states]

@@ -1,4 +1,4 @@
-"""Who skips: the built-in policies against their equations, and the laws that every policy must pass."""
+"""Who skips: the built-in policies against their equations, and the contract that every policy must keep."""
 
 from collections.abc import Callable
 from itertools import count
@@ -144,7 +144,7 @@ def test_decide_must_be_written() -> None:
         Policy(2, 8)(0, torch.zeros(1, 8), {}, rectangle(1, 1))
 
 
-# ---- the laws
+# ---- the contract
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_lawful_policies_pass(policy: str, settings: dict) -> None:
 
 class Threshold(Policy):
     """Lawful: a token runs a layer if a learned score of it is below 1, with 1 minus the score as its gate. What
-    follows breaks one law each."""
+    follows fails one check each."""
 
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02) -> None:
         super().__init__(num_layers, width, initializer_range)
@@ -351,7 +351,7 @@ def test_what_the_lawless_are_made_from_is_lawful(policy: type[Policy], keys: st
 
 
 @pytest.mark.parametrize(
-    "policy, law, where",
+    "policy, check, where",
     [
         (NoDecision, "gates", "decide returned Tensor; expected a Decision"),
         (KeepIsANumber, "gates", r"keep_N is torch.int64 \[\d+\]; expected torch.bool \[\d+\]"),
@@ -383,9 +383,9 @@ def test_what_the_lawless_are_made_from_is_lawful(policy: type[Policy], keys: st
     ],
 )
 @pytest.mark.parametrize("keys", ["gated", "all"])
-def test_a_broken_law_is_named(policy: type[Policy], law: str, where: str, keys: str) -> None:
+def test_a_failed_check_is_named(policy: type[Policy], check: str, where: str, keys: str) -> None:
     with pytest.raises(
-        AssertionError, match=f"^law '{law}' broken: .*{where}.*{policy.__name__}.*4 layers, keys='{keys}'"
+        AssertionError, match=f"^check '{check}' failed: .*{where}.*{policy.__name__}.*4 layers, keys='{keys}'"
     ):
         check_policy(f"{__name__}:{policy.__name__}", num_layers=4, keys=keys)
 

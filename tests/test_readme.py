@@ -128,9 +128,12 @@ def test_the_readmes_other_options_are_known() -> None:
     assert recipe.controller.name == "my_controllers:Ratchet"
 
 
+# docs
+
+
 def tree() -> Iterator[tuple[Path, str]]:
-    """The paths in the README's list of files, and what is said of each."""
-    section = README.split("\n## Files\n")[1].split("\n## ")[0]
+    """The paths in the list of files, and what is said of each."""
+    section = ARCHITECTURE.split("\n## Files\n")[1].split("\n## ")[0]
     folders: list[str] = []
     for line in filter(str.strip, section.splitlines()):
         indent, name, text = re.fullmatch(r"( +)(\S+) *(.*)", line).groups()
@@ -146,10 +149,10 @@ def tree() -> Iterator[tuple[Path, str]]:
 def test_the_list_of_files_is_whole() -> None:
     listed = dict(tree())
     for path, text in listed.items():
-        assert path.exists(), f"{path} is in the README and nowhere else"
+        assert path.exists(), f"{path} is listed and nowhere else"
         if path.is_dir():
             for name in re.findall(r"[\w-]+\.(?:md|yaml)", text):
-                assert (path / name).is_file(), f"{name} is in the README and not in {path}"
+                assert (path / name).is_file(), f"{name} is listed and not in {path}"
     # what a folder's own __init__ gives is said of its files
     files = {path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent == PACKAGE}
     assert {path for path in listed if path.suffix == ".py"} == files
@@ -159,9 +162,6 @@ def test_the_list_of_files_is_whole() -> None:
         for parts in product(*(part.strip("{}").split(",") for part in re.findall(r"{[^}]+}|[^{}]+", pattern)))
     ]
     assert sorted(names) == [recipe.stem for recipe in RECIPES]
-
-
-# docs
 
 
 @pytest.mark.usefixtures("workplace")

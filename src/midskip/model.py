@@ -136,15 +136,12 @@ class MidskipModel(MidskipPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [h_ND] if output_hidden_states else None
-        in_place = hidden_states is None and not torch.is_grad_enabled()
-        if in_place and inputs_embeds is not None:
-            h_ND = h_ND.clone()  # it may still be the caller's
         decisions, state = [], {}
         for layer, block in enumerate(self.layers):
             decision = self.policy(layer, h_ND, state, layout)
             decisions.append(decision)
             past = None if cache is None else cache.layers[layer]
-            h_ND = self._run_block(block, h_ND, decision, layout, in_place, past)
+            h_ND = self._run_block(block, h_ND, decision, layout, past)
             if hidden_states is not None:
                 hidden_states.append(h_ND)
         packed = Packed(self.norm(h_ND), layout, decisions, state, hidden_states, cache)
@@ -154,9 +151,8 @@ class MidskipModel(MidskipPreTrainedModel):
         return packed
 
     def _run_block(
-        self, block: nn.Module, h_ND: Tensor, decision: Decision, layout: Layout, in_place: bool,
-        past: LayerCache | None,
-    ) -> Tensor:  # fmt: skip
+        self, block: nn.Module, h_ND: Tensor, decision: Decision, layout: Layout, past: LayerCache | None
+    ) -> Tensor:
         """Take the tokens present, run the block on them as if the others did not exist, put the results back."""
         present = layout.keep(decision.keep_N)
         rows_N = present.rows_N
@@ -178,8 +174,7 @@ class MidskipModel(MidskipPreTrainedModel):
             x_ND = block(*arguments)
         if rows_N is None:
             return x_ND
-        put_back = h_ND.index_copy_ if in_place else h_ND.index_copy
-        return put_back(0, rows_N, x_ND.to(h_ND.dtype))
+        return h_ND.index_copy(0, rows_N, x_ND.to(h_ND.dtype))  # a copy: a policy or a hook may hold the tensor
 
     def _cache(self, past_key_values: Any, use_cache: bool | None) -> SkipCache | None:
         """The cache to use: the one given, a new one, or none."""

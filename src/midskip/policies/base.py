@@ -58,7 +58,7 @@ class Policy(nn.Module):
     """Decides, layer by layer, which tokens run. Subclass it and give the path of the class as `config.policy`.
 
     A decision about a token may use that token's hidden state and the past, never a later token or another
-    sequence. `midskip.testing.check_policy` runs the laws on it.
+    sequence. `midskip.testing.check_policy` checks it.
 
     Args:
         num_layers: L.
@@ -124,7 +124,7 @@ class Policy(nn.Module):
     def set_effort(self, factor: float = 1.0, ceiling: int | None = None) -> None:
         """From now on do more or less work than as trained. Without arguments: as trained.
 
-        A policy that is `adjustable` reads `self.factor` and `self.ceiling` in `decide`. The laws: with (1.0, None)
+        A policy that is `adjustable` reads `self.factor` and `self.ceiling` in `decide`. The contract: with (1.0, None)
         nothing changes; with factor 0 every token runs every block with gate 1; a larger factor keeps no token that a
         smaller one sends away from the same hidden state; no token runs more blocks than the ceiling; and the decision
         about a token still depends on that token and its past alone.

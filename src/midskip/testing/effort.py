@@ -1,4 +1,4 @@
-"""The law of a run-time budget: what a policy that is `adjustable` does under an effort.
+"""The contract of a run-time budget: what a policy that is `adjustable` does under an effort.
 
 B sequences, T columns, N packed tokens, L layers.
 """

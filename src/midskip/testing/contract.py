@@ -1,4 +1,4 @@
-"""The laws that a policy must pass, whoever wrote it.
+"""The contract that a policy must keep, whoever wrote it.
 
 B sequences, T columns, N packed tokens, L layers.
 """
@@ -8,26 +8,20 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from midskip.config import KEYS, MidskipConfig
-from midskip.controllers import build_controller
+from midskip.config import KEYS
 from midskip.model import MidskipForCausalLM
 from midskip.policies import Decision
 from midskip.testing.decode import in_steps
 from midskip.testing.effort import broken_effort, effort
 from midskip.testing.naive import naive_forward
-
-TOLERANCE = 1e-6  # of the largest number of a tensor; wide enough for a policy that works in float32
-NUM_COLUMNS = 7
-STEPS_OF_BUDGET = 30  # in which a controller brings about half of the tokens to leave
-ROWS = "1111111 0011111 1111000 0111110 0001000 0000000 1100111"  # all, pads left, right, both, one token, none, a hole
-VALID_BT = torch.tensor([[digit == "1" for digit in row] for row in ROWS.split()])
+from midskip.testing.trial import NUM_COLUMNS, VALID_BT, Trial, by_token, distance_of
 
 
 def check_policy(
@@ -38,13 +32,15 @@ def check_policy(
     keys: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Run the laws on a policy, in tiny models in float64, as it starts and with its parameters moved at random.
+    """Check a policy, in tiny models in float64, as it starts and with its parameters moved at random.
 
-    The laws, in the order they are tried:
+    The checks, in their order:
 
     - *gates*: `decide` returns a `Decision` whose `keep_N` is bool [N] and whose gates are float32 or wider [N], in
       [0, 1] where kept (a key's gate above 0), and what the model reports is 0 where a token was not kept;
     - *repeatable*: in evaluation the same input gives the same output;
+    - *untouched*: no tensor that a module was given or gave is written to afterwards, so that a policy may keep
+      hidden states in `state`, and a hook what it saw; and asking for hidden states changes nothing;
     - *no future leak*: in evaluation, changing a token changes nothing before it;
     - *batch*: a batch gives what its members give alone, in any order, with pads on any side;
     - *prefix*: a sequence fed as growing prefixes gives what it gives at once;
@@ -54,7 +50,7 @@ def check_policy(
     - *packed = naive*: the same values and gradients as `naive_forward`, which asks the policy about one sequence at
       a time and multiplies gates in;
     - *state*: a saved and loaded model gives the same outputs;
-    - *budget*, of a policy that is `adjustable`: what `Policy.set_effort` says, and the laws from *no future leak* to
+    - *budget*, of a policy that is `adjustable`: what `Policy.set_effort` says, and the checks from *no future leak* to
       *packed = naive* under a factor and a ceiling.
 
     Args:
@@ -64,104 +60,27 @@ def check_policy(
         seed: of weights, tokens and the random move.
 
     Raises:
-        AssertionError: the first law that is broken, by name, with where it was seen.
+        AssertionError: the first check that failed, by name, with where it was seen.
         ValueError: the policy cannot be built.
     """
     for layers in (1, 4, 5) if num_layers is None else (num_layers,):
         for key in KEYS if keys is None else (keys,):
             for moved in (False, True):
-                trial = _Trial.make(policy, dict(settings or {}), layers, key, moved, seed)
-                for law in (
-                    _gates, _repeatable, _no_future_leak, _batch, _prefix, _decode, _finite, _packed_is_naive, _state,
-                    _budget,
+                trial = Trial.make(policy, dict(settings or {}), layers, key, moved, seed)
+                for check in (
+                    _gates, _repeatable, _untouched, _no_future_leak, _batch, _prefix, _decode, _finite,
+                    _packed_is_naive, _state, _budget,
                 ):  # fmt: skip
-                    law(trial)
+                    check(trial)
 
 
-@dataclass
-class _Trial:
-    model: MidskipForCausalLM
-    ids_BT: Tensor
-    generator: torch.Generator
-    where: str
-
-    @classmethod
-    def make(cls, policy: str, settings: dict, num_layers: int, keys: str, moved: bool, seed: int) -> _Trial:
-        config = MidskipConfig(
-            vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=num_layers, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=2 * NUM_COLUMNS, initializer_range=0.3, keys=keys,
-            policy=policy, policy_settings=settings,
-        )  # fmt: skip
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = MidskipForCausalLM(config).double().eval()
-        generator = torch.Generator().manual_seed(seed)
-        ids_BT = torch.randint(config.vocab_size, VALID_BT.shape, generator=generator)
-        if moved:
-            _move(model, ids_BT, generator)
-        state = "with its parameters moved" if moved else "as it starts"
-        return cls(model, ids_BT, generator, f"{policy!r}, {num_layers} layers, keys={keys!r}, {state}")
-
-    def broken(self, law: str, what: str) -> AssertionError:
-        return AssertionError(f"law {law!r} broken: {what} ({self.where})")
-
-    @torch.no_grad()
-    def run(self, ids_BT: Tensor, valid_BT: Tensor | None = None) -> dict[str, Tensor]:
-        """The output's tensors as [B, T, ...], 0 at pads."""
-        return _by_token(self.model(ids_BT, attention_mask=valid_BT, output_hidden_states=True))
-
-    def same(self, law: str, got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-        if got.keys() != expected.keys():
-            raise self.broken(law, f"{what}: got {sorted(got)}, expected {sorted(expected)}")
-        for name, tensor in got.items():
-            if distance := _distance(tensor, expected[name]):
-                raise self.broken(law, f"{what}; {name} differ by {distance}")
-
-
-@torch.no_grad()
-def _move(model: MidskipForCausalLM, ids_BT: Tensor, generator: torch.Generator) -> None:
-    """Move what the policy has learnt at random; where a controller has to close gates, until about half are."""
-    policy = model.model.policy
-    for parameter in policy.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter += noise.to(parameter) / policy.width**0.5
-    if policy.needs_budget:
-        for buffer in policy.buffers():
-            buffer += torch.rand(buffer.shape, generator=generator, dtype=torch.float64).to(buffer)
-        controller = build_controller("budget", policy.num_layers, target_share=0.5, ramp_steps=1)
-        for _ in range(STEPS_OF_BUDGET):
-            controller.steer(policy)
-            gates_LN = model(ids_BT, attention_mask=VALID_BT).gates[:, VALID_BT]
-            controller.update(gates_LN.mean(1), gates_LN.var(1), (gates_LN > 0).float().mean(1))
-
-
-def _by_token(output: Any) -> dict[str, Tensor]:
-    hidden = output.hidden_states
-    tensors = {
-        "gates": output.gates.movedim(0, -1),
-        "hidden states": (hidden if isinstance(hidden, Tensor) else torch.stack(hidden)).movedim(0, 2),
-        "logits": output.logits,
-    }
-    if output.depth_scores is not None:
-        tensors["depth scores"] = output.depth_scores.movedim(0, -1).clamp(max=1)
-    return tensors
-
-
-def _distance(got: Tensor, expected: Tensor) -> str:
-    """Empty if the two agree; NaN agrees with nothing."""
-    if not expected.numel():
-        return ""
-    largest = (got.double() - expected.double()).abs().max().item()
-    return "" if largest <= TOLERANCE * expected.abs().max().item() + 1e-9 else f"{largest:.3g}"
-
-
-def _gates(trial: _Trial) -> None:
+def _gates(trial: Trial) -> None:
     decisions: list[Decision] = []
 
     def look(module: torch.nn.Module, arguments: tuple[Any, ...], decision: Any) -> None:
         layer, h_ND = arguments[:2]
         if problem := _problem(decision, h_ND.shape[0]):
-            raise trial.broken("gates", f"{problem}, in layer {layer}")
+            raise trial.failed("gates", f"{problem}, in layer {layer}")
         decisions.append(decision)
 
     hook = trial.model.model.policy.register_forward_hook(look)
@@ -177,9 +96,9 @@ def _gates(trial: _Trial) -> None:
         gate_N = gates_BTL[..., layer][VALID_BT]
         present_N = torch.ones_like(gate_N, dtype=torch.bool) if decision.keep_N is None else decision.keep_N
         if gate_N[~present_N].any() or gates_BTL[~VALID_BT].any():
-            raise trial.broken("gates", f"a gate is not 0 where no token is present, in layer {layer}")
+            raise trial.failed("gates", f"a gate is not 0 where no token is present, in layer {layer}")
         if trial.model.model.policy.is_hard and not (gate_N[present_N] == 1).all():
-            raise trial.broken("gates", f"is_hard is True and a gate is neither 0 nor 1, in layer {layer}")
+            raise trial.failed("gates", f"is_hard is True and a gate is neither 0 nor 1, in layer {layer}")
 
 
 def _problem(decision: Any, num_tokens: int) -> str:
@@ -202,12 +121,33 @@ def _problem(decision: Any, num_tokens: int) -> str:
     return ""
 
 
-def _repeatable(trial: _Trial) -> None:
+def _repeatable(trial: Trial) -> None:
     first = trial.run(trial.ids_BT, VALID_BT)
     trial.same("repeatable", trial.run(trial.ids_BT, VALID_BT), first, "the same input twice in evaluation")
 
 
-def _no_future_leak(trial: _Trial) -> None:
+@torch.no_grad()
+def _untouched(trial: Trial) -> None:
+    held: list[tuple[str, Tensor, Tensor]] = []
+
+    def hold(module: torch.nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        tensors = [x for x in (*arguments, output) if isinstance(x, Tensor)]
+        held.extend((type(module).__name__, x, x.clone()) for x in tensors)
+
+    hooks = [module.register_forward_hook(hold) for module in trial.model.modules()]
+    try:
+        output = trial.model(trial.ids_BT, attention_mask=VALID_BT)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, now, then in held:
+        if not torch.equal(now, then):
+            raise trial.failed("untouched", f"a tensor that {name} was given or gave is written to afterwards")
+    expected = trial.run(trial.ids_BT, VALID_BT)
+    trial.same("untouched", {"logits": output.logits}, {"logits": expected["logits"]}, "without and with hidden states")
+
+
+def _no_future_leak(trial: Trial) -> None:
     before = trial.run(trial.ids_BT)
     for column in range(1, NUM_COLUMNS):
         changed_BT = trial.ids_BT.clone()
@@ -222,7 +162,7 @@ def _no_future_leak(trial: _Trial) -> None:
         )
 
 
-def _batch(trial: _Trial) -> None:
+def _batch(trial: Trial) -> None:
     ids_BT, valid_BT = trial.ids_BT, VALID_BT
     together = trial.run(ids_BT, valid_BT)
     backwards = {name: x.flip(0) for name, x in trial.run(ids_BT.flip(0), valid_BT.flip(0)).items()}
@@ -239,7 +179,7 @@ def _batch(trial: _Trial) -> None:
             trial.same("batch", members, alone, f"sequence {b} of a batch, and the same alone without pads")
 
 
-def _prefix(trial: _Trial) -> None:
+def _prefix(trial: Trial) -> None:
     at_once = trial.run(trial.ids_BT)
     for length in range(1, NUM_COLUMNS):
         prefix = trial.run(trial.ids_BT[:, :length])
@@ -247,7 +187,7 @@ def _prefix(trial: _Trial) -> None:
         trial.same("prefix", prefix, expected, f"the first {length} of {NUM_COLUMNS} tokens alone, and among all")
 
 
-def _decode(trial: _Trial) -> None:
+def _decode(trial: Trial) -> None:
     if trial.model.model.policy.looks_back:
         return
     at_once = trial.run(trial.ids_BT, VALID_BT)
@@ -255,20 +195,20 @@ def _decode(trial: _Trial) -> None:
         what = f"{columns} columns at a time with a cache, and all at once"
         advice = "if the policy reads the past, set looks_back = True"
         try:
-            steps = [_by_token(output) for output in in_steps(trial.model, trial.ids_BT, VALID_BT, columns)]
+            steps = [by_token(output) for output in in_steps(trial.model, trial.ids_BT, VALID_BT, columns)]
         except Exception as error:
-            raise trial.broken("decode", f"{what}: the former fails: {error}; {advice}") from error
+            raise trial.failed("decode", f"{what}: the former fails: {error}; {advice}") from error
         together = {name: torch.cat([step[name] for step in steps], 1) for name in steps[0]}
         trial.same("decode", together, at_once, f"{what} ({advice})")
 
 
-def _gradients(trial: _Trial, forward: Callable[..., Any]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+def _gradients(trial: Trial, forward: Callable[..., Any]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     """Results by token, and the gradient of every parameter of a sum that reaches all of them."""
     labels_BT = trial.ids_BT
     trial.model.zero_grad()
     output = forward(labels_BT)
     generator = torch.Generator().manual_seed(0)
-    tensors = _by_token(output)
+    tensors = by_token(output)
     total = output.loss + sum(
         (tensors[name] * torch.randn(tensors[name].shape, generator=generator, dtype=torch.float64)).mean()
         for name in ("gates", "hidden states", "logits")
@@ -279,11 +219,11 @@ def _gradients(trial: _Trial, forward: Callable[..., Any]) -> tuple[dict[str, Te
     return results, {name: x.grad for name, x in parameters.items()}
 
 
-def _packed(trial: _Trial) -> Callable[..., Any]:
+def _packed(trial: Trial) -> Callable[..., Any]:
     return lambda ids_BT: trial.model(ids_BT, attention_mask=VALID_BT, labels=ids_BT, output_hidden_states=True)
 
 
-def _finite(trial: _Trial) -> None:
+def _finite(trial: Trial) -> None:
     trial.model.train()
     try:
         _, gradients = _gradients(trial, _packed(trial))
@@ -291,12 +231,12 @@ def _finite(trial: _Trial) -> None:
         trial.model.eval()
     for name, gradient in gradients.items():
         if gradient is None:
-            raise trial.broken("finite gradients", f"{name} gets no gradient in training, not even 0")
+            raise trial.failed("finite gradients", f"{name} gets no gradient in training, not even 0")
         if not gradient.isfinite().all():
-            raise trial.broken("finite gradients", f"{name} gets a gradient that is not finite in training")
+            raise trial.failed("finite gradients", f"{name} gets a gradient that is not finite in training")
 
 
-def _packed_is_naive(trial: _Trial) -> None:
+def _packed_is_naive(trial: Trial) -> None:
     # in evaluation: in training a policy may draw at random
     packed, packed_gradients = _gradients(trial, _packed(trial))
     naive, naive_gradients = _gradients(
@@ -306,36 +246,36 @@ def _packed_is_naive(trial: _Trial) -> None:
     for name, expected in naive_gradients.items():
         got = packed_gradients[name]
         got, expected = (torch.zeros(()) if x is None else x for x in (got, expected))
-        if distance := _distance(got, expected):
-            raise trial.broken(
+        if distance := distance_of(got, expected):
+            raise trial.failed(
                 "packed = naive",
                 f"the gradients of {name} in the packed pass and in the plain one differ by {distance}",
             )
 
 
-def _budget(trial: _Trial) -> None:
+def _budget(trial: Trial) -> None:
     policy = trial.model.model.policy
     if not policy.adjustable:
         return
     if problem := broken_effort(policy, lambda: trial.run(trial.ids_BT, VALID_BT)["gates"], VALID_BT):
-        raise trial.broken("budget", problem)
+        raise trial.failed("budget", problem)
     for factor, ceiling in ((3.0, None), (0.5, max(1, policy.num_layers - 2))):
         limited = replace(trial, where=f"{trial.where}, factor {factor}, ceiling {ceiling}")
         with effort(policy, factor, ceiling):
-            for law in (_no_future_leak, _batch, _prefix, _decode, _packed_is_naive):
-                law(limited)
+            for check in (_no_future_leak, _batch, _prefix, _decode, _packed_is_naive):
+                check(limited)
 
 
-def _state(trial: _Trial) -> None:
+def _state(trial: Trial) -> None:
     before = trial.run(trial.ids_BT, VALID_BT)
     with tempfile.TemporaryDirectory() as folder, _quiet(), torch.random.fork_rng():
         torch.manual_seed(trial.generator.initial_seed() + 1)
         try:
             trial.model.save_pretrained(folder)
             loaded = MidskipForCausalLM.from_pretrained(folder, dtype=torch.float64)
-            after = _Trial(loaded, trial.ids_BT, trial.generator, trial.where).run(trial.ids_BT, VALID_BT)
+            after = Trial(loaded, trial.ids_BT, trial.generator, trial.where).run(trial.ids_BT, VALID_BT)
         except Exception as error:
-            raise trial.broken("state", f"a saved and loaded model fails: {error}") from error
+            raise trial.failed("state", f"a saved and loaded model fails: {error}") from error
     trial.same("state", after, before, "a model, and the same saved and loaded")
 
 
