@@ -89,7 +89,7 @@ def measure(run: Path, num_passes: int) -> tuple[Tensor, Tensor, Tensor]:
         bits = []
         for depth in range(1, policy.num_gates + 1):
             policy.imposed_N = torch.where(measured_N, depth, others_N)
-            logits_NV = model(**batch).logits.flatten(0, 1).float()
+            logits_NV = model(**batch, use_cache=False).logits.flatten(0, 1).float()
             bits.append(F.cross_entropy(logits_NV, target_N, ignore_index=-100, reduction="none") / math.log(2))
         token_N = batch["input_ids"].flatten()
         previous_N = F.pad(batch["input_ids"][:, :-1], (1, 0)).flatten()

@@ -134,8 +134,10 @@ def test_norms_are_those_of_the_tokens_that_go_in_and_come_out(make_recipe: Make
     recipe = make_recipe(model=RELEASED, steps=1, log_steps=1, batch_size=6 // passes, accumulation_steps=passes)
     train(recipe, console=QUIET)
     (row,) = history(recipe)
-    output = starting_model(recipe)(**first_batch(recipe), output_hidden_states=True)
-    states = [h_BTD.norm(dim=-1) for h_BTD in output.hidden_states]
+    model, before_norm = starting_model(recipe), []
+    model.model.norm.register_forward_pre_hook(lambda _, arguments: before_norm.append(arguments[0]))
+    output = model(**first_batch(recipe), output_hidden_states=True)
+    states = [h_BTD.norm(dim=-1) for h_BTD in (*output.hidden_states[:-1], before_norm[0].view(6, -1, 16))]
     present_LBT = output.gates > 0
     assert len(states) == 5 and 0 < present_LBT.float().mean() < 1
     for layer in range(4):

@@ -15,6 +15,7 @@ ORDER = (
     ("config", "plugins", "statistics", "budget", "nn"),
     ("policies", "controllers", "cache"),
     ("outputs", "decoding"),
+    ("inputs",),
     ("model",),
     ("cost", "energy", "data", "convert", "testing", "report", "runs"),
     ("evaluate", "calibrate", "generate", "bench"),

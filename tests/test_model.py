@@ -98,7 +98,7 @@ def test_hidden_states_only_when_asked(make_model: Make) -> None:
     assert model(ids_BT).hidden_states is None and model.model(ids_BT).hidden_states is None
     output = model.model(ids_BT, output_hidden_states=True)
     assert len(output.hidden_states) == 5
-    torch.testing.assert_close(model.model.norm(output.hidden_states[-1]), output.last_hidden_state)
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
     torch.testing.assert_close(model.lm_head(output.last_hidden_state), model(ids_BT).logits)
     model.config.output_hidden_states = True
     assert len(model(ids_BT).hidden_states) == 5
@@ -115,10 +115,10 @@ def test_return_dict_false_gives_a_tuple(make_model: Make) -> None:
     model, ids_BT = make_model().eval(), prompt(2, 5)
     output = model(ids_BT, labels=ids_BT)
     found = model(ids_BT, labels=ids_BT, return_dict=False)
-    assert isinstance(found, tuple) and len(found) == 5
+    assert isinstance(found, tuple) and len(found) == 6
     for got, expected in zip(found, (output.loss, output.logits, output.gates, output.depth_scores), strict=False):
         assert torch.equal(got, expected)
-    assert found[4] == output.executed_share
+    assert torch.equal(found[4], output.executed) and found[5] == output.executed_share
     assert isinstance(model.model(ids_BT, return_dict=False), tuple)
 
 

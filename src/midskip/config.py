@@ -35,7 +35,7 @@ class MidskipConfig(PretrainedConfig):
             gated (what the paper's released code computes).
         policy: who skips: a name in `midskip.policies` (`"middle_out"`, `"dense"`) or `"package.module:Class"`.
         policy_settings: keyword arguments of that policy.
-        use_cache: whether `generate()` uses a cache; a forward pass does if it is told to.
+        use_cache: whether `generate()`, and a forward pass without gradients, use a cache unless they are told.
         calibration: what `midskip calibrate` measured, for a budget at run time: a `Calibration` as a dictionary.
 
     The defaults are the shape of the paper's 12-layer model with GPT-2's vocabulary (arXiv 2506.21103).

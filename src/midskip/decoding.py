@@ -45,6 +45,12 @@ class CachedGeneration(GenerationMixin):
             self._check_room(mask.shape[1] + num_new - 1)  # transformers counts what is given, not what is in the cache
         return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def prepare_inputs_for_generation(self, *args: Any, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Those of transformers, which looks whether `inputs_embeds` is named here, and no gates: nobody reads them."""
+        mixin: Any = super()
+        inputs = mixin.prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
+        return {"output_gates": False} | inputs
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:

@@ -99,7 +99,7 @@ def time_prefill(models: dict[str, MidskipForCausalLM], ids_BT: Tensor, repeats:
     result: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         with Meter(model) as meter:
-            model(ids_BT.to(model.device), logits_to_keep=1)
+            model(ids_BT.to(model.device), logits_to_keep=1, use_cache=False)
         result[name] = {"executed_share": meter.executed_share, "flops": meter.flops().total}
     for _ in range(repeats):
         for name in random.sample(list(models), len(models)):

@@ -110,10 +110,11 @@ def evaluate(
             for start in progress_bar(own, title, progress and rank == 0):
                 batch = batch_of(windows, range(start, min(start + batch_size, len(windows))), model.device)
                 labels_BT = batch.pop("labels")
-                output = model(**batch)
-                sums.add(output.logits, output.gates, labels_BT, **batch)
+                output = model(**batch, use_cache=False)
+                sums.add(output.logits, output.executed, labels_BT, **batch)
         if len(own) * world_size < len(batches):
-            model(windows[0]["input_ids"][None, :1].to(model.device))  # not counted: sharded weights wait for all ranks
+            # not counted: sharded weights wait for all ranks
+            model(windows[0]["input_ids"][None, :1].to(model.device), use_cache=False)
     finally:
         model.train(was_training)
     return sums.result(meter, windows[0]["input_ids"].shape[0], world_size)
@@ -139,7 +140,7 @@ class _Sums:
         sizes = {
             "text": 2,  # nats, bytes
             "metered": 4,  # tokens, rows that ran, FLOPs, dense FLOPs
-            "present": self.num_layers, "tokens_by_blocks": self.num_layers + 1,
+            "executed": self.num_layers, "tokens_by_blocks": self.num_layers + 1,
             "nats_by_blocks": self.num_layers + 1, "num_targets_by_blocks": self.num_layers + 1,
             "nats_by_position": num_positions, "num_targets_by_position": num_positions,
         }  # fmt: skip
@@ -147,7 +148,7 @@ class _Sums:
         self.parts = dict(zip(sizes, self.all.split(list(sizes.values())), strict=True))
 
     def add(
-        self, logits_BTV: Tensor, gates_LBT: Tensor, labels_BT: Tensor, input_ids: Tensor,
+        self, logits_BTV: Tensor, executed_LBT: Tensor, labels_BT: Tensor, input_ids: Tensor,
         attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
     ) -> None:  # fmt: skip
         valid_BT = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
@@ -156,12 +157,11 @@ class _Sums:
         target_N = torch.where(valid_BT, next_BT, -100).flatten()
         scored_N = target_N != -100
         loss_N = _losses(logits_BTV.flatten(0, 1), target_N)
-        present_LBT = gates_LBT > 0
-        blocks_N = present_LBT.sum(0).flatten()
+        blocks_N = executed_LBT.sum(0).flatten()
         position_N = torch.where(scored_N, position_BT.flatten(), 0)  # who is not scored adds 0, wherever that is
         parts = self.parts
         parts["text"][0] += loss_N.sum()
-        parts["present"] += present_LBT.sum((1, 2))
+        parts["executed"] += executed_LBT.sum((1, 2))
         parts["tokens_by_blocks"].index_add_(0, blocks_N, valid_BT.flatten().double())
         for name, index_N in (("blocks", blocks_N), ("position", position_N)):
             parts[f"nats_by_{name}"].index_add_(0, index_N, loss_N)
@@ -194,7 +194,7 @@ class _Sums:
             "num_tokens": int(num_tokens),
             "num_targets": num_targets,
             "executed_share": query_rows / (num_tokens * self.num_layers),
-            "share_by_layer": (sums["present"] / num_tokens).tolist(),
+            "share_by_layer": (sums["executed"] / num_tokens).tolist(),
             "tokens_by_blocks": (sums["tokens_by_blocks"] / num_tokens).tolist(),
             "flops_per_token": flops / num_tokens,
             "dense_flops_per_token": dense_flops / num_tokens,
@@ -231,10 +231,10 @@ def depth_of_tokens(
     ids_1T = torch.tensor([list(ids)], device=model.device)
     position_1T = None if positions is None else torch.tensor([list(positions)], device=model.device)
     with effort_kept(model):
-        output = model(ids_1T, position_ids=position_1T)
+        output = model(ids_1T, position_ids=position_1T, use_cache=False)
     losses = -output.logits[0, :-1].float().log_softmax(-1).gather(1, ids_1T[0, 1:, None]).squeeze(1)
-    gates_TL = output.gates[:, 0].T.cpu()
+    blocks_T, gates_TL = output.executed[:, 0].sum(0).tolist(), output.gates[:, 0].T.tolist()
     return [
-        TokenDepth(str(tokenizer.decode([token])), int((gates_L > 0).sum()), loss, tuple(gates_L.tolist()))
-        for token, gates_L, loss in zip(ids, gates_TL, [None, *losses.tolist()], strict=True)
+        TokenDepth(str(tokenizer.decode([token])), blocks, loss, tuple(gates_L))
+        for token, blocks, gates_L, loss in zip(ids, blocks_T, gates_TL, [None, *losses.tolist()], strict=True)
     ]

@@ -18,9 +18,10 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from midskip.budget import DriftWatch, calibration_in, check_on_drift
-from midskip.cache import IN_GENERATE, SkipCache, unchanged_if_broken_off
+from midskip.cache import SkipCache, unchanged_if_broken_off
 from midskip.config import MidskipConfig
-from midskip.decoding import CachedGeneration, check_kind
+from midskip.decoding import CachedGeneration
+from midskip.inputs import cache_for, check_others, layout_of
 from midskip.nn.cache import LayerCache
 from midskip.nn.layers import Block, RMSNorm, RotaryEmbedding
 from midskip.nn.layout import Layout
@@ -85,6 +86,8 @@ class MidskipModel(MidskipPreTrainedModel):
         output_hidden_states: bool | None = None,
         past_key_values: SkipCache | None = None,
         use_cache: bool | None = None,
+        output_gates: bool = True,
+        **others: Any,
     ) -> MidskipModelOutput:
         """Hidden states of every token.
 
@@ -98,19 +101,25 @@ class MidskipModel(MidskipPreTrainedModel):
                 given neither attention_mask nor cache; where each document counts 0, 1, 2, ..., both agree.) With a
                 cache a row is one sequence, and its positions have to rise; by default they go on where it stopped.
             output_hidden_states: also give the hidden states between the blocks.
+            output_gates: give `gates`, `depth_scores` and `executed`; the passes of `generate()` leave them out.
             past_key_values: a cache of the columns before these; `attention_mask`, if given, then covers both. The
                 tokens that run are added to it.
-            use_cache: True makes a cache if none is given; by default a given one is used and none is made.
+            use_cache: True makes a cache if none is given. By default one is made if `config.use_cache` is True and
+                gradients are off, but not for rows of several documents, nor for a policy that looks back.
+            others: what else transformers' models take is accepted where Llama makes no use of it (`cache_position`,
+                `token_type_ids`) and where it is None or False.
 
         Raises:
             ValueError: shapes that do not fit, ids outside the vocabulary, more columns or positions than
                 `max_position_embeddings`, a cache that does not fit, or one used with gradients on.
+            TypeError: another argument that would change the result.
         """
+        check_others(others)
         with unchanged_if_broken_off(past_key_values):
             packed = self.run(
                 input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
             )
-        return MidskipModelOutput(last_hidden_state=packed.layout.unpack(packed.h_ND), **packed.outputs())
+        return MidskipModelOutput(last_hidden_state=packed.layout.unpack(packed.h_ND), **packed.outputs(output_gates))
 
     def run(
         self,
@@ -123,8 +132,8 @@ class MidskipModel(MidskipPreTrainedModel):
         use_cache: bool | None = None,
     ) -> Packed:
         """The pass of `forward`, its results still packed. Whoever calls it holds `unchanged_if_broken_off`."""
-        cache = self._cache(past_key_values, use_cache)
-        layout = self._layout(input_ids, attention_mask, position_ids, inputs_embeds, cache)
+        cache = cache_for(self, past_key_values, use_cache, attention_mask, position_ids)
+        layout = layout_of(self, input_ids, attention_mask, position_ids, inputs_embeds, cache)
         if inputs_embeds is not None:
             h_ND = layout.pack(inputs_embeds)
         else:
@@ -142,9 +151,12 @@ class MidskipModel(MidskipPreTrainedModel):
             decisions.append(decision)
             past = None if cache is None else cache.layers[layer]
             h_ND = self._run_block(block, h_ND, decision, layout, past)
-            if hidden_states is not None:
+            if hidden_states is not None and layer + 1 < len(self.layers):
                 hidden_states.append(h_ND)
-        packed = Packed(self.norm(h_ND), layout, decisions, state, hidden_states, cache)
+        h_ND = self.norm(h_ND)
+        if hidden_states is not None:
+            hidden_states.append(h_ND)
+        packed = Packed(h_ND, layout, decisions, state, hidden_states, cache)
         if cache is not None:
             cache.num_valid_tokens += layout.num_tokens
             cache.num_block_tokens += packed.num_block_tokens
@@ -175,70 +187,6 @@ class MidskipModel(MidskipPreTrainedModel):
         if rows_N is None:
             return x_ND
         return h_ND.index_copy(0, rows_N, x_ND.to(h_ND.dtype))  # a copy: a policy or a hook may hold the tensor
-
-    def _cache(self, past_key_values: Any, use_cache: bool | None) -> SkipCache | None:
-        """The cache to use: the one given, a new one, or none."""
-        if past_key_values is None and not use_cache:
-            return None
-        if use_cache is False:
-            raise ValueError("past_key_values is given and use_cache is False: leave one of them out")
-        check_kind(past_key_values)
-        if torch.is_grad_enabled():
-            raise ValueError("a cache carries no gradients: run the model under torch.no_grad(), or without a cache")
-        if self.policy.looks_back:
-            raise ValueError(
-                f"the policy {type(self.policy).__name__} looks at a token's past (looks_back), which a cache does not "
-                "hold: run without one (use_cache=False)"
-            )
-        return SkipCache(self.config) if past_key_values is None else past_key_values
-
-    def _layout(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
-        inputs_embeds: Tensor | None, cache: SkipCache | None,
-    ) -> Layout:  # fmt: skip
-        """Check the input and say who is where."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None
-        wanted = "[B, T]" if inputs_embeds is None else f"[B, T, {self.config.hidden_size}]"
-        trailing = () if inputs_embeds is None else (self.config.hidden_size,)
-        if given.ndim != 2 + len(trailing) or given.shape[2:] != trailing or not given.numel():
-            hint = f": {IN_GENERATE}" if cache is not None and cache.num_columns else ""
-            raise ValueError(
-                f"the input has the shape {list(given.shape)}; expected {wanted} with at least one token{hint}"
-            )
-        shape, limit = given.shape[:2], self.config.max_position_embeddings
-        num_columns = shape[1] + (0 if cache is None else cache.num_columns)
-        if num_columns > limit:
-            held = "" if num_columns == shape[1] else ", with those in the cache,"
-            raise ValueError(
-                f"the input{held} has {num_columns} tokens and this model takes at most {limit} "
-                "(max_position_embeddings): shorten it, or train with a larger max_position_embeddings"
-            )
-        if input_ids is not None and input_ids.device.type == "cpu":
-            low, high = (int(x) for x in input_ids.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"input_ids reach from {low} to {high}; this model's vocabulary is 0 to "
-                    f"{self.config.vocab_size - 1}: is it the model's own tokenizer?"
-                )
-        if position_ids is not None and position_ids.shape not in (shape, (1, shape[1])):
-            raise ValueError(f"position_ids has the shape {list(position_ids.shape)}; expected {list(shape)}")
-        if cache is not None:
-            return cache.admit(self, (shape[0], shape[1]), attention_mask, position_ids, given.device, input_ids)
-        if attention_mask is None:
-            valid_BT = torch.ones(shape, dtype=torch.bool, device=given.device)
-        elif attention_mask.shape != shape:
-            raise ValueError(f"attention_mask has the shape {list(attention_mask.shape)}; expected {list(shape)}")
-        else:
-            valid_BT = attention_mask.bool()
-        layout = Layout.from_rectangle(valid_BT, position_ids)
-        if position_ids is not None and layout.num_tokens:
-            low, high = torch.stack(layout.position_N.aminmax()).tolist()
-            if low < 0 or high >= limit:
-                raise ValueError(f"position_ids reach from {low} to {high}; this model takes 0 to {limit - 1}")
-        return layout
 
 
 class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMixin):
@@ -302,6 +250,9 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         output_hidden_states: bool | None = None,
         past_key_values: SkipCache | None = None,
         use_cache: bool | None = None,
+        output_gates: bool = True,
+        num_items_in_batch: int | Tensor | None = None,
+        **others: Any,
     ) -> MidskipCausalLMOutput:
         """Logits of the next token, and their loss.
 
@@ -310,9 +261,12 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
                 that is a pad or follows one. The last token of a document predicts the first of the next.
             logits_to_keep: 0 for all columns, k > 0 for the last k, or an int64 tensor of columns; the head runs on
                 those only. With labels it must be 0.
+            num_items_in_batch: by which the sum of the losses is divided, as transformers' Trainer asks; by default by
+                the number of tokens scored.
 
         The other arguments, and the errors, are those of `MidskipModel.forward`.
         """
+        check_others(others)
         with unchanged_if_broken_off(past_key_values):
             packed = self.model.run(
                 input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
@@ -322,10 +276,10 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
                 ids_N = None if input_ids is None else layout.pack(input_ids)
                 self.watch.see(layout.lengths, packed.executed_share, packed.h_ND, ids_N, self.lm_head)
             if labels is not None:
-                logits, loss = self._logits_and_loss(packed, labels, logits_to_keep)
+                logits, loss = self._logits_and_loss(packed, labels, logits_to_keep, num_items_in_batch)
             else:
                 logits, loss = self._logits(packed, logits_to_keep), None
-            return MidskipCausalLMOutput(loss=loss, logits=logits, **packed.outputs())
+            return MidskipCausalLMOutput(loss=loss, logits=logits, **packed.outputs(output_gates))
 
     def _logits(self, packed: Packed, logits_to_keep: int | Tensor) -> Tensor:
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
@@ -335,7 +289,9 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return self.lm_head(packed.layout.unpack(packed.h_ND)[:, columns])
 
-    def _logits_and_loss(self, packed: Packed, labels: Tensor, logits_to_keep: int | Tensor) -> tuple[Tensor, Tensor]:
+    def _logits_and_loss(
+        self, packed: Packed, labels: Tensor, logits_to_keep: int | Tensor, num_items: int | Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         layout = packed.layout
         shape = (layout.batch_size, layout.num_columns)
         if labels.shape != shape:
@@ -351,5 +307,5 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         scored_N = target_N != -100
         if self.training:
             self.model.policy.observe(packed.state, nats_N.detach(), scored_N)
-        loss = nats_N.sum() / scored_N.sum().clamp(min=1)
+        loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)
         return layout.unpack(logits_NV), loss

@@ -26,8 +26,9 @@ class MidskipModelOutput(ModelOutput):
         gates: float32 [L, B, T], the gate of each token in each layer; exactly 0 where it was not present.
         depth_scores: float32 [ceil(L/2), B, T] with the policy `middle_out`, else None. A score grows until it
             reaches 1 and then stays.
-        hidden_states: L + 1 tensors [B, T, D] if asked for: the embedding, then the output of each block (the last
-            one before the last norm); 0 at pads.
+        executed: bool [L, B, T], whether each token ran each layer; False at pads.
+        hidden_states: L + 1 tensors [B, T, D] if asked for, as Llama gives them: the embedding, then the output of each
+            block, the last one after the last norm; 0 at pads.
         past_key_values: the cache, if one was given or asked for.
         executed_share: share of block-tokens that ran in this pass, of valid tokens times layers.
     """
@@ -36,6 +37,7 @@ class MidskipModelOutput(ModelOutput):
     past_key_values: SkipCache | None = None
     gates: Tensor | None = None
     depth_scores: Tensor | None = None
+    executed: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     executed_share: float | None = None
 
@@ -54,6 +56,7 @@ class MidskipCausalLMOutput(ModelOutput):
     past_key_values: SkipCache | None = None
     gates: Tensor | None = None
     depth_scores: Tensor | None = None
+    executed: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     executed_share: float | None = None
 
@@ -88,12 +91,21 @@ class Packed:
                 gates[decision] = gate_N if decision.keep_N is None else torch.where(decision.keep_N, gate_N, 0)
         return self.layout.unpack(torch.stack([gates[one] for one in self.decisions], 1)).movedim(-1, 0)
 
-    def outputs(self) -> dict[str, Any]:
+    def executed_LBT(self) -> Tensor:
+        all_N = torch.ones(self.layout.num_tokens, dtype=torch.bool, device=self.h_ND.device)
+        kept = [all_N if decision.keep_N is None else decision.keep_N for decision in self.decisions]
+        return self.layout.unpack(torch.stack(kept, 1)).movedim(-1, 0)
+
+    def outputs(self, output_gates: bool) -> dict[str, Any]:
+        """The fields of both kinds of output."""
         scores, hidden = self.state.get("depth_scores"), self.hidden_states
-        return {
-            "gates": self.gates_LBT(),
-            "depth_scores": self.layout.unpack(torch.stack(scores, 1)).movedim(-1, 0) if scores else None,
+        found = {
             "hidden_states": None if hidden is None else tuple(self.layout.unpack(h_ND) for h_ND in hidden),
             "past_key_values": self.cache,
             "executed_share": self.executed_share,
         }
+        if output_gates:
+            found |= {"gates": self.gates_LBT(), "executed": self.executed_LBT()}
+            if scores:
+                found["depth_scores"] = self.layout.unpack(torch.stack(scores, 1)).movedim(-1, 0)
+        return found

@@ -54,6 +54,11 @@ class Side:
             more["past_key_values"] = cache
         return self.model(ids_BT, **more)
 
+    def step(self, ids_B1: Tensor, cache: Any) -> Any:
+        """A step of decoding, as `generate()` runs it."""
+        unread = {"output_gates": False} if self.is_ours else {}
+        return self.call(ids_B1, cache, use_cache=True, logits_to_keep=1, **unread)
+
     def empty_cache(self, num_columns: int) -> Any:
         """What a first pass takes to hold `num_columns` in the end; None where the model makes it itself."""
         return StaticCache(config=self.model.config, max_cache_len=num_columns) if self.static else None

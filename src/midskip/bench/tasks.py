@@ -158,7 +158,7 @@ class Decode(Task):
 
     def _step(self, side: Side, cache: Any, step: int) -> Any:
         column = self.num_context + step
-        return side.call(self.ids_BT[:, column : column + 1], cache, use_cache=True, logits_to_keep=1)
+        return side.step(self.ids_BT[:, column : column + 1], cache)
 
     def work(self, side: Side) -> Work:
         if side.is_ours:

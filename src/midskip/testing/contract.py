@@ -136,7 +136,7 @@ def _untouched(trial: Trial) -> None:
 
     hooks = [module.register_forward_hook(hold) for module in trial.model.modules()]
     try:
-        output = trial.model(trial.ids_BT, attention_mask=VALID_BT)
+        output = trial.model(trial.ids_BT, attention_mask=VALID_BT, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -27,7 +27,7 @@ class NaiveOutput:
     logits: Tensor  # [B, T, V]
     gates: Tensor  # [L, B, T]
     depth_scores: Tensor | None  # [ceil(L/2), B, T]; scores go on growing past 1
-    hidden_states: Tensor  # [L + 1, B, T, D]
+    hidden_states: Tensor  # [L + 1, B, T, D], the last one after the last norm
 
 
 def naive_forward(
@@ -108,7 +108,8 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Na
         assert isinstance(block, Block)
         x_TD = _block(block, x_TD, output_gate_T, key_gate_T, turn_TK, sees_TT, config.head_dim)
         hidden.append(x_TD)
-    logits_TV = _rms_norm(x_TD, body.norm) @ model.lm_head.weight.T
+    hidden[-1] = _rms_norm(x_TD, body.norm)
+    logits_TV = hidden[-1] @ model.lm_head.weight.T
     depth_scores = torch.stack(scores) if scores else None
     return NaiveOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden))
 

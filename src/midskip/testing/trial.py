@@ -54,7 +54,7 @@ class Trial:
     @torch.no_grad()
     def run(self, ids_BT: Tensor, valid_BT: Tensor | None = None) -> dict[str, Tensor]:
         """The output's tensors as [B, T, ...], 0 at pads."""
-        return by_token(self.model(ids_BT, attention_mask=valid_BT, output_hidden_states=True))
+        return by_token(self.model(ids_BT, attention_mask=valid_BT, output_hidden_states=True, use_cache=False))
 
     def same(self, check: str, got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
         if got.keys() != expected.keys():
@@ -77,8 +77,9 @@ def _move(model: MidskipForCausalLM, ids_BT: Tensor, generator: torch.Generator)
         controller = build_controller("budget", policy.num_layers, target_share=0.5, ramp_steps=1)
         for _ in range(STEPS_OF_BUDGET):
             controller.steer(policy)
-            gates_LN = model(ids_BT, attention_mask=VALID_BT).gates[:, VALID_BT]
-            controller.update(gates_LN.mean(1), gates_LN.var(1), (gates_LN > 0).float().mean(1))
+            output = model(ids_BT, attention_mask=VALID_BT, use_cache=False)
+            gates_LN, executed_LN = output.gates[:, VALID_BT], output.executed[:, VALID_BT]
+            controller.update(gates_LN.mean(1), gates_LN.var(1), executed_LN.float().mean(1))
 
 
 def by_token(output: Any) -> dict[str, Tensor]:

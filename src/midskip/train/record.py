@@ -34,10 +34,14 @@ class StepRecord:
         self.num_tokens = 0
         self.flops = 0.0
 
-    def add(self, cross_entropy: Tensor, regulariser: Tensor, gates_LBT: Tensor, valid_BT: Tensor | None) -> None:
+    def add(
+        self, cross_entropy: Tensor, regulariser: Tensor, gates_LBT: Tensor, executed_LBT: Tensor,
+        valid_BT: Tensor | None,
+    ) -> None:  # fmt: skip
         """Counts in one forward pass."""
         self._losses.append(torch.stack([cross_entropy.detach(), regulariser.detach()]).double())
         self.statistics.add_gates(gates_LBT.detach(), valid_BT=valid_BT)
+        self.statistics.add("executed", executed_LBT, valid_BT)
 
     def reduce(self) -> None:
         """Sum over passes and ranks, in one exchange; called by all ranks."""
@@ -57,8 +61,8 @@ class StepRecord:
         self.num_tokens = int(self.statistics.sums()["gate"][0, 0])
 
     def share_by_layer(self) -> Tensor:
-        """Share of the valid tokens that was present, float64 [L]."""
-        return 1 - self.statistics.mean("skipped")
+        """Share of the valid tokens that ran, float64 [L]."""
+        return self.statistics.mean("executed")
 
 
 class Watch:

@@ -64,6 +64,7 @@ class MidskipTrainer(Trainer):
     ):
         self.settings = settings
         super().__init__(**arguments)
+        self.model_accepts_loss_kwargs = False  # `compute_loss` gives the mean of a pass
         self.controller, self.measure, self.tokenizer, self.peak_flops = controller, measure, tokenizer, peak_flops
         self.step = StepRecord()
         self.history: list[dict[str, Any]] = []
@@ -84,7 +85,7 @@ class MidskipTrainer(Trainer):
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         valid_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
         regulariser = self.controller.loss(outputs.gates, valid_BT)
-        self.step.add(outputs.loss, regulariser, outputs.gates, valid_BT)
+        self.step.add(outputs.loss, regulariser, outputs.gates, outputs.executed, valid_BT)
         total = outputs.loss + regulariser
         return (total, outputs) if return_outputs else total
 
