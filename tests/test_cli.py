@@ -222,7 +222,8 @@ def test_the_page_of_a_run_escapes_its_documents(place: Path) -> None:
 
 
 def test_an_error_is_one_line_of_harmless_text(error: Callable[..., str], tmp_path: Path) -> None:
-    assert error("train", "--training.\x1b[31m\n[bold]=3") == (
+    (tmp_path / "empty.yaml").write_text("{}")
+    assert error("train", tmp_path / "empty.yaml", "--training.\x1b[31m\n[bold]=3") == (
         "the recipe cannot be used: unrecognized arguments: --training.␛[31m [bold]=3"
     )
     (tmp_path / "recipe.yaml").write_text("training: {steps: [\n")
@@ -256,6 +257,9 @@ def test_recipes_that_cannot_be_used(error: Callable[..., str], place: Path, tmp
     assert "--training.learning_rat=1" in error("train", recipe, "--training.learning_rat=1")
     assert "training.steps is 0; expected at least 1" in error("train", recipe, "--training.steps=0")
     assert "unrecognized arguments" in error("train", recipe, tmp_path / "recipe.yaml")
+    missing = "the following arguments are required: RECIPE.yaml; `midskip train --help` tells more"
+    assert error("train") == error("train", "--resume", "--training.steps=3") == missing
+    assert "training.steps is 0" in error("train", "--training.steps=0", recipe), "it may stand anywhere"
 
 
 def test_text_that_cannot_be_used(error: Callable[..., str], place: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from midskip.evaluate import evaluate
 from midskip.runs import load_run
 from midskip.train import Recipe, train
 from midskip.train.optimizer import build_optimizer, build_scheduler
-from midskip.train.peak import BFLOAT16_PEAKS, measured_flops, peak_flops
+from midskip.train.peak import known_name, measured_flops, peak_flops
 
 MakeRecipe = Callable[..., Recipe]
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
@@ -221,11 +221,13 @@ def test_a_known_device_has_the_peak_of_its_data_sheet(monkeypatch: pytest.Monke
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA H100 NVL", 835e12),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         peak, source = peak_flops(arguments)
         assert peak == expected and "data sheet" in source, name
-    assert list(BFLOAT16_PEAKS).index("H100 PCIe") < list(BFLOAT16_PEAKS).index("H100"), "the first that fits counts"
+    assert known_name("NVIDIA L400") is None
 
 
 def test_another_device_is_measured(tmp_path: Path) -> None:

@@ -264,6 +264,13 @@ def test_every_cache_implementation_is_refused_by_name(make_model: Make, kind: s
     assert not counts
 
 
+def test_pads_on_the_right_are_refused(make_model: Make) -> None:
+    ids_BT, mask_BT = prompt(2, 6), torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match=r"pad on the left \(tokenizer.padding_side = 'left'\)"):
+            generate(make_model().eval(), ids_BT, attention_mask=mask_BT, use_cache=use_cache)
+
+
 def test_more_than_the_model_takes_is_refused_before_it_begins(make_model: Make) -> None:
     model = make_model().eval()
     counts = count_columns(model)

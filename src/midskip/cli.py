@@ -133,20 +133,29 @@ def _train(arguments: list[str]) -> None:
     from midskip.train.recipe import read_recipe, recipe_parser
     from midskip.train.run import train
 
+    parser = _Parser(
+        "midskip train",
+        usage="%(prog)s RECIPE.yaml [--resume [--accept_changes]] [--group.setting=value ...]",
+        epilog="On several devices: torchrun --nproc-per-node=N -m midskip.cli train ...",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="a YAML file; the folder recipes has some")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest complete checkpoint in the output folder"
+    )
+    parser.add_argument(
+        "--accept_changes",
+        action="store_true",
+        help="go on although the recipe or the text is not what the run began with",
+    )
     if "-h" in arguments or "--help" in arguments:
-        print(
-            "usage: midskip train RECIPE.yaml [--resume [--accept_changes]] [--group.setting=value ...]\n\n"
-            "  --resume          go on from the newest complete checkpoint in the output folder\n"
-            "  --accept_changes  go on although the recipe or the text is not what the run began with\n"
-            "\nOn several devices: torchrun --nproc-per-node=N -m midskip.cli train ...\n"
-        )
+        parser.print_help()
+        print()
         recipe_parser().print_help()
         return
-    switches = ("--resume", "--accept_changes")
-    resume, accept_changes = (switch in arguments for switch in switches)
-    rest = [argument for argument in arguments if argument not in switches]
-    path = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    report = train(read_recipe(path, rest), resume, accept_changes)
+    options, settings = parser.parse_known_args(arguments)
+    report = train(read_recipe(options.recipe, settings), options.resume, options.accept_changes)
     if report:  # of the first process
         print(to_json(report))
 

@@ -56,6 +56,12 @@ class CachedGeneration(GenerationMixin):
     ) -> Any:
         """Give `generate()` a `SkipCache`, and refuse what it cannot do before it begins."""
         self._check_room(max_cache_length)
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "attention_mask marks the last token of a row as a pad, and generate() goes on from the last column: pad "
+                "on the left (tokenizer.padding_side = 'left')"
+            )
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             cache._is_user_defined = True  # transformers then hands it back as it would be after the last step
