@@ -59,8 +59,8 @@ class CachedGeneration(GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
             raise ValueError(
-                "attention_mask marks the last token of a row as a pad, and generate() goes on from the last column: pad "
-                "on the left (tokenizer.padding_side = 'left')"
+                "attention_mask marks the last token of a row as a pad, and generate() goes on from the last column: "
+                "pad on the left (tokenizer.padding_side = 'left')"
             )
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
