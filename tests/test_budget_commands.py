@@ -50,10 +50,13 @@ def test_calibrate_evaluate_and_generate(run: Path, tmp_path: Path, capsys: pyte
     assert main(["evaluate", *there, "--budgets", "0.6,1", "--picture", str(picture)]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
-    assert [row["budget"] for row in result["budgets"]] == [0.6, 1.0] and result["budgets"][1]["executed_share"] == 1
+    factors = [Calibration.from_dict(curve).factor_for(budget) for budget in (0.6, 1.0)]
+    assert [(row["budget"], row["factor"]) for row in result["budgets"]] == list(zip((0.6, 1.0), factors, strict=True))
     assert result["budgets"][0]["executed_share"] != pytest.approx(result["executed_share"])
     assert "there: cats" in captured.err and picture.read_bytes().startswith(b"\x89PNG")
 
+    file = run / "config.json"  # with a curve on which the whole model is best
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"calibration": CURVE}))
     shares = []
     for more in ([], ["--budget", "1"], ["--ceiling", "2"], ["--budget", "1", "--ceiling", "2"]):
         assert main(["generate", str(run), "--prompt", "the cat", "--max_new_tokens", "5", *more]) == 0

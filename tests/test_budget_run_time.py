@@ -35,9 +35,9 @@ def test_no_budget_is_the_model_as_trained(calibrated: MidskipForCausalLM, ragge
         ({"ceiling": 0}, "ceiling is 0; expected a whole number of blocks from 1 to 4"),
         ({"ceiling": 5}, "ceiling is 5"),
         ({"budget": 0.5, "ceiling": 5}, "ceiling is 5"),
-        ({"budget": 0.5, "on_drift": "panic"}, "on_drift is 'panic'; expected one of 'keep', 'run_all', 'error'"),
+        ({"budget": 0.5, "on_drift": "panic"}, "on_drift is 'panic'; expected one of 'keep', 'as_trained', 'error'"),
         ({"on_drift": "error"}, "on_drift is 'error' and there is no budget whose drift to watch"),
-        ({"ceiling": 2, "on_drift": "run_all"}, "there is no budget whose drift to watch"),
+        ({"ceiling": 2, "on_drift": "as_trained"}, "there is no budget whose drift to watch"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused(calibrated: MidskipForCausalLM, arguments: Any, message: str) -> None:

@@ -40,12 +40,12 @@ class Seen:
     """A watch over prompts of 8 tokens with the share and the loss that a test wants."""
 
     def __init__(self, on_drift: str = "keep", factor: float = 2.0, ceiling: int | None = None) -> None:
-        self.all_run = 0
-        self.watch = DriftWatch(Calibration.from_dict(CURVE), factor, ceiling, on_drift, self.run_all)
+        self.fallen_back = 0
+        self.watch = DriftWatch(Calibration.from_dict(CURVE), factor, ceiling, on_drift, self.fall_back)
         self.num_heads = 0
 
-    def run_all(self) -> None:
-        self.all_run += 1
+    def fall_back(self) -> None:
+        self.fallen_back += 1
 
     def see(self, share: float, loss: float = 2.0, lengths: tuple[int, ...] = (9,)) -> None:
         """Logits of two tokens, the right one of which is less likely by so much."""
@@ -88,15 +88,15 @@ def test_keep_warns_once_and_goes_on() -> None:
         seen.see(0.2)
     before = seen.num_heads
     seen.see(0.2, 9.0)  # a second warning would be an error
-    assert seen.all_run == 0 and seen.num_heads == before, "and costs nothing any more"
+    assert seen.fallen_back == 0 and seen.num_heads == before, "and costs nothing any more"
 
 
-def test_run_all_warns_once_and_runs_all() -> None:
-    seen = Seen("run_all")
-    with pytest.warns(UserWarning, match=r"from now on every block runs"):
+def test_as_trained_warns_once_and_drops_the_budget() -> None:
+    seen = Seen("as_trained")
+    with pytest.warns(UserWarning, match=r"from now on the gates are those of training, without a budget"):
         seen.see(0.5, 9.0)
     seen.see(0.2)
-    assert seen.all_run == 1
+    assert seen.fallen_back == 1
 
 
 def test_prompts_are_judged_a_block_at_a_time() -> None:
@@ -165,15 +165,14 @@ def test_drift_on_live_prompts(calibrated: MidskipForCausalLM, windows: list[dic
     with pytest.raises(BudgetDriftError, match="calibration on 'noise': "):
         for _ in range(9):  # 64 of each pass are scored
             calibrated(**odd, logits_to_keep=1)
-    for on_drift, factor in (("keep", calibration.factor_for(0.6)), ("run_all", 0.0)):
+    for on_drift, factor in (("keep", calibration.factor_for(0.6)), ("as_trained", 1.0)):
         calibrated.set_budget(0.6, 4, on_drift=on_drift)
         with pytest.warns(UserWarning, match=f"on_drift: {on_drift}") as found:
             for _ in range(9):
-                output = calibrated(**odd)
+                calibrated(**odd)
         assert len(found) == 1
         policy = calibrated.model.policy
-        assert (policy.factor, policy.ceiling) == (factor, 4 if factor else None)
-        assert bool((output.gates == 1).all()) is (factor == 0)
+        assert (policy.factor, policy.ceiling) == (factor, 4 if on_drift == "keep" else None)
     calibrated.set_budget(0.6, on_drift="error")
     with Meter(calibrated) as meter:
         calibrated(**batch, logits_to_keep=1)

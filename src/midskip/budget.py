@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ON_DRIFT = ("keep", "run_all", "error")
+ON_DRIFT = ("keep", "as_trained", "error")
+TOLERANCE = 0.02  # of a budget, by which the share of a point that serves it may be above
 BAND_STDS = 4  # half the width of the band that blocks of live prompts have to stay in
 SCORED_ROWS = 64  # the most tokens of a pass whose loss the watch works out
 _CURVES = ("factor", "share", "loss", "share_std", "loss_std")
@@ -87,14 +88,22 @@ class Calibration:
         return asdict(self)
 
     def factor_for(self, budget: float) -> float:
-        """The factor at which this share of block-tokens ran, in (0, 1]; the largest one for less than ever ran.
+        """The factor of the lowest loss, of those at which no more than this share of block-tokens ran, in (0, 1].
+
+        So a larger budget never gives a larger loss on the text of the calibration. Candidates are the points measured,
+        whose share may be above the budget by a `TOLERANCE` (so that the model as trained serves the budget it was
+        trained for), and the place on the curve where the share is the budget. The largest factor for less than ever
+        ran.
 
         Raises:
             ValueError: a budget that is no share.
         """
         if not _is_amount(budget) or not 0 < budget <= 1:
             raise ValueError(f"budget is {budget!r}; expected a share of the blocks, above 0 and up to 1, or None")
-        return _interpolated(-budget, [-share for share in self.share], self.factor)
+        exact = _interpolated(-budget, [-share for share in self.share], self.factor)
+        served = [f for f, share in zip(self.factor, self.share, strict=True) if share <= budget * (1 + TOLERANCE)]
+        share_and_loss = {factor: self.at(factor) for factor in (*served, exact)}
+        return min(share_and_loss, key=lambda factor: share_and_loss[factor][::-1])  # of equal losses the least work
 
     def at(self, factor: float) -> tuple[float, float]:
         """Share and loss at a factor, on the line between the points measured."""
@@ -188,15 +197,15 @@ class DriftWatch:
         calibration: what is expected.
         factor: at which of its factors.
         ceiling: the ceiling in force, if there is one.
-        on_drift: `"keep"` warns once and goes on; `"run_all"` warns once and calls `run_all`; `"error"` raises.
-        run_all: makes every block run from the next pass on.
+        on_drift: `"keep"` warns once and goes on; `"as_trained"` warns once and calls `fall_back`; `"error"` raises.
+        fall_back: drops the budget, from the next pass on.
     """
 
     def __init__(
         self, calibration: Calibration, factor: float, ceiling: int | None, on_drift: str,
-        run_all: Callable[[], None],
+        fall_back: Callable[[], None],
     ):  # fmt: skip
-        self.calibration, self.on_drift, self.run_all = calibration, on_drift, run_all
+        self.calibration, self.on_drift, self.fall_back = calibration, on_drift, fall_back
         band = calibration.band(factor)
         self.band = band if ceiling is None else replace(band, share_low=0.0)
         self.is_over = False
@@ -255,11 +264,13 @@ class DriftWatch:
 
     def _act(self, message: str) -> None:
         if self.on_drift == "error":
-            raise BudgetDriftError(f"{message}; calibrate on text like the prompts, or set on_drift to keep or run_all")
+            raise BudgetDriftError(
+                f"{message}; calibrate on text like the prompts, or set on_drift to keep or as_trained"
+            )
         self.is_over = True
-        if self.on_drift == "run_all":
-            self.run_all()
-            message += "; from now on every block runs (on_drift: run_all)"
+        if self.on_drift == "as_trained":
+            self.fall_back()
+            message += "; from now on the gates are those of training, without a budget (on_drift: as_trained)"
         else:
             message += "; the budget stays, and this is said once (on_drift: keep)"
         warnings.warn(message, stacklevel=2)

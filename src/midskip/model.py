@@ -6,7 +6,6 @@ B sequences, T columns, N valid tokens, D width, V vocabulary, L layers.
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
@@ -208,13 +207,14 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         What is decided about a token still depends on it and its past alone, not on who shares its batch.
 
         Args:
-            budget: share of the block-tokens that shall run on average, in (0, 1]; 1 runs every block. It becomes a
-                factor of the policy's scores, by the calibration in `config.calibration`; below the shares calibrated
-                the largest factor is taken, with a warning, once.
+            budget: share of the block-tokens that may run on average, in (0, 1]. It becomes a factor of the policy's
+                scores, by the calibration in `config.calibration`: of those within the budget the one of the lowest
+                loss, which need not be the one that runs most. Below the shares calibrated the largest factor is taken,
+                with a warning, once.
             ceiling: the most blocks that one token may run, 1 to L, for a latency that is known beforehand.
             on_drift: what to do when the share or the loss on live prompts leaves the band of the calibration (see
-                `DriftWatch`): `"keep"`: warn once; `"run_all"`: warn once, drop budget and ceiling both, and run every
-                block from the next pass on; `"error"`: raise `BudgetDriftError`.
+                `DriftWatch`): `"keep"`: warn once; `"as_trained"`: warn once, and drop budget and ceiling both from the
+                next pass on; `"error"`: raise `BudgetDriftError`.
 
         Raises:
             ValueError: a value out of range, a budget without calibration, or a policy that has no budget.
@@ -228,7 +228,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         calibration = calibration_in(self.config.calibration, policy.adjustable)
         factor = calibration.factor_for(budget)
         policy.set_effort(factor, ceiling)
-        self.watch = DriftWatch(calibration, factor, ceiling, on_drift, partial(policy.set_effort, 0.0))
+        self.watch = DriftWatch(calibration, factor, ceiling, on_drift, policy.set_effort)
         if budget < calibration.share[-1] and not self._warned_of_range:
             self._warned_of_range = True
             lowest = f"{calibration.share[-1]:.3f}"
