@@ -20,7 +20,7 @@ from midskip.cli import main
 from midskip.cost import dense_flops
 from midskip.data import TokenWindows, encode_documents, token_bytes, train_tokenizer
 from midskip.evaluate import depth_of_tokens, evaluate
-from midskip.generate import generate
+from midskip.generate import blocks_counted, generate
 from midskip.runs import load_run
 
 LENGTH = 13  # of the windows; the text leaves a last one of 5 tokens
@@ -313,6 +313,17 @@ def test_a_text_may_end_before_its_limit(model: MidskipForCausalLM, tokenizer: P
     model.lm_head.weight.zero_()[tokenizer.eos_token_id] = state_D
     ids = generate(model, tokenizer, "the cat", 8, temperature=0)
     assert ids == [*tokenizer("the cat")["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_blocks_are_counted_as_the_text_is_made(
+    model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast, use_cache: bool
+) -> None:
+    ids_1T = torch.tensor([tokenizer("the cat")["input_ids"]])
+    with blocks_counted(model) as blocks:
+        whole = model.generate(ids_1T, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=use_cache)  # pyright: ignore[reportAttributeAccessIssue]
+    expected = [token.blocks for token in depth_of_tokens(model, tokenizer, whole[0].tolist())]
+    assert blocks == expected[:-1] and len(set(blocks)) > 1
 
 
 def test_a_prompt_of_the_greatest_length_is_taken(

@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    from midskip.report.page import visible
+    from midskip.report import visible
 
     line = visible("midskip: error: " + re.sub(r"\s*\n\s*", " ", message))
     Console(stderr=True).print(line, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -293,19 +293,20 @@ def _generate(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     from midskip.cost import Meter
-    from midskip.evaluate import depth_of_tokens
-    from midskip.generate import generate
-    from midskip.report import depth_text, legend
+    from midskip.generate import blocks_counted, generate
+    from midskip.report import TokenDepth, depth_text, legend, visible
     from midskip.runs import load_run
 
     model, tokenizer = load_run(options.run)
     model.set_budget(options.budget, options.ceiling, options.on_drift)
-    with Meter(model) as meter:
+    with Meter(model) as meter, blocks_counted(model) as blocks:
         ids = generate(
             model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed
         )
     console, num_layers = Console(), model.config.num_hidden_layers
-    console.print(depth_text(depth_of_tokens(model, tokenizer, ids), num_layers))
+    texts = [str(tokenizer.decode([token])) for token in ids]
+    text = depth_text([TokenDepth(*token) for token in zip(texts, blocks)], num_layers)
+    console.print(text.append(visible(texts[-1])))  # the last one was not run
     console.print(f"{meter.executed_share:.1%} of the blocks ran")
     console.print(legend(num_layers))
 

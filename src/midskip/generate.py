@@ -1,8 +1,15 @@
-"""Text from a trained model."""
+"""Text from a trained model, and how deep each of its tokens went.
+
+N tokens of a pass.
+"""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from midskip.model import MidskipForCausalLM
@@ -59,3 +66,29 @@ def generate(
         **draw,
     )
     return output[0].tolist()
+
+
+@contextmanager
+def blocks_counted(model: MidskipForCausalLM) -> Iterator[list[int]]:
+    """Gives a list that holds, after the block, how many blocks each token of one sequence has run in it.
+
+    The passes go on from one another by a cache; one that does not begins anew. The last token that `generate` gives is
+    not run, and so not in it.
+    """
+    counts: list[Tensor] = []  # of each pass, int64 [N]
+    blocks: list[int] = []
+
+    def count(_: nn.Module, arguments: tuple[Any, ...], decision: Any) -> None:
+        layer, h_ND, _, layout = arguments
+        if layer == 0:
+            if not layout.first_column:
+                counts.clear()
+            counts.append(torch.zeros(len(h_ND), dtype=torch.int64, device=h_ND.device))
+        counts[-1] += 1 if decision.keep_N is None else decision.keep_N
+
+    hook = model.model.policy.register_forward_hook(count)
+    try:
+        yield blocks
+    finally:
+        hook.remove()
+        blocks += torch.cat(counts).tolist() if counts else []

@@ -1,7 +1,7 @@
 """Reports on where a model spends its depth: an HTML page, pictures, and text for a terminal."""
 
 from midskip.report.curve import budget_table, calibration_table, write_curves
-from midskip.report.page import Shade, TokenDepth, palette, write_page
+from midskip.report.page import Shade, TokenDepth, palette, visible, write_page
 from midskip.report.picture import write_idea, write_picture
 from midskip.report.terminal import comparison_table, depth_text, legend
 
@@ -14,6 +14,7 @@ __all__ = [
     "depth_text",
     "legend",
     "palette",
+    "visible",
     "write_curves",
     "write_idea",
     "write_page",
