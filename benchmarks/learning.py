@@ -190,16 +190,23 @@ def gradients(output: Path, recipe: Any) -> dict[str, float]:
     return norms | {"size_of_branch_norms": statistics.fmean(sizes) if sizes else 0.0}
 
 
-def under_budgets(output: Path, recipe: Any) -> list[dict[str, float]]:
-    """Share and bits of the trained model under each of `BUDGETS`, as `set_budget` applies it, on the held-out text."""
+def under_budgets(output: Path, recipe: Any) -> list[dict[str, Any]]:
+    """Share and bits of the trained model on the held-out text where each of `BUDGETS` is the share that runs, and
+    `served` as `set_budget` applies it."""
     model, tokenizer = load_run(output)
     _, validation = cut_windows(open_text(recipe.data, output, None), recipe.data)
-    calibrate(model, thinned(validation, 40_000), lowest=0.25)
+    calibration = calibrate(model, thinned(validation, 40_000), lowest=0.25)
+
+    def measured() -> dict[str, float]:
+        found = evaluate(model, validation, token_bytes(tokenizer))
+        return {what: found[what] for what in ("executed_share", "bits_per_byte")}
+
     rows = []
     for share in BUDGETS:
+        model.model.policy.set_effort(calibration.factor_at(share))
+        row: dict[str, Any] = {"budget": share, **measured()}
         model.set_budget(share)
-        measured = evaluate(model, validation, token_bytes(tokenizer))
-        rows.append({"budget": share, **{what: measured[what] for what in ("executed_share", "bits_per_byte")}})
+        rows.append(row | {"served": measured()})
     return rows
 
 

@@ -187,6 +187,8 @@ def shares_over(controller: BudgetController, policy: MiddleOut, steps: int) -> 
     shares, expected = [], []
     for step in range(steps):
         controller.steer(policy)
+        if policy.adjustable:
+            policy.set_effort(controller.score_factors[-1])
         h_ND = torch.randn(512, policy.width, generator=generator) * (1 + step / 300) + step * drift_D
         layout.token_N = torch.randint(200, (512,), generator=generator)
         layout.__dict__.pop("previous_token_N", None)  # of the step before
@@ -221,7 +223,7 @@ def test_the_share_arrives_at_its_target_and_stays(num_layers: int, target: floa
 
 
 @torch.no_grad()
-def test_budgets_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
+def test_shares_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
     policy = MiddleOut(8, 16, gates="hard")
     policy.reset_parameters()
     controller = make(8, target_share=0.5, lowest_share=0.3)
@@ -232,10 +234,19 @@ def test_budgets_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
     errors = shares_SL.mean(1) - torch.tensor(expected)
     assert abs(errors[300::2].mean()) < 0.02 and abs(errors[301::2].mean()) < 0.02
     assert errors[300:].abs().mean() < 0.06
+    all_of_it, lowest, _ = controller.score_factors
+    policy.set_effort(lowest)
+    layout = Layout.from_rectangle(torch.ones(4, 128, dtype=torch.bool))
+    layout.token_N, state, h_ND = torch.randint(200, (512,)), {}, torch.zeros(512, 16)
+    kept = [policy(layer, h_ND, state, layout).keep_N for layer in range(8)]
+    ran = torch.stack([keep_N for keep_N in kept if keep_N is not None])
+    assert all_of_it == 0 and abs(ran.float().mean().item() - 0.3) < 0.06
+    assert make(8, target_share=0.5, lowest_share=0.3).score_factors == (1.0,), "one pass on the ramp"
+    assert make(8, target_share=0.5).score_factors == (1.0,)
     # the state goes on with the same draws
     other = make(8, target_share=0.5, lowest_share=0.3)
     other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
-    assert (other.drawn_share, other.expected_share) == (controller.drawn_share, controller.expected_share)
+    assert (other.drawn_share, other.score_factors) == (controller.drawn_share, controller.score_factors)
 
 
 # Settings

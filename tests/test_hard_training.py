@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_runs import QUIET, assert_same_weights, history, timeless, weights
+from tiny_runs import QUIET, assert_same_weights, history, starting_model, timeless, weights
 
+from midskip import MidskipForCausalLM
+from midskip.controllers import BudgetController
 from midskip.runs import load_run
 from midskip.train import Recipe, train
+from midskip.train.trainer import MidskipTrainer
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 MakeRecipe = Callable[..., Recipe]
@@ -28,6 +32,35 @@ def test_a_resumed_run_equals_one_that_never_stopped(make_recipe: MakeRecipe) ->
     assert_same_weights(weights(parts), weights(whole))
     assert timeless(history(parts)) == timeless(history(whole))
     assert weights(whole)["model.policy.difficulty.seen"].any()
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_step_learns_from_the_mean_of_its_passes(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, batches: int
+) -> None:
+    factors, seen, compute_loss = (0.0, 30.0, 1.0), [], MidskipTrainer.compute_loss
+
+    def look(trainer: MidskipTrainer, model: MidskipForCausalLM, inputs: dict[str, torch.Tensor], **more: Any) -> Any:
+        seen.append((model.model.policy.factor, inputs))
+        return compute_loss(trainer, model, inputs, **more)
+
+    monkeypatch.setattr(BudgetController, "score_factors", factors)
+    monkeypatch.setattr(MidskipTrainer, "compute_loss", look)
+    given = {"steps": 1, "batch_size": 4 // batches, "accumulation_steps": batches}
+    recipe = make_recipe("budget", {"target_share": 0.5}, model={"policy_settings": {"start": "spread"}}, **given)
+    train(recipe, console=QUIET)
+    assert [factor for factor, _ in seen] == [*factors] * batches
+    model, losses = starting_model(recipe), []
+    model.model.policy.bias.requires_grad_(False)
+    for factor, inputs in seen:
+        model.model.policy.set_effort(factor)
+        losses.append(model(**inputs).loss)
+        (losses[-1] / len(seen)).backward()
+    norm = torch.stack([x.grad.norm() for x in model.parameters() if x.grad is not None]).norm().item()
+    (row,) = history(recipe)
+    assert row["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    assert row["cross_entropy"] == pytest.approx(torch.stack(losses[2::3]).mean().item(), rel=1e-5), "of the last pass"
+    assert len({loss.item() for loss in losses}) == 3 * batches
 
 
 def test_a_run_is_evaluated_and_kept_as_trained_whatever_budget_is_drawn(make_recipe: MakeRecipe) -> None:

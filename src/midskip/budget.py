@@ -100,10 +100,14 @@ class Calibration:
         """
         if not _is_amount(budget) or not 0 < budget <= 1:
             raise ValueError(f"budget is {budget!r}; expected a share of the blocks, above 0 and up to 1, or None")
-        exact = _interpolated(-budget, [-share for share in self.share], self.factor)
+        exact = self.factor_at(budget)
         served = [f for f, share in zip(self.factor, self.share, strict=True) if share <= budget * (1 + TOLERANCE)]
         share_and_loss = {factor: self.at(factor) for factor in (*served, exact)}
         return min(share_and_loss, key=lambda factor: share_and_loss[factor][::-1])  # of equal losses the least work
+
+    def factor_at(self, share: float) -> float:
+        """The factor at which this share of block-tokens ran, on the line between the points measured."""
+        return _interpolated(-share, [-measured for measured in self.share], self.factor)
 
     def at(self, factor: float) -> tuple[float, float]:
         """Share and loss at a factor, on the line between the points measured."""

@@ -78,6 +78,15 @@ class Controller:
         """The share of block-tokens that the step to come should run; None if the controller has no such target."""
         return None
 
+    @property
+    def score_factors(self) -> tuple[float, ...]:
+        """Factors of the scores (`Policy.set_effort`) for the step to come.
+
+        Each batch runs once under each of them, and the mean of the losses is learnt from. `update` hears of the last
+        of these passes alone. Here there is one, as trained.
+        """
+        return (1.0,)
+
     def curves(self) -> dict[str, Tensor]:
         """What to draw beside the gates while training: tensors of a value for each layer, by name.
 

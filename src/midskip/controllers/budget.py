@@ -9,8 +9,8 @@ from midskip.controllers.base import Controller, floats, number
 from midskip.policies.base import Policy
 from midskip.policies.middle_out import MiddleOut
 
-NUM_KNOTS = 9  # budgets whose factor of the scores is tracked; between them it is straight in its logarithm
-FACTOR_GAIN = 2  # gain of a factor of the scores, as a multiple of `gain`: each hears of its own budgets alone
+NUM_KNOTS = 9  # shares whose factor of the scores is tracked; between them it is straight in its logarithm
+FACTOR_GAIN = 2  # gain of a factor of the scores, as a multiple of `gain`: each hears of its own shares alone
 FASTER, SLOWER = 1.2, 0.6  # what a layer's gain is multiplied by while its error keeps its sign, and when it turns
 LARGEST_LOG_FACTOR = 10.0
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, less their whole parts, spread evenly however many are taken
@@ -28,9 +28,11 @@ class BudgetController(Controller):
     `ramp_steps`. The idea is that of load balancing without a loss (Wang et al. 2024, arXiv 2408.15664), there between
     experts.
 
-    With `lowest_share` every second step is taken under a budget drawn evenly from [lowest_share, 1], and applied as
-    at run time (`Policy.set_effort`), so that one model serves them all. The factor of the scores that each budget
-    takes is tracked in the same way, by the share that ran.
+    With `lowest_share` one model learns to serve every share from there to 1. After the ramp each batch runs three
+    times: with everything, at the lowest share, and at a third one, which is `target_share` in every second step, and
+    drawn evenly from [lowest_share, 1] in the others. (The two ends in every step are the sandwich rule of slimmable
+    networks, Yu and Huang 2019, arXiv 1903.05134.) The factor of the scores that each share takes, as at run time, is
+    tracked by the share that ran.
     """
 
     changing = ("bias", "gains", "errors", "num_updates")
@@ -74,7 +76,7 @@ class BudgetController(Controller):
 
     @property
     def drawn_share(self) -> float | None:
-        """The budget of the step to come; None: as trained, at `target_share`, as every even step, counted from 1."""
+        """That of the step to come; None: as trained, at `target_share`, as every even step, counted from 1."""
         step = int(self.num_updates)
         if self.lowest_share is None or step % 2:
             return None
@@ -82,9 +84,17 @@ class BudgetController(Controller):
 
     @property
     def expected_share(self) -> float:
-        """The share of block-tokens that the step to come should run."""
+        """The share of block-tokens that the step to come should run in its last pass."""
         drawn = self.drawn_share
         return 1 - (1 - (self.target_share if drawn is None else drawn)) * self._ramp()
+
+    @property
+    def score_factors(self) -> tuple[float, ...]:
+        """As in `Controller`: with `lowest_share` and after the ramp three."""
+        if self.lowest_share is None:
+            return (1.0,)
+        last = 1.0 if self.drawn_share is None else self._factor(self.drawn_share)
+        return (last,) if self._ramp() < 1 else (0.0, self._factor(self.lowest_share), last)
 
     def update(self, mean_L: Tensor, variance_L: Tensor, share_L: Tensor | None = None) -> None:
         """As in `Controller`; only the share is used, and must be given."""
@@ -98,7 +108,8 @@ class BudgetController(Controller):
             self.bias = self.bias + self.gain * self.gains * errors
             self.errors = errors
         else:
-            moved = FACTOR_GAIN * self.gain * (share_L.mean() - self.expected_share) * self._knots()
+            error = share_L.mean() - self.expected_share
+            moved = FACTOR_GAIN * self.gain * error * self._knots(self.drawn_share)
             self.log_factors = (self.log_factors + moved).clamp(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR)
         self.num_updates = self.num_updates + 1
 
@@ -106,12 +117,15 @@ class BudgetController(Controller):
         """How far the targets of the step to come have come down, from 0 to 1."""
         return min(1.0, (float(self.num_updates) + 1) / self.ramp_steps)
 
-    def _knots(self) -> Tensor:
-        """[NUM_KNOTS], the weights of the budgets that stand around the drawn one."""
-        drawn, lowest = self.drawn_share, self.lowest_share
-        assert drawn is not None and lowest is not None
-        place = (drawn - lowest) / (1 - lowest) * (NUM_KNOTS - 1)
+    def _knots(self, share: float) -> Tensor:
+        """[NUM_KNOTS], the weights of the shares that stand around this one."""
+        assert self.lowest_share is not None
+        place = (share - self.lowest_share) / (1 - self.lowest_share) * (NUM_KNOTS - 1)
         return (1 - (torch.arange(NUM_KNOTS) - place).abs()).clamp(min=0)
+
+    def _factor(self, share: float) -> float:
+        """Of the scores, at which this share runs."""
+        return float((self._knots(share) * self.log_factors).sum().exp())
 
     def curves(self) -> dict[str, Tensor]:
         """The biases, and the targets they are moved towards."""
@@ -119,12 +133,9 @@ class BudgetController(Controller):
         return {name: torch.cat([half, half[: self.num_layers // 2].flip(0)]) for name, half in drawn.items()}
 
     def steer(self, policy: Policy) -> None:
-        """Sets the bias of a `MiddleOut`, which no optimizer then moves, and the effort of the step to come."""
+        """Sets the bias of a `MiddleOut`, which no optimizer then moves."""
         if not isinstance(policy, MiddleOut):
             raise ValueError(f"the budget controller steers the policy 'middle_out', got {type(policy).__name__}")
         if policy.num_layers != self.num_layers:
             raise ValueError(f"the budget is for {self.num_layers} layers and the model has {policy.num_layers}")
         policy.bias.requires_grad_(False).copy_(policy.open_bias + self.bias)
-        if self.lowest_share is not None:
-            drawn = self.drawn_share
-            policy.set_effort(1.0 if drawn is None else float((self._knots() * self.log_factors).sum().exp()))

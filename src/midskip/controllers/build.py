@@ -40,7 +40,7 @@ def build_controller(name: str, num_layers: int, **settings: Any) -> Controller:
 
     And one of our own:
 
-    - `budget`: target_share, the share of block-tokens that run; lowest_share, to train under budgets drawn from
+    - `budget`: target_share, the share of block-tokens that run; lowest_share, to train for all shares from
       there to 1; outer 0, spread 0.8, gain 0.5, ramp_steps 50.
 
     Raises:

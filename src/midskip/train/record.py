@@ -18,13 +18,14 @@ from midskip.statistics import LayerStatistics
 
 
 class StepRecord:
-    """Adds up on the device, without waiting for it, and comes to the host once a step, in `reduce`.
+    """Adds up on the device, without waiting for it, and comes to the host once a step, in `reduce`. Where a batch runs
+    several times, under different factors of the scores, the last of these passes is what is looked at.
 
     Attributes, after `reduce`:
         cross_entropy, regulariser: means over the passes of all ranks.
         statistics: of the gates by layer; with a `Watch`, also of the norms of what went in and out of each block.
         num_tokens: valid tokens.
-        flops: executed, forward and backward; 0 without a `Watch`.
+        flops: executed in all passes, forward and backward; 0 without a `Watch`.
     """
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from midskip.controllers import Controller
 from midskip.data import DataError, TokenWindows, token_bytes
-from midskip.evaluate import depth_of_tokens, effort_kept, evaluate
+from midskip.evaluate import depth_of_tokens, evaluate
 from midskip.model import MidskipForCausalLM
 from midskip.nn.layers import compile_blocks
 from midskip.report import write_page, write_picture
@@ -110,9 +110,7 @@ def train(
     num_bytes = _token_bytes(text.tokenizer)
 
     def measure(module: MidskipForCausalLM) -> dict[str, Any]:
-        with effort_kept(module):  # of the step to come
-            module.model.policy.set_effort()
-            return evaluate(module, validation, num_bytes, settings.batch_size)
+        return evaluate(module, validation, num_bytes, settings.batch_size)
 
     peak, peak_source = (settings.peak_flops, "the recipe") if settings.peak_flops else peak_flops(arguments)
     windows = {"train_dataset": training, "eval_dataset": validation}
@@ -131,7 +129,6 @@ def train(
         finally:
             progress.bar.stop()
         trainer.check_weights()
-    trainer.bare_model.model.policy.set_effort()
     metrics = trainer.metrics()
     if settings.evaluation_steps:
         trainer.keep_best(metrics["loss"])

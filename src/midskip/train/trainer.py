@@ -69,6 +69,7 @@ class MidskipTrainer(Trainer):
         self.step = StepRecord()
         self.history: list[dict[str, Any]] = []
         self._measured: tuple[int, dict[str, Any]] | None = None  # the step, and what was measured after it
+        self._num_passes, self._pass = 1, 0  # over a batch, under different factors of the scores
         self.add_callback(_AroundStep(self))
 
     @property
@@ -76,17 +77,33 @@ class MidskipTrainer(Trainer):
         """The model without what accelerate wrapped around it."""
         return self.accelerator.unwrap_model(self.model)
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """A pass over the batch under each factor of the scores that the controller asks for, and their mean loss."""
+        factors, policy = self.controller.score_factors, self.bare_model.model.policy
+        self._num_passes, losses = len(factors), []
+        try:
+            for self._pass, factor in enumerate(factors):
+                if policy.adjustable:
+                    policy.set_effort(factor)
+                losses.append(super().training_step(model, inputs, num_items_in_batch))
+        finally:
+            if policy.adjustable:
+                policy.set_effort()
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of one forward pass; the Trainer divides it by the passes of a step."""
+        """The loss of one forward pass, as a part of the mean over those of its batch; the Trainer divides it by the
+        batches of a step."""
         outputs = model(**inputs)
         if not model.training:
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         valid_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
         regulariser = self.controller.loss(outputs.gates, valid_BT)
-        self.step.add(outputs.loss, regulariser, outputs.gates, outputs.executed, valid_BT)
-        total = outputs.loss + regulariser
+        if self._pass == self._num_passes - 1:
+            self.step.add(outputs.loss, regulariser, outputs.gates, outputs.executed, valid_BT)
+        total = (outputs.loss + regulariser) / self._num_passes
         return (total, outputs) if return_outputs else total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
