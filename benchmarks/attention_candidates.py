@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from midskip.nn.attention import attend, turn_and_gate
-from midskip.nn.layout import Layout
+from midskip.model.attention import attend, rotate_and_gate
+from midskip.model.packing import Layout
 
 BLOCK = 128  # rows and columns of the blocks in which FlexAttention leaves work out
 
@@ -87,14 +87,14 @@ def _turn(
     q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], gate_N: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [N, H, J], turned and with the gates as a feature."""
-    return turn_and_gate(q, k, v, rotary, rotary, gate_N)
+    return rotate_and_gate(q, k, v, rotary, rotary, gate_N)
 
 
 def _turn_wide(
     q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], gate_N: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The same with features of 0 up to a multiple of 8."""
-    turned = turn_and_gate(q, k, v, rotary, rotary, gate_N)
+    turned = rotate_and_gate(q, k, v, rotary, rotary, gate_N)
     return tuple(F.pad(x, (0, -x.shape[-1] % 8)) for x in turned)
 
 

@@ -4,7 +4,7 @@
 
 Every ratio is of medians of interleaved runs, in shuffled order. Shape: 12 layers, d 768, 12 heads, feed-forward 3072,
 vocabulary 50,257. Prefill: one sequence of 1024, head at the last position. Training step: forward and backward of 2
-sequences of 512. Skipping is imposed by `midskip.testing.policies:FixedDepths` (random nested depths, uneven from
+sequences of 512. Skipping is imposed by `midskip.policies.controls:FixedDepths` (random nested depths, uneven from
 sequence to sequence); "executed" is what `Meter` counted, causal pairs, head included.
 """
 
@@ -31,7 +31,7 @@ SHAPE = {
     "vocab_size": 50257, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "max_position_embeddings": 1024,
 }  # fmt: skip
-FIXED = "midskip.testing.policies:FixedDepths"
+FIXED = "midskip.policies.controls:FixedDepths"
 SHARES = (0.25, 0.5, 0.75)
 
 

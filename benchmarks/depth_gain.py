@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from midskip.bench.results import machine
 from midskip.evaluate import batch_of
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.policies import Decision
 from midskip.policies.difficulty import NUM_KINDS, drawn, kinds
 from midskip.policies.middle_out import MiddleOut

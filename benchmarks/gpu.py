@@ -39,8 +39,8 @@ from transformers.utils import logging
 
 import midskip
 from midskip.cost import LayerWork, block_flops
-from midskip.nn.layers import Block, RotaryEmbedding, compile_blocks
-from midskip.nn.layout import Layout
+from midskip.model.layers import Block, RotaryEmbedding, compile_blocks
+from midskip.model.packing import Layout
 
 LIMITS_S = {"attention": 300, "blocks": 240, "utilisation": 320, "skipping": 240, "train": 580}
 BFLOAT16_ERROR = 0.03  # as in tests/test_documents.py

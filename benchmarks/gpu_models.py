@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import midskip
 from midskip.cost import dense_flops
-from midskip.nn import layers
+from midskip.model import attention, layers
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 STRETCH = 61  # positions between the first tokens of two rows
@@ -152,7 +152,7 @@ def utilisation(bench: Bench) -> None:
                 passes = bench.each(ahead, bench.count // 2, 2)
             bench.add(model=name, compiled=compiled, only="forward", seconds=statistics.median(passes))
 
-    whole = layers.attend
+    whole = attention.attend
     for compiled in (False, True):
         for name, build in {
             "ours": partial(ours, bench, PAPER, compiled, **dense),
@@ -165,11 +165,11 @@ def utilisation(bench: Bench) -> None:
         with bench.attempt(model="ours", compiled=True, loss=loss):
             measure("ours", True, ours(bench, PAPER, True, **dense), loss)
     with bench.attempt(model="ours, attention left out", compiled=True):
-        layers.attend = lambda q, k, v, *_: q + k + v
+        attention.attend = lambda q, k, v, *_: q + k + v
         try:
             measure("ours, attention left out", True, ours(bench, PAPER, True, **dense))
         finally:
-            layers.attend = whole
+            attention.attend = whole
     with bench.attempt(model="ours, all gates open", compiled=True):
         measure("ours, all gates open", True, ours(bench, PAPER, True, policy="middle_out"))
 
@@ -200,7 +200,7 @@ def skipping(bench: Bench) -> None:
         for share in (0.0, 0.25, 0.5, 0.75):
             settings = {"skip_share": share, "fractional": fractional, "seed": 1}
             models[share] = ours(
-                bench, WIKI_SMALL, compiled, policy="midskip.testing.policies:FixedDepths", policy_settings=settings
+                bench, WIKI_SMALL, compiled, policy="midskip.policies.controls:FixedDepths", policy_settings=settings
             )
             models[share].optimizer = optimizer_of(models[share])
         for task in (training, prefill):

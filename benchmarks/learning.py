@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from midskip.bench.results import machine
-from midskip.calibrate import calibrate, thinned
-from midskip.controllers.budget import BudgetController
+from midskip.budget.calibrate import calibrate, thinned
 from midskip.data import prepare, token_bytes
 from midskip.evaluate import batch_of, evaluate
+from midskip.regularizers.target_share import BudgetController
 from midskip.runs import load_run, write_whole
 from midskip.train import read_recipe, train
 from midskip.train.run import cut_windows, open_text
@@ -68,7 +68,7 @@ def budget(share: float, **settings: Any) -> list[str]:
 KEYS = {"all": ["--model.keys=all"], "gated": ["--model.keys=gated"]}
 STATES = ["--model.policy_settings={gates: hard, scores: hidden_states}"]
 DIFFICULTY = ["--model.policy_settings={gates: hard, scores: difficulty}"]
-REDRAWN = ["--model.policy=midskip.testing.policies:Redrawn", "--model.policy_settings={redraw_steps: 10}"]
+REDRAWN = ["--model.policy=midskip.policies.controls:Redrawn", "--model.policy_settings={redraw_steps: 10}"]
 RUNS: dict[str, list[str]] = {
     **{f"dense-{num_layers}": dense(num_layers) for num_layers in (2, 3, 4, 5, 6, 8)},
     # the recipe as it is, and what it costs to drop the keys of tokens that skip, to come down slowly, ...

@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 from transformers.utils import logging
 
 from midskip.data import TokenWindows
-from midskip.model import MidskipForCausalLM
+from midskip.model.modeling import MidskipForCausalLM
 from midskip.runs import RECIPE_FILE, load_run
 from midskip.train.optimizer import build_optimizer
 from midskip.train.recipe import Recipe, read_recipe

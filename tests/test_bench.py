@@ -16,7 +16,7 @@ from midskip import MidskipForCausalLM
 from midskip.bench import bench, bench_run, run_settings
 from midskip.bench.models import Side
 from midskip.bench.results import work_of
-from midskip.budget import BudgetDriftError
+from midskip.budget.monitor import BudgetDriftError
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_llama_is_checked_once_a_dtype(tmp_path: Path) -> None:
 
 def test_joules_stand_beside_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a counter of a joule for every pass of a model, and next to nothing at rest."""
-    import midskip.energy as energy
+    import midskip.bench.energy as energy
 
     box, call = {"joules": 0.0}, Side.call
 

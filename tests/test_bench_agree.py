@@ -16,14 +16,14 @@ from midskip.bench.agree import _before_a_flip, _largest, _largest_flip, _Truth,
 from midskip.bench.models import Side, build_llama
 from midskip.bench.settings import CHECKED_COLUMNS
 from midskip.cli import main
-from midskip.nn.cache import LayerCache
-from midskip.nn.layers import Attention
+from midskip.model.layer_cache import LayerCache
+from midskip.model.layers import Attention
 from midskip.policies.middle_out import MiddleOut
 
 
 def test_a_wrong_gate_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One key's gate of one layer, in the packed computation alone."""
-    ask = Attention.ask
+    ask = Attention.project
 
     def wrong(self: Attention, x: Tensor, y: Tensor, queries: Any, keys: Any, key_gate_M: Tensor | None) -> Any:
         if key_gate_M is not None and len(key_gate_M):
@@ -33,7 +33,7 @@ def test_a_wrong_gate_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     good = side()
     check_ours(good, ids(), gradients=True)
-    monkeypatch.setattr(Attention, "ask", wrong)
+    monkeypatch.setattr(Attention, "project", wrong)
     with pytest.raises(DisagreementError, match=r"skip 0.5 \(whole, float64\).*is not timed.*rounding explains"):
         check_ours(good, ids())
     with pytest.raises(DisagreementError):
@@ -57,7 +57,7 @@ def test_a_wrong_weight_is_not_timed() -> None:
 def test_a_wrong_cache_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     good = side()
     monkeypatch.setattr(
-        "midskip.nn.layers.attend_past", lambda q_NHK, queries, past: q_NHK * 0 + past.values[0, 0].repeat(1, 1)
+        "midskip.model.attention.attend_past", lambda q_NHK, queries, past: q_NHK * 0 + past.values[0, 0].repeat(1, 1)
     )
     with pytest.raises(DisagreementError, match=r"skip 0.5 \(with its cache, float64\)"):
         check_ours(good, ids())

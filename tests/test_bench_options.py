@@ -14,7 +14,7 @@ from midskip import MidskipForCausalLM
 from midskip.bench import BenchSettings, bench, run_settings
 from midskip.cli import main
 from midskip.data import load_tokenizer
-from midskip.testing.policies import FixedDepths
+from midskip.policies.controls import FixedDepths
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from midskip.bench.agree import check_ours
 from midskip.bench.models import Side, build_llama, build_ours, imposed, placed, positions, with_policy
 from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS
 from midskip.bench.tasks import Decode, Prefill, Training
-from midskip.testing.policies import FixedDepths
+from midskip.policies.controls import FixedDepths
 
 
 def test_rows_of_a_batch_have_depths_of_their_own() -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from midskip.controllers import BudgetController, build_controller
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.policies.dense import Dense
 from midskip.policies.middle_out import SCORES, MiddleOut
+from midskip.regularizers import BudgetController, build_controller
 
 DEPTHS = (1, 2, 3, 4, 5, 8, 9, 12)
 

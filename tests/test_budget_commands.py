@@ -10,7 +10,8 @@ from tiny_curve import CURVE
 from transformers import PreTrainedTokenizerFast
 
 from midskip import MidskipForCausalLM
-from midskip.budget import BudgetDriftError, Calibration
+from midskip.budget.calibration import Calibration
+from midskip.budget.monitor import BudgetDriftError
 from midskip.cli import main
 from midskip.evaluate import depth_of_tokens
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import midskip
 from midskip import MidskipForCausalLM
-from midskip.cache import SkipCache
+from midskip.model.cache import SkipCache
 
 Make = Callable[..., MidskipForCausalLM]
-FIXED = "midskip.testing.policies:FixedDepths"
+FIXED = "midskip.policies.controls:FixedDepths"
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from midskip import MidskipForCausalLM
-from midskip.cache import SkipCache
-from midskip.nn import attention
-from midskip.nn.cache import NO_COLUMN, LayerCache
-from midskip.nn.layout import Layout
+from midskip.model import attention
+from midskip.model.cache import SkipCache
+from midskip.model.layer_cache import NO_COLUMN, LayerCache
+from midskip.model.packing import Layout
 
 Make = Callable[..., MidskipForCausalLM]
 

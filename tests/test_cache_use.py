@@ -14,7 +14,7 @@ from torch import Tensor
 
 import midskip
 from midskip import MidskipForCausalLM, SkipCache
-from midskip.budget import BudgetDriftError
+from midskip.budget.monitor import BudgetDriftError
 
 Make = Callable[..., MidskipForCausalLM]
 

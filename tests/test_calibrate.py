@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from tiny_curve import CURVE
 from torch import Tensor
 
-import midskip.calibrate
+import midskip.budget.calibrate
 from midskip import MidskipConfig, MidskipForCausalLM
-from midskip.budget import Calibration
-from midskip.calibrate import GAP, calibrate, loss_by_budget, thinned
+from midskip.budget.calibrate import GAP, calibrate, loss_by_budget, thinned
+from midskip.budget.calibration import Calibration
 from midskip.data import TokenWindows
 from midskip.evaluate import evaluate
 from midskip.report import budget_table, write_curves
@@ -156,7 +156,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         factors.append(model.model.policy.factor)
         return evaluate(model, *args, **kwargs)
 
-    monkeypatch.setattr(midskip.calibrate, "evaluate", spy)
+    monkeypatch.setattr(midskip.budget.calibrate, "evaluate", spy)
     return factors
 
 
@@ -200,7 +200,7 @@ def test_points_that_break_the_fall_are_left_out_and_counted(
         measured.append((factor, share))
         return result | {"executed_share": share}
 
-    monkeypatch.setattr(midskip.calibrate, "evaluate", bumpy)
+    monkeypatch.setattr(midskip.budget.calibrate, "evaluate", bumpy)
     calibration = calibrate(model, windows, batch_size=48)
     kept = dict(zip(calibration.factor, calibration.share, strict=True))
     assert kept[1.0] == 0.8 and {0.0, 2.0} <= kept.keys(), "as trained"
@@ -218,7 +218,7 @@ def test_the_model_as_trained_is_on_the_curve_however_little_runs(
         share = max(0.01, 1 - 0.9 * min(model.model.policy.factor, 1) - 0.01 * model.model.policy.factor)
         return evaluate(model, *args, **kwargs) | {"executed_share": share}
 
-    monkeypatch.setattr(midskip.calibrate, "evaluate", steep)
+    monkeypatch.setattr(midskip.budget.calibrate, "evaluate", steep)
     calibration = calibrate(make_model("mixed", torch.float32), windows, lowest=lowest, batch_size=48)
     assert calibration.factor[-1] == 1 and calibration.share[-1] == pytest.approx(0.09)
     assert calibration.share == sorted(calibration.share, reverse=True) and calibration.num_dropped == 0

@@ -21,8 +21,8 @@ from tiny_runs import (
     write_documents,
 )
 
-from midskip.controllers import BudgetController, Controller, FeedbackController, build_controller
 from midskip.data import open_prepared, prepare
+from midskip.regularizers import BudgetController, Controller, FeedbackController, build_controller
 from midskip.train import Recipe, read_recipe, train
 from midskip.train.checkpoints import MARKER_FILE, fault_of
 

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from midskip import MidskipForCausalLM
 from midskip.cost import Meter
-from midskip.nn.layers import compile_blocks
+from midskip.model.layers import compile_blocks
 
 pytestmark = [  # torch's own, as it compiles
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from midskip import MidskipConfig, MidskipForCausalLM, MidskipModel
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.plugins import load_class
 from midskip.policies import Decision, Policy
 

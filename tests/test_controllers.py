@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from midskip.controllers import Controller, FeedbackController, build_controller, gate_targets
+from midskip.regularizers import Controller, FeedbackController, build_controller, gate_targets
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "controllers.json").read_text())
 TARGETS = {"mean_target_start": 1.0, "mean_target_end": 0.25}
@@ -274,10 +274,10 @@ def test_an_outside_class_is_built_by_import_path() -> None:
     [
         ("sparse", {}, "unknown controller 'sparse'.*'none', 'sparsity', .*package.module:Class"),
         ("", {}, "unknown controller ''"),
-        ("midskip.controllers:", {}, "unknown controller"),
+        ("midskip.regularizers:", {}, "unknown controller"),
         ("midskip.no_such_module:Thing", {}, "cannot be loaded: No module named"),
-        ("midskip.controllers:Thing", {}, "cannot be loaded: .*Thing"),
-        ("midskip.controllers:build_controller", {}, "is <function.*expected a subclass of .*Controller"),
+        ("midskip.regularizers:Thing", {}, "cannot be loaded: .*Thing"),
+        ("midskip.regularizers:build_controller", {}, "is <function.*expected a subclass of .*Controller"),
         ("json:JSONDecoder", {}, "expected a subclass"),
         (f"{__name__}:ShareController", {"aim": 1}, "settings are: target"),
         (f"{__name__}:ShareController", {}, "missing a required argument: 'target'"),

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.cost import CONVENTIONS, Flops, LayerWork, Meter, block_flops, dense_flops, head_flops
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 
 Make = Callable[..., MidskipForCausalLM]
-FIXED = "midskip.testing.policies:FixedDepths"
+FIXED = "midskip.policies.controls:FixedDepths"
 RELEASED = json.loads((Path(__file__).parent / "data" / "flops.json").read_text())
 
 RUNS = {

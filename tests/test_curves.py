@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import QUIET, batch_of, history, starting_model, weights, windows_of
 from transformers import TrainingArguments
 
-from midskip.controllers import build_controller
 from midskip.cost import LayerWork, Meter, block_flops, dense_flops, head_flops
 from midskip.data import WindowOrder, token_bytes
 from midskip.evaluate import evaluate
+from midskip.regularizers import build_controller
 from midskip.runs import load_run
 from midskip.train import Recipe, train
 from midskip.train.optimizer import build_optimizer, build_scheduler
@@ -147,7 +147,7 @@ def test_norms_are_those_of_the_tokens_that_go_in_and_come_out(make_recipe: Make
 
 
 def test_a_block_that_nobody_reaches_has_no_norm(make_recipe: MakeRecipe) -> None:
-    model = {"policy": "midskip.testing.policies:FixedDepths", "policy_settings": {"skip_share": 1.0}}
+    model = {"policy": "midskip.policies.controls:FixedDepths", "policy_settings": {"skip_share": 1.0}}
     recipe = make_recipe(model=model, steps=1, log_steps=1, report_to=["tensorboard"])
     train(recipe, console=QUIET)
     (row,) = history(recipe)

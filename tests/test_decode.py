@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from midskip import MidskipForCausalLM
-from midskip.cache import SkipCache
-from midskip.nn import attention
-from midskip.nn.layers import compile_blocks
+from midskip.model import attention
+from midskip.model.cache import SkipCache
+from midskip.model.layers import compile_blocks
 from midskip.testing import naive_forward
 
 Make = Callable[..., MidskipForCausalLM]
-FIXED = "midskip.testing.policies:FixedDepths"
+FIXED = "midskip.policies.controls:FixedDepths"
 T = 14
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from test_exactness import FIXED, check_equal, same
 from torch import Tensor
 
 from midskip import MidskipForCausalLM
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.testing import naive_forward
 
 Make = Callable[..., MidskipForCausalLM]

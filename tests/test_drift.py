@@ -11,8 +11,9 @@ from tiny_curve import CURVE
 from torch import Tensor
 
 from midskip import MidskipForCausalLM
-from midskip.budget import SCORED_ROWS, BudgetDriftError, Calibration, DriftWatch, _scored_rows
-from midskip.calibrate import calibrate
+from midskip.budget.calibrate import calibrate
+from midskip.budget.calibration import Calibration, _scored_rows
+from midskip.budget.monitor import SCORED_ROWS, BudgetDriftError, DriftWatch
 from midskip.cost import Meter
 from midskip.evaluate import evaluate
 

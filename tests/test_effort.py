@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from midskip import MidskipForCausalLM
 from midskip.cost import Meter
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.policies import Decision, Policy
 from midskip.policies.dense import Dense
 from midskip.policies.middle_out import MiddleOut

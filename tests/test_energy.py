@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from midskip.energy import Domain, Energy, EnergyMeter, NoCounter, cpu_domains, gpu_domains
+from midskip.bench.energy import Domain, Energy, EnergyMeter, NoCounter, cpu_domains, gpu_domains
 
 LIMIT_UJ = 262_143_328_850  # of the counters of many processors
 
@@ -215,7 +215,7 @@ def test_all_that_is_left_out_beside_a_gpu_is_said(
     both = machine.meter("cuda:1", "cpu")
     both.measure_idle(1.0)
     assert both.unavailable == meter.left_out, "the processor was asked for too"
-    monkeypatch.setattr("midskip.energy.cpu_domains", lambda root: cpu_domains(Path("nowhere")))
+    monkeypatch.setattr("midskip.bench.energy.cpu_domains", lambda root: cpu_domains(Path("nowhere")))
     meter = machine.meter("cuda:0", "cuda:1")
     meter.measure_idle(1.0)
     assert meter.unavailable is not None and meter.unavailable.startswith("this machine shows no energy counter")

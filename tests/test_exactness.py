@@ -11,7 +11,7 @@ from midskip import MidskipForCausalLM
 from midskip.testing import naive_forward
 
 GATES = ("kept", "open", "mixed", "one", "late", "gone")
-FIXED = "midskip.testing.policies:FixedDepths"
+FIXED = "midskip.policies.controls:FixedDepths"
 OUTER = ("layers.0.self_attn.v_proj", "layers.0.mlp.up_proj", "embed_tokens", "model.norm", "lm_head")
 
 

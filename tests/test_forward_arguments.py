@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from midskip import MidskipForCausalLM, meter
-from midskip.cache import SkipCache
 from midskip.evaluate import depth_of_tokens, evaluate
-from midskip.nn.layout import Layout
-from midskip.outputs import Packed
+from midskip.model.cache import SkipCache
+from midskip.model.outputs import Packed
+from midskip.model.packing import Layout
 from midskip.policies import Decision, Policy
 
 Make = Callable[..., MidskipForCausalLM]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from midskip.nn.fused import rotate, scaled_norm
+from midskip.model.ops import rotate, scaled_norm
 
 EPS = 1e-5
 

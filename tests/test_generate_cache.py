@@ -21,8 +21,8 @@ from transformers import (
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from midskip import MidskipForCausalLM
-from midskip.cache import SkipCache
-from midskip.nn.layout import Layout
+from midskip.model.cache import SkipCache
+from midskip.model.packing import Layout
 from midskip.policies import Decision
 from midskip.policies.middle_out import MiddleOut
 

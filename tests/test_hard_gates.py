@@ -10,14 +10,14 @@ from test_exactness import check_equal, norm
 from torch import Tensor, nn
 
 from midskip import MidskipForCausalLM
-from midskip.controllers import build_controller
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.policies import Decision, Policy
+from midskip.policies.controls import Redrawn
 from midskip.policies.difficulty import MEMORY, Difficulty, drawn, kinds
 from midskip.policies.middle_out import SCORES, MiddleOut
+from midskip.regularizers import build_controller
 from midskip.testing import check_policy
 from midskip.testing.effort import effort
-from midskip.testing.policies import Redrawn
 
 Make = Callable[..., MidskipForCausalLM]
 STATES = {"gates": "hard", "scores": "hidden_states"}

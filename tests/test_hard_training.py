@@ -9,7 +9,7 @@ import torch
 from tiny_runs import QUIET, assert_same_weights, history, starting_model, timeless, weights
 
 from midskip import MidskipForCausalLM
-from midskip.controllers import BudgetController
+from midskip.regularizers import BudgetController
 from midskip.runs import load_run
 from midskip.train import Recipe, train
 from midskip.train.trainer import MidskipTrainer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 
 
 def test_pack_and_unpack_are_inverse(ragged: tuple[Tensor, Tensor]) -> None:

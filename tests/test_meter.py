@@ -13,7 +13,7 @@ from midskip import MidskipForCausalLM, SkipCache
 from midskip.cost import Flops, Meter, dense_flops
 
 Make = Callable[..., MidskipForCausalLM]
-FIXED = "midskip.testing.policies:FixedDepths"
+FIXED = "midskip.policies.controls:FixedDepths"
 RUNS = {
     "dense": {"policy": "dense"},
     "open": {"gates": "open"},

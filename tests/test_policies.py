@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from midskip import MidskipForCausalLM
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.policies import Decision, Policy, build_policy
+from midskip.policies.controls import FixedDepths
 from midskip.policies.dense import Dense
 from midskip.policies.middle_out import STARTS, MiddleOut
 from midskip.testing import check_policy
-from midskip.testing.policies import FixedDepths
 
 Make = Callable[..., MidskipForCausalLM]
-FIXED = "midskip.testing.policies:FixedDepths"
+FIXED = "midskip.policies.controls:FixedDepths"
 
 
 def rectangle(*shape: int) -> Layout:

@@ -34,7 +34,7 @@ TIMEOUT_S = 30  # of a collective: a rank that waits for ever is a failure
 STEPS = 3
 POLICIES = {
     "dense": {"policy": "dense"},
-    "fixed": {"policy": "midskip.testing.policies:FixedDepths", "policy_settings": {"skip_share": 0.5}},
+    "fixed": {"policy": "midskip.policies.controls:FixedDepths", "policy_settings": {"skip_share": 0.5}},
     "middle_out": {"policy": "middle_out", "policy_settings": {"start": "released"}},
     "early": {"policy": "test_ranks:Early"},
 }

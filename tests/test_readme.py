@@ -174,7 +174,7 @@ def test_the_architectures_examples_run() -> None:
             exec(compile(block, "architecture.md", "exec"), names)
     assert isinstance(names["config"], midskip.MidskipConfig)
     controller = names["controller"]
-    assert isinstance(controller, midskip.controllers.Controller)
+    assert isinstance(controller, midskip.regularizers.Controller)
     gates_LBT = torch.full((8, 2, 3), 0.75)
     assert controller.loss(gates_LBT) == 0
     controller.update(gates_LBT.mean((1, 2)), torch.zeros(8))
@@ -214,7 +214,8 @@ def test_files_and_tests_named_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"`((?:tests|docs|recipes|benchmarks|src)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), f"{page.name} names {name}, which is not there"
-    for name in re.findall(r"`((?:nn|policies|data|train|report|testing|convert)/[\w./-]+)`", text):
+    parts = "|".join(folder.name for folder in PACKAGE.iterdir() if folder.is_dir())
+    for name in re.findall(rf"`((?:{parts})/[\w./-]+)`", text):
         assert (PACKAGE / name).exists(), f"{page.name} names {name}, which is not there"
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from midskip import MidskipConfig, MidskipForCausalLM
-from midskip.convert.reference import convert_weights, from_pretrained, from_state_dict
+from midskip.convert.skip_middle import convert_weights, from_pretrained, from_state_dict
 
 DATA = Path(__file__).parent / "data"
 FILES = ("forward_gqa.npz", "forward_mha_scaled_rope.npz")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from midskip.statistics import LayerStatistics
+from midskip.layer_statistics import LayerStatistics
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "gate_metrics.npz")
 NAMES = {"masks": "depth_score", "gates": "gate", "zeros": "skipped", "resid_l2_norm": "hidden_norm"}

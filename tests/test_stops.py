@@ -13,8 +13,8 @@ from tiny_runs import QUIET, assert_same_weights, history, timeless, weights
 from torch import Tensor
 
 from midskip import MidskipForCausalLM
-from midskip.controllers import Controller, FeedbackController
 from midskip.policies import Policy
+from midskip.regularizers import Controller, FeedbackController
 from midskip.train import Recipe, train
 from midskip.train.checkpoints import fault_of
 from midskip.train.trainer import MidskipTrainer

@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from midskip import MidskipForCausalLM
-from midskip.controllers import Controller
 from midskip.data import WindowOrder, open_prepared, token_bytes
 from midskip.evaluate import evaluate
+from midskip.regularizers import Controller
 from midskip.runs import load_run
 from midskip.train import Recipe, read_recipe, train
 from midskip.train.trainer import MidskipTrainer
@@ -319,7 +319,7 @@ class Alternate(Policy):
 CONTROLLER = '''
 import torch
 
-from midskip.controllers import Controller
+from midskip.regularizers import Controller
 
 
 class Rising(Controller):

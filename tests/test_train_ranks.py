@@ -32,9 +32,9 @@ from tiny_runs import (
 )
 from torch import Tensor
 
-from midskip.controllers import BudgetController, FixedController
 from midskip.data import WindowOrder
 from midskip.policies import Decision, Policy
+from midskip.regularizers import BudgetController, FixedController
 from midskip.train import Recipe, read_recipe, run, train
 from midskip.train.checkpoints import fault_of
 from midskip.train.trainer import MidskipTrainer

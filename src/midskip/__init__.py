@@ -2,11 +2,11 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from midskip.cache import SkipCache
-from midskip.config import MidskipConfig
-from midskip.controllers import build_controller
 from midskip.cost import Meter, meter
-from midskip.model import MidskipForCausalLM, MidskipModel
+from midskip.model.cache import SkipCache
+from midskip.model.config import MidskipConfig
+from midskip.model.modeling import MidskipForCausalLM, MidskipModel
+from midskip.regularizers import build_controller
 
 AutoConfig.register("midskip", MidskipConfig)
 AutoModel.register(MidskipConfig, MidskipModel)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NoReturn
 import transformers
 from rich.console import Console
 
-from midskip.budget import ON_DRIFT, BudgetDriftError
+from midskip.budget.monitor import ON_DRIFT, BudgetDriftError
 
 if TYPE_CHECKING:  # else `--help` would wait for them
     from transformers import PreTrainedTokenizerBase
 
     from midskip.data import TokenWindows
-    from midskip.model import MidskipForCausalLM
+    from midskip.model.modeling import MidskipForCausalLM
 
 COMMANDS = {
     "demo": "train a gated model, and a dense one of its FLOPs, in minutes, and compare them",
@@ -178,7 +178,7 @@ def _evaluate(arguments: list[str]) -> None:
         raise ValueError("--picture draws loss at several budgets: give --budgets too")
     if options.picture and not options.picture.parent.is_dir():
         raise ValueError(f"there is no folder {str(options.picture.parent)!r} to draw the picture into: make it first")
-    from midskip.calibrate import factors_for, loss_by_budget
+    from midskip.budget.calibrate import factors_for, loss_by_budget
     from midskip.data import DataError, token_bytes
     from midskip.evaluate import evaluate, joined_ranks
     from midskip.report import budget_table, write_curves
@@ -228,7 +228,7 @@ def _calibrate(arguments: list[str]) -> None:
         help="of the text, evenly spread; it is read some 20 to 40 times (default: %(default)s)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    from midskip.calibrate import calibrate, check_settings, save_calibration, thinned
+    from midskip.budget.calibrate import calibrate, check_settings, save_calibration, thinned
     from midskip.evaluate import joined_ranks
     from midskip.report import calibration_table
     from midskip.runs import load_run, to_json

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midskip.config import MidskipConfig
-from midskip.model import MidskipForCausalLM
-from midskip.nn.cache import LayerCache
-from midskip.nn.layers import Block
-from midskip.nn.layout import Layout
+from midskip.model.config import MidskipConfig
+from midskip.model.layer_cache import LayerCache
+from midskip.model.layers import Block
+from midskip.model.modeling import MidskipForCausalLM
+from midskip.model.packing import Layout
 from midskip.policies import Policy
 
 CONVENTIONS = ("causal", "counter")

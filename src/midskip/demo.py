@@ -20,7 +20,7 @@ from midskip.data.prepare import prepare
 from midskip.data.sources import Source
 from midskip.evaluate import depth_of_tokens
 from midskip.generate import generate
-from midskip.model import MidskipForCausalLM
+from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import comparison_table, depth_text, legend
 from midskip.runs import PAGE_FILE, PICTURE_FILE, REPORT_FILE, load_run
 from midskip.train.recipe import ControllerSettings, DataSettings, ModelSettings, Recipe, TrainingSettings

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from midskip.cost import Meter
 from midskip.data import TokenWindows
 from midskip.data.progress import progress_bar
-from midskip.model import MidskipForCausalLM
+from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import TokenDepth
 
 CHUNK_LOGITS = 2**24  # logits whose loss is worked out at a time

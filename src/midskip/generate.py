@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from midskip.model import MidskipForCausalLM
+from midskip.model.modeling import MidskipForCausalLM
 
 
 def generate(

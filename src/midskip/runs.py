@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from midskip.model import MidskipForCausalLM
+from midskip.model.modeling import MidskipForCausalLM
 
 REPORT_FILE, PICTURE_FILE, PAGE_FILE, RECIPE_FILE = "report.json", "picture.png", "page.html", "recipe.yaml"
 

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from midskip.bench.models import Side, llama_with_our_equations, placed, positions
 from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS, CHECKED_STEPS
-from midskip.config import MidskipConfig
-from midskip.model import MidskipForCausalLM
+from midskip.model.config import MidskipConfig
+from midskip.model.modeling import MidskipForCausalLM
 from midskip.testing import NaiveOutput, naive_forward
 
 ROUNDINGS = 16  # a layer

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from midskip.bench.settings import BenchSettings
-from midskip.config import MidskipConfig
-from midskip.model import MidskipForCausalLM
+from midskip.model.config import MidskipConfig
+from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import build_policy
 from midskip.policies.middle_out import MiddleOut
 
-FIXED_DEPTHS = "midskip.testing.policies:FixedDepths"
+FIXED_DEPTHS = "midskip.policies.controls:FixedDepths"
 
 Model = TypeVar("Model", bound=nn.Module)
 

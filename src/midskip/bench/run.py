@@ -20,16 +20,16 @@ from rich.text import Text
 from torch import Tensor
 
 from midskip.bench.agree import Agreement, check_llama, check_ours
+from midskip.bench.energy import EnergyMeter
 from midskip.bench.models import Side, build_llama, build_ours, imposed, placed, with_policy
 from midskip.bench.results import LLAMA, case_rows, machine
 from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS, BenchSettings
 from midskip.bench.table import case_table
 from midskip.bench.tasks import Decode, Prefill, Task, Training
 from midskip.bench.timing import WARM_UP_TURNS, interleave, waiter
-from midskip.calibrate import Windows
-from midskip.config import MidskipConfig
-from midskip.energy import EnergyMeter
-from midskip.model import MidskipForCausalLM
+from midskip.budget.calibrate import Windows
+from midskip.model.config import MidskipConfig
+from midskip.model.modeling import MidskipForCausalLM
 from midskip.report.page import visible
 from midskip.report.speed import write_speed_picture
 from midskip.runs import to_json

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from midskip.config import MidskipConfig
-from midskip.model import MidskipForCausalLM
-from midskip.testing.policies import LARGEST_SEED
+from midskip.model.config import MidskipConfig
+from midskip.model.modeling import MidskipForCausalLM
+from midskip.policies.controls import LARGEST_SEED
 
 TASKS = ("prefill", "decode", "training")
 DTYPES = ("float32", "bfloat16", "float16")  # in float64 too Llama would turn by float32 angles, and not agree

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.plugins import load_class
 
 BUILT_IN = {"dense": "midskip.policies.dense:Dense", "middle_out": "midskip.policies.middle_out:MiddleOut"}

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.policies.base import Decision, Policy
 
 

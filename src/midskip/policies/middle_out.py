@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.policies.base import Decision, Policy
 from midskip.policies.difficulty import Difficulty, drawn
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from midskip.budget import Calibration
+from midskip.budget.calibration import Calibration
 from midskip.report.page import ANCHORS, visible
 from midskip.report.terminal import comparison_table
 

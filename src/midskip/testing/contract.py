@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from midskip.config import KEYS
-from midskip.model import MidskipForCausalLM
+from midskip.model.config import KEYS
+from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import Decision
+from midskip.reference import naive_forward
 from midskip.testing.decode import in_steps
 from midskip.testing.effort import broken_effort, effort
-from midskip.testing.naive import naive_forward
 from midskip.testing.trial import NUM_COLUMNS, VALID_BT, Trial, by_token, distance_of
 
 

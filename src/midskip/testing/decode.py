@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midskip.cache import SkipCache
-from midskip.model import MidskipForCausalLM
+from midskip.model.cache import SkipCache
+from midskip.model.modeling import MidskipForCausalLM
 
 
 @torch.no_grad()

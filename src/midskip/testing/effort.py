@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.policies import Policy
 
 FACTORS = (0.0, 0.5, 1.0, 2.0, 8.0)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midskip.config import MidskipConfig
-from midskip.controllers import build_controller
-from midskip.model import MidskipForCausalLM
+from midskip.model.config import MidskipConfig
+from midskip.model.modeling import MidskipForCausalLM
+from midskip.regularizers import build_controller
 
 TOLERANCE = 1e-6  # of the largest number of a tensor; wide enough for a policy that works in float32
 NUM_COLUMNS = 7

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from midskip.config import MidskipConfig
-from midskip.controllers import Controller, build_controller
+from midskip.model.config import MidskipConfig
+from midskip.regularizers import Controller, build_controller
 from midskip.runs import write_whole
 
 

@@ -13,8 +13,8 @@ import torch.distributed
 from torch import Tensor, nn
 
 from midskip.cost import Meter, is_backward
-from midskip.model import MidskipForCausalLM
-from midskip.statistics import LayerStatistics
+from midskip.layer_statistics import LayerStatistics
+from midskip.model.modeling import MidskipForCausalLM
 
 
 class StepRecord:

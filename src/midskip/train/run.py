@@ -18,11 +18,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from midskip.controllers import Controller
 from midskip.data import DataError, TokenWindows, token_bytes
 from midskip.evaluate import depth_of_tokens, evaluate
-from midskip.model import MidskipForCausalLM
-from midskip.nn.layers import compile_blocks
+from midskip.model.layers import compile_blocks
+from midskip.model.modeling import MidskipForCausalLM
+from midskip.regularizers import Controller
 from midskip.report import write_page, write_picture
 from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json
 from midskip.train.checkpoints import (

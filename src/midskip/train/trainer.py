@@ -25,9 +25,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from midskip.controllers import Controller
 from midskip.data import TokenWindows, WindowOrder
-from midskip.model import MidskipForCausalLM
+from midskip.model.modeling import MidskipForCausalLM
+from midskip.regularizers import Controller
 from midskip.runs import write_whole
 from midskip.train.checkpoints import CONTROLLER_FILE, HISTORY_FILE, mark_complete, remove_old
 from midskip.train.health import Health

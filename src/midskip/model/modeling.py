@@ -16,15 +16,16 @@ from transformers import PreTrainedModel, initialization
 from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
-from midskip.budget import DriftWatch, calibration_in, check_on_drift
-from midskip.cache import SkipCache, unchanged_if_broken_off
-from midskip.config import MidskipConfig
-from midskip.decoding import CachedGeneration
-from midskip.inputs import cache_for, check_others, layout_of
-from midskip.nn.cache import LayerCache
-from midskip.nn.layers import Block, RMSNorm, RotaryEmbedding
-from midskip.nn.layout import Layout
-from midskip.outputs import MidskipCausalLMOutput, MidskipModelOutput, Packed
+from midskip.budget.calibration import calibration_in
+from midskip.budget.monitor import DriftWatch, check_on_drift
+from midskip.model.cache import SkipCache, unchanged_if_broken_off
+from midskip.model.config import MidskipConfig
+from midskip.model.generation import CachedGeneration
+from midskip.model.inputs import cache_for, check_others, layout_of
+from midskip.model.layer_cache import LayerCache
+from midskip.model.layers import Block, RMSNorm, RotaryEmbedding
+from midskip.model.outputs import MidskipCausalLMOutput, MidskipModelOutput, Packed
+from midskip.model.packing import Layout
 from midskip.policies import Decision, Policy, build_policy
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.generation.utils import GenerationMixin
 
-from midskip.cache import SkipCache
-from midskip.config import MidskipConfig
+from midskip.model.cache import SkipCache
+from midskip.model.config import MidskipConfig
 
 
 def check_kind(past_key_values: Any) -> None:

@@ -1,38 +1,74 @@
-"""Gated causal attention over packed tokens, in two steps: `turn_and_gate` is arithmetic on rows, which torch.compile
-may fuse with what stands before it; `attend` knows who belongs to which sequence.
+"""Gated causal attention over packed tokens: projections, rotary embedding, key gates, the kernel, the output.
 
     a(i, j) = g(j) exp(q_i.k_j / sqrt(K)) / sum over j' of g(j') exp(q_i.k_j' / sqrt(K))   (arXiv 2506.21103)
 
-B sequences, T columns, S slots of a cache, N queries, M keys, H query heads, G key heads, K head width, J features of
-a head: K, or K + 1 with gates.
+B sequences, T columns, S slots of a cache, N queries, M keys, D width, H query heads, G key heads, K head width, J
+features of a head: K, or K + 1 with gates.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from midskip.nn.cache import NO_COLUMN, LayerCache
-from midskip.nn.fused import rotate
-from midskip.nn.layout import Layout, Rotary
+from midskip.model.layer_cache import NO_COLUMN, LayerCache
+from midskip.model.ops import rotate
+from midskip.model.packing import Layout, Rotary
 
 
-def turn_and_gate(
+class Attention(nn.Module):
+    """Its three methods run in this order. The first and the last are arithmetic on rows, which torch.compile may fuse
+    with what stands around; only the second knows who belongs to which sequence."""
+
+    def __init__(self, width: int, num_heads: int, num_key_heads: int, head_width: int):
+        super().__init__()
+        self.head_width = head_width
+        self.q_proj = nn.Linear(width, num_heads * head_width, bias=False)
+        self.k_proj = nn.Linear(width, num_key_heads * head_width, bias=False)
+        self.v_proj = nn.Linear(width, num_key_heads * head_width, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_width, width, bias=False)
+
+    def project(
+        self, x_ND: Tensor, y_MD: Tensor, queries: Rotary, keys: Rotary, key_gate_M: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x [N, H, J], keys and values of y [M, G, J], turned by their rotary angles and gated.
+
+        Args:
+            key_gate_M: float32 [M] in (0, 1], the gate of each key; None means 1.
+        """
+        q_NHK = self.q_proj(x_ND).unflatten(-1, (-1, self.head_width))
+        k_MGK = self.k_proj(y_MD).unflatten(-1, (-1, self.head_width))
+        v_MGK = self.v_proj(y_MD).unflatten(-1, (-1, self.head_width))
+        return rotate_and_gate(q_NHK, k_MGK, v_MGK, queries, keys, key_gate_M)
+
+    def attend(
+        self, q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: Layout, keys: Layout,
+        key_gate_M: Tensor | None = None, past: LayerCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[N, H, J]: what each query finds among the keys of its sequence at the same or an earlier column, those of a
+        cache too, to which the new ones are added. Arguments as in `Block.forward`."""
+        width = self.head_width
+        if past is None:
+            return attend(q_NHJ, k_MGJ, v_MGJ, queries, keys, width)
+        was_empty = not past.num_tokens
+        past.append(k_MGJ[..., :width], v_MGJ[..., :width], key_gate_M, keys)
+        if was_empty:
+            return attend(q_NHJ, k_MGJ, v_MGJ, queries, keys, width)
+        return attend_past(q_NHJ, queries, past)
+
+    def output(self, out_NHJ: Tensor) -> Tensor:
+        """[N, D]: what is added to the hidden states."""
+        return self.o_proj(out_NHJ[..., : self.head_width].flatten(1))
+
+
+def rotate_and_gate(
     q_NHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, queries: Rotary, keys: Rotary, key_gate_M: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotary embedding of queries and keys, and the gates of the keys.
 
     The gate enters as log g(j), added to the score by one more feature of q (1) and k (log g(j) sqrt(K)), so that
     any fused causal kernel computes it without a mask.
-
-    Args:
-        q_NHK, k_MGK, v_MGK: queries, keys and values; H is a multiple of G.
-        queries, keys: their rotary angles.
-        key_gate_M: float32 [M] in (0, 1], the gate of each key; None means 1.
-
-    Returns:
-        q [N, H, J], k [M, G, J], v [M, G, J], as `attend` takes them.
     """
     one_N = log_gate_M = None
     if key_gate_M is not None:
@@ -47,7 +83,7 @@ def attend(q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: Layout, keys: L
     """Attention of packed queries to packed keys of the same sequence at the same or an earlier column.
 
     Args:
-        q_NHJ, k_MGJ, v_MGJ: from `turn_and_gate`.
+        q_NHJ, k_MGJ, v_MGJ: from `rotate_and_gate`.
         queries, keys: who the rows are. If they are the same layout, attention is plain causal attention of each
             sequence; otherwise the queries' columns must be among the keys'.
         width: K; scores are divided by its root.

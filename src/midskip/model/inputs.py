@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midskip.cache import IN_GENERATE, SkipCache
-from midskip.decoding import check_kind
-from midskip.nn.layout import Layout
+from midskip.model.cache import IN_GENERATE, SkipCache
+from midskip.model.generation import check_kind
+from midskip.model.packing import Layout
 
 _WITHOUT_EFFECT = ("cache_position", "token_type_ids")  # what Llama takes and makes no use of
 

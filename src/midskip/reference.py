@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midskip.model import MidskipForCausalLM
-from midskip.nn.layers import Block, RMSNorm
-from midskip.nn.layout import Layout
+from midskip.model.layers import Block, RMSNorm
+from midskip.model.modeling import MidskipForCausalLM
+from midskip.model.packing import Layout
 from midskip.policies import Policy
 from midskip.policies.difficulty import NUM_KINDS, PRIOR
 from midskip.policies.middle_out import LARGEST_EXPONENT, MiddleOut

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midskip.nn.attention import attend, attend_past, turn_and_gate
-from midskip.nn.cache import LayerCache
-from midskip.nn.fused import scaled_norm
-from midskip.nn.layout import Layout, Rotary
+from midskip.model.attention import Attention
+from midskip.model.layer_cache import LayerCache
+from midskip.model.ops import scaled_norm
+from midskip.model.packing import Layout, Rotary
 
 
 class RMSNorm(nn.Module):
@@ -80,29 +80,6 @@ class RotaryEmbedding(nn.Module):
         return angle.cos().to(dtype).repeat(1, 1, 2), angle.sin().to(dtype)
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, num_heads: int, num_key_heads: int, head_width: int):
-        super().__init__()
-        self.head_width = head_width
-        self.q_proj = nn.Linear(width, num_heads * head_width, bias=False)
-        self.k_proj = nn.Linear(width, num_key_heads * head_width, bias=False)
-        self.v_proj = nn.Linear(width, num_key_heads * head_width, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_width, width, bias=False)
-
-    def ask(
-        self, x_ND: Tensor, y_MD: Tensor, queries: Rotary, keys: Rotary, key_gate_M: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x, keys and values of y, for `attend`."""
-        q_NHK = self.q_proj(x_ND).unflatten(-1, (-1, self.head_width))
-        k_MGK = self.k_proj(y_MD).unflatten(-1, (-1, self.head_width))
-        v_MGK = self.v_proj(y_MD).unflatten(-1, (-1, self.head_width))
-        return turn_and_gate(q_NHK, k_MGK, v_MGK, queries, keys, key_gate_M)
-
-    def answer(self, out_NHJ: Tensor) -> Tensor:
-        """What attention adds to the hidden states [N, D], from what `attend` found."""
-        return self.o_proj(out_NHJ[..., : self.head_width].flatten(1))
-
-
 class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -161,22 +138,19 @@ class Block(nn.Module):
             [N, D], the new hidden states of the tokens present.
         """
         assert queries.rotary and keys.rotary, "the model sets the angles before the first block"
-        before, after = Block._before, Block._after
+        before, after = Block._before_attention, Block._after_attention
         if self.backend is not None and x_ND.shape[0] > 1:  # 0 and 1 would each be compiled apart, for nothing
             before, after = _compiled(self.backend)
         rows_N = None if others_MD is None else queries.rows_N
-        width, goes_on = self.self_attn.head_width, past is not None and bool(past.num_tokens)
-        feature_M = None if goes_on else key_gate_M  # against a cache, gates are in there
-        q_NHJ, k_MGJ, v_MGJ = before(self, x_ND, others_MD, rows_N, queries.rotary, keys.rotary, feature_M)
-        if past is not None:
-            past.append(k_MGJ[..., :width], v_MGJ[..., :width], key_gate_M, keys)
-        if past is not None and goes_on:
-            out_NHJ = attend_past(q_NHJ, queries, past)
-        else:
-            out_NHJ = attend(q_NHJ, k_MGJ, v_MGJ, queries, keys, width)
+        in_cache = past is not None and past.num_tokens  # against a cache, gates are in there
+        gates = None if in_cache else key_gate_M
+        q_NHJ, k_MGJ, v_MGJ = before(self, x_ND, others_MD, rows_N, queries.rotary, keys.rotary, gates)
+        out_NHJ = self.self_attn.attend(q_NHJ, k_MGJ, v_MGJ, queries, keys, key_gate_M, past)
         return after(self, x_ND, out_NHJ, output_gate_N)
 
-    def _before(
+    # What stands before and after the attention kernel: arithmetic on rows, which torch.compile may take
+
+    def _before_attention(
         self, x_ND: Tensor, others_MD: Tensor | None, rows_N: Tensor | None, queries: Rotary, keys: Rotary,
         key_gate_M: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -185,10 +159,10 @@ class Block(nn.Module):
         else:
             context = self.input_layernorm(others_MD)
             normed = context.index_select(0, rows_N)
-        return self.self_attn.ask(normed, context, queries, keys, key_gate_M)
+        return self.self_attn.project(normed, context, queries, keys, key_gate_M)
 
-    def _after(self, x_ND: Tensor, out_NHJ: Tensor, output_gate_N: Tensor | None) -> Tensor:
-        x_ND = self.post_attention_layernorm(self.self_attn.answer(out_NHJ), output_gate_N, x_ND)
+    def _after_attention(self, x_ND: Tensor, out_NHJ: Tensor, output_gate_N: Tensor | None) -> Tensor:
+        x_ND = self.post_attention_layernorm(self.self_attn.output(out_NHJ), output_gate_N, x_ND)
         ahead = self.mlp(self.pre_feedforward_layernorm(x_ND))
         return self.post_feedforward_layernorm(ahead, output_gate_N, x_ND)
 
@@ -207,5 +181,7 @@ def compile_blocks(layers: Iterable[nn.Module], backend: str = "inductor") -> No
 @cache
 def _compiled(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The halves of a block, as functions of it, so that it can still be copied and pickled."""
-    before, after = (torch.compile(half, dynamic=True, backend=backend) for half in (Block._before, Block._after))
+    before, after = (
+        torch.compile(half, dynamic=True, backend=backend) for half in (Block._before_attention, Block._after_attention)
+    )
     return before, after

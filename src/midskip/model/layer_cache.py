@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 
 NO_COLUMN = torch.iinfo(torch.int32).max  # of a slot that is free: later than any that asks
 SPARE, ROUND = 8, 16  # an eighth more slots than needed, in steps: a token is copied a few times, not at every step

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from midskip.controllers.base import Controller, floats, number
+from midskip.regularizers.base import Controller, floats, number
 
 SLOW_STEPS = 10  # time constant of the slow average of errors; that of the fast one is 1: the newest error
 

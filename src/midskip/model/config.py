@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from midskip.budget import Calibration
+from midskip.budget.calibration import Calibration
 
 NORMS = ("sandwich", "pre")
 KEYS = ("gated", "all")

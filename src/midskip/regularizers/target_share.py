@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from midskip.controllers.base import Controller, floats, number
 from midskip.policies.base import Policy
 from midskip.policies.middle_out import MiddleOut
+from midskip.regularizers.base import Controller, floats, number
 
 NUM_KNOTS = 9  # shares whose factor of the scores is tracked; between them it is straight in its logarithm
 FACTOR_GAIN = 2  # gain of a factor of the scores, as a multiple of `gain`: each hears of its own shares alone

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from midskip.cache import SkipCache
-from midskip.nn.layout import Layout
+from midskip.model.cache import SkipCache
+from midskip.model.packing import Layout
 from midskip.policies import Decision
 
 

@@ -4,10 +4,10 @@ A controller may add a term to the training loss that pushes the gates of each l
 change the weights of that term, or set what the policy leaves to it.
 """
 
-from midskip.controllers.base import Controller
-from midskip.controllers.budget import BudgetController
-from midskip.controllers.build import build_controller
-from midskip.controllers.released import DistanceController, FeedbackController, FixedController, gate_targets
+from midskip.regularizers.base import Controller
+from midskip.regularizers.build import build_controller
+from midskip.regularizers.paper import DistanceController, FeedbackController, FixedController, gate_targets
+from midskip.regularizers.target_share import BudgetController
 
 __all__ = [
     "BudgetController",

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from midskip.budget import Calibration, calibration_in
+from midskip.budget.calibration import Calibration, calibration_in
 from midskip.data import TokenWindows
 from midskip.evaluate import effort_kept, evaluate
-from midskip.model import MidskipForCausalLM
+from midskip.model.modeling import MidskipForCausalLM
 from midskip.runs import write_whole
 
 GAP = 0.05  # the most that the shares of two neighbouring points should differ by

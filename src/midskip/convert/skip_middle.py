@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from midskip.config import MidskipConfig
-from midskip.model import MidskipForCausalLM
+from midskip.model.config import MidskipConfig
+from midskip.model.modeling import MidskipForCausalLM
 
 _CONFIG_KEYS = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta", "max_seq_len",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midskip.nn.layout import Layout
+from midskip.model.packing import Layout
 from midskip.policies.base import Decision, Policy
 from midskip.policies.difficulty import drawn
 from midskip.policies.middle_out import MiddleOut

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from midskip.config import MidskipConfig
-from midskip.nn.cache import ROUND, SPARE, LayerCache, writable
-from midskip.nn.layout import Layout
+from midskip.model.config import MidskipConfig
+from midskip.model.layer_cache import ROUND, SPARE, LayerCache, writable
+from midskip.model.packing import Layout
 
 IN_GENERATE = "in generate(), give the whole text so far, or an attention_mask over the cached columns too"
 

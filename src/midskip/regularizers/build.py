@@ -3,10 +3,10 @@
 import inspect
 from typing import Any
 
-from midskip.controllers.base import Controller
-from midskip.controllers.budget import BudgetController
-from midskip.controllers.released import DistanceController, FeedbackController, FixedController
 from midskip.plugins import load_class
+from midskip.regularizers.base import Controller
+from midskip.regularizers.paper import DistanceController, FeedbackController, FixedController
+from midskip.regularizers.target_share import BudgetController
 
 # Name: the family, the settings that make it this one, defaults of settings left to the user.
 _CONTROLLERS: dict[str, tuple[type[Controller], dict[str, Any], dict[str, Any]]] = {

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midskip.layer_statistics import valid_of
 from midskip.policies.base import Policy
-from midskip.statistics import valid_of
 
 
 class Controller:

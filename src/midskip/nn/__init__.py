@@ -1,1 +1,0 @@
-"""Packed tokens: layouts, attention, layers. Knows nothing of Hugging Face, data or training."""
