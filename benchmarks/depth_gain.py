@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from learning import KEYS, RUNS, budget, prepared, run_folder, run_one
+from learning import KV, RUNS, budget, prepared, run_folder, run_one
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -170,7 +170,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     text = prepared(options.text, options.validation, options.folder)
-    common = budget(0.5) + KEYS["all"]
+    common = budget(0.5) + KV["keep"]
     first, second = "hard, drawn anew for each token, keys all", "hard, by measured gain, keys all"
     RUNS[first] = [*common, "--model.policy=depth_gain:Fresh", "--model.policy_settings={}"]
     rows = [run_one(first, options.seed, options.steps, text, options.folder)]

@@ -19,7 +19,7 @@ import midskip
 def measure(start: str, norms: str, seed: int) -> dict:
     """Shares by layer for one model, from one forward pass and the slope of each gate in its own score."""
     torch.manual_seed(seed)
-    config = midskip.MidskipConfig(**SHAPE, norms=norms, keys="all", policy_settings={"start": start})
+    config = midskip.MidskipConfig(**SHAPE, norms=norms, skipped_kv="keep", policy_settings={"start": start})
     model = midskip.MidskipForCausalLM(config).train()
     policy, scores = model.model.policy, []
 

@@ -65,39 +65,39 @@ def budget(share: float, **settings: Any) -> list[str]:
     return [f"--controller.settings={json.dumps(given)}"]
 
 
-KEYS = {"all": ["--model.keys=all"], "gated": ["--model.keys=gated"]}
+KV = {"keep": ["--model.skipped_kv=keep"], "drop": ["--model.skipped_kv=drop"]}
 STATES = ["--model.policy_settings={gates: hard, scores: hidden_states}"]
 DIFFICULTY = ["--model.policy_settings={gates: hard, scores: difficulty}"]
 REDRAWN = ["--model.policy=midskip.policies.controls:Redrawn", "--model.policy_settings={redraw_steps: 10}"]
 RUNS: dict[str, list[str]] = {
     **{f"dense-{num_layers}": dense(num_layers) for num_layers in (2, 3, 4, 5, 6, 8)},
     # the recipe as it is, and what it costs to drop the keys of tokens that skip, to come down slowly, ...
-    "hard": budget(0.5) + KEYS["gated"],
-    "hard, keys all": budget(0.5) + KEYS["all"],
-    "hard, ramp 300": budget(0.5, ramp_steps=300) + KEYS["gated"],
-    "hard, hidden states": budget(0.5) + KEYS["gated"] + STATES,
-    "hard, difficulty": budget(0.5) + KEYS["gated"] + DIFFICULTY,
-    "hard, redrawn every 10 steps": budget(0.5) + KEYS["gated"] + REDRAWN,
+    "hard": budget(0.5) + KV["drop"],
+    "hard, keys all": budget(0.5) + KV["keep"],
+    "hard, ramp 300": budget(0.5, ramp_steps=300) + KV["drop"],
+    "hard, hidden states": budget(0.5) + KV["drop"] + STATES,
+    "hard, difficulty": budget(0.5) + KV["drop"] + DIFFICULTY,
+    "hard, redrawn every 10 steps": budget(0.5) + KV["drop"] + REDRAWN,
     # one model for many budgets, and twins trained for one
-    "hard, sampled budgets": budget(0.5, lowest_share=0.3) + KEYS["gated"],
-    "hard, 0.3": budget(0.3) + KEYS["gated"],
-    "hard, 0.75": budget(0.75) + KEYS["gated"],
+    "hard, sampled budgets": budget(0.5, lowest_share=0.3) + KV["drop"],
+    "hard, 0.3": budget(0.3) + KV["drop"],
+    "hard, 0.75": budget(0.75) + KV["drop"],
     # the soft gates of the paper
-    "soft, budget, keys gated": [*SOFT, OLD_BUDGET, *KEYS["gated"]],
-    "soft, budget, keys all": [*SOFT, OLD_BUDGET, *KEYS["all"]],
-    "soft, budget, open start": ["--model.policy_settings={start: open}", *SOFT[1:], OLD_BUDGET, *KEYS["gated"]],
+    "soft, budget, keys gated": [*SOFT, OLD_BUDGET, *KV["drop"]],
+    "soft, budget, keys all": [*SOFT, OLD_BUDGET, *KV["keep"]],
+    "soft, budget, open start": ["--model.policy_settings={start: open}", *SOFT[1:], OLD_BUDGET, *KV["drop"]],
     # why soft gates collapse under a budget: as the recipes had them once, and with one thing changed
-    "soft, fixed gain": [*SOFT, OLD_BUDGET, *KEYS["gated"], FIXED_GAIN],
-    "soft, fixed gain, keys all": [*SOFT, OLD_BUDGET, *KEYS["all"], FIXED_GAIN],
+    "soft, fixed gain": [*SOFT, OLD_BUDGET, *KV["drop"], FIXED_GAIN],
+    "soft, fixed gain, keys all": [*SOFT, OLD_BUDGET, *KV["keep"], FIXED_GAIN],
     "soft, fixed gain, scores not trained": [SOFT[0], "--training.gate_learning_rate_scale=0", OLD_BUDGET, FIXED_GAIN],
     "soft, fixed gain, no norm after a branch": [*SOFT, OLD_BUDGET, FIXED_GAIN, "--model.norms=pre"],
-    "soft, proportional": paper("proportional") + KEYS["gated"],
-    "soft, proportional, released": paper("proportional", "released") + KEYS["gated"],
-    "soft, adaptive": paper("adaptive") + KEYS["gated"],
-    "soft, sparsity": paper("sparsity", settings="{}") + KEYS["gated"],
-    "soft, sparsity_variance": paper("sparsity_variance", settings="{}") + KEYS["gated"],
-    "soft, sparsity_variance_l2": paper("sparsity_variance_l2") + KEYS["gated"],
-    "soft, none": paper("none", settings="{}") + KEYS["gated"],
+    "soft, proportional": paper("proportional") + KV["drop"],
+    "soft, proportional, released": paper("proportional", "released") + KV["drop"],
+    "soft, adaptive": paper("adaptive") + KV["drop"],
+    "soft, sparsity": paper("sparsity", settings="{}") + KV["drop"],
+    "soft, sparsity_variance": paper("sparsity_variance", settings="{}") + KV["drop"],
+    "soft, sparsity_variance_l2": paper("sparsity_variance_l2") + KV["drop"],
+    "soft, none": paper("none", settings="{}") + KV["drop"],
 }  # fmt: skip
 
 

@@ -45,26 +45,26 @@ def held(cache: SkipCache) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("fractional", [False, True])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 def test_it_holds_exactly_the_tokens_that_ran(
-    make_model: Make, ragged: tuple[Tensor, Tensor], keys: str, fractional: bool, dtype: torch.dtype
+    make_model: Make, ragged: tuple[Tensor, Tensor], skipped_kv: str, fractional: bool, dtype: torch.dtype
 ) -> None:
     ids_BT, mask_BT = ragged
     settings = {"skip_share": 0.5, "fractional": fractional}
-    model = make_model(keys=keys, policy=FIXED, policy_settings=settings, dtype=dtype).eval()
+    model = make_model(skipped_kv=skipped_kv, policy=FIXED, policy_settings=settings, dtype=dtype).eval()
     cache = SkipCache(model.config)
     gates = [
         model(ids_BT[:, part], attention_mask=mask_BT[:, : part.stop], past_key_values=cache).gates
         for part in (slice(0, 4), slice(4, 5), slice(5, 9))
     ]
     ran_LBT = torch.cat(gates, 2) > 0
-    held_LBT = ran_LBT if keys == "gated" else mask_BT.bool().expand_as(ran_LBT)
+    held_LBT = ran_LBT if skipped_kv == "drop" else mask_BT.bool().expand_as(ran_LBT)
     for layer, held_BT in zip(cache.layers, held_LBT, strict=True):
         assert layer.lengths == held_BT.sum(1).tolist()
         for b, columns_S in enumerate(layer.columns):
             assert columns_S[: layer.lengths[b]].tolist() == held_BT[b].nonzero().squeeze(1).tolist()
     assert 0 < ran_LBT.sum() < mask_BT.sum() * 4
-    size, gate_bytes = dtype.itemsize, max(4, dtype.itemsize) if fractional and keys == "gated" else 0
+    size, gate_bytes = dtype.itemsize, max(4, dtype.itemsize) if fractional and skipped_kv == "drop" else 0
     token_bytes = 2 * 2 * 4 * size + 4 + gate_bytes  # key and value of 2 heads of width 4, column, gate
     assert cache.num_bytes().used == int(held_LBT.sum()) * token_bytes
     assert cache.num_bytes().used < cache.num_bytes().allocated
@@ -75,19 +75,19 @@ def test_it_holds_exactly_the_tokens_that_ran(
 
 
 def test_what_it_says_of_itself(make_model: Make) -> None:
-    for keys, what in (("all", "all tokens"), ("gated", "the tokens that ran")):
-        cache = SkipCache(make_model("gone", keys=keys).config)
+    for skipped_kv, what in (("keep", "all tokens"), ("drop", "the tokens that ran")):
+        cache = SkipCache(make_model("gone", skipped_kv=skipped_kv).config)
         assert repr(cache).startswith(f"SkipCache(of {what}: 0 sequences, 0 columns seen")
-        model = make_model("gone", keys=keys).eval()
+        model = make_model("gone", skipped_kv=skipped_kv).eval()
         text = repr(model(prompt(2, 3), use_cache=True).past_key_values)
-        tokens = 6 if keys == "all" else 0
+        tokens = 6 if skipped_kv == "keep" else 0
         assert f"2 sequences, 3 columns seen, tokens held by layer [{tokens}, {tokens}" in text and "allocated" in text
 
 
 # ---- what can be done to it: afterwards it goes on as if it had always been so
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize(
     "change, rows, columns",
     [
@@ -104,10 +104,10 @@ def test_what_it_says_of_itself(make_model: Make) -> None:
     ids=["crop0", "crop1", "crop6", "crop9", "reorder", "repeat", "select", "select_bool", "reset"],
 )
 def test_after_a_change_it_goes_on(
-    make_model: Make, ragged: tuple[Tensor, Tensor], keys: str, change: Callable, rows: list[int], columns: int
+    make_model: Make, ragged: tuple[Tensor, Tensor], skipped_kv: str, change: Callable, rows: list[int], columns: int
 ) -> None:
     ids_BT, mask_BT = ragged
-    model = make_model("mixed", keys=keys).eval()
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     cache = SkipCache(model.config)
     model(ids_BT, attention_mask=mask_BT, past_key_values=cache)
     change(cache)
@@ -135,14 +135,14 @@ def test_a_copy_goes_its_own_way(make_model: Make) -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_pass_that_breaks_off_leaves_no_trace(
-    make_model: Make, ragged: tuple[Tensor, Tensor], keys: str, error: type[BaseException], first: bool
+    make_model: Make, ragged: tuple[Tensor, Tensor], skipped_kv: str, error: type[BaseException], first: bool
 ) -> None:
     ids_BT, mask_BT = ragged
-    model = make_model("mixed", keys=keys).eval()
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     cache = SkipCache(model.config)
     if not first:
         model(ids_BT, attention_mask=mask_BT, past_key_values=cache)
@@ -167,25 +167,25 @@ def test_a_pass_that_breaks_off_leaves_no_trace(
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_training_mode_and_empty_layers(make_model: Make, keys: str) -> None:
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_training_mode_and_empty_layers(make_model: Make, skipped_kv: str) -> None:
     """There every block is called, with no rows if need be."""
-    model = make_model("gone", keys=keys).train()
+    model = make_model("gone", skipped_kv=skipped_kv).train()
     cache = SkipCache(model.config)
     with midskip.meter(model) as meter:
         for _ in range(2):
             model(prompt(2, 3), past_key_values=cache)
     assert meter.query_rows_L == [0] * 4 and meter.bytes.cache == 0
-    assert [layer.num_tokens for layer in cache.layers] == [12 if keys == "all" else 0] * 4
-    assert (cache.num_bytes().used > 0) == (keys == "all")
+    assert [layer.num_tokens for layer in cache.layers] == [12 if skipped_kv == "keep" else 0] * 4
+    assert (cache.num_bytes().used > 0) == (skipped_kv == "keep")
 
 
 # ---- refusals
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_a_cache_has_one_dtype(make_model: Make, keys: str) -> None:
-    model = make_model("kept", keys=keys, dtype=torch.float32).eval()
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_a_cache_has_one_dtype(make_model: Make, skipped_kv: str) -> None:
+    model = make_model("kept", skipped_kv=skipped_kv, dtype=torch.float32).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cache = model(prompt(2, 3), use_cache=True).past_key_values
     before = held(cache)
@@ -235,9 +235,9 @@ def test_another_models_cache_is_refused(make_model: Make) -> None:
     cache = model(prompt(1, 3), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="of another model: give each model a cache of its own"):
         make_model().eval()(prompt(1, 1), past_key_values=cache)
-    for change in ({"num_hidden_layers": 3}, {"num_key_value_heads": 4}, {"head_dim": 8}, {"keys": "all"}):
+    for change in ({"num_hidden_layers": 3}, {"num_key_value_heads": 4}, {"head_dim": 8}, {"skipped_kv": "keep"}):
         with pytest.raises(
-            ValueError, match=r"was made for a model with 4 layers, 2 key heads of width 4, keys='gated'"
+            ValueError, match=r"was made for a model with 4 layers, 2 key heads of width 4, skipped_kv='drop'"
         ):
             make_model(**change).eval()(prompt(1, 1), past_key_values=SkipCache(model.config))
     cache.reset()

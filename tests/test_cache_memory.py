@@ -108,13 +108,13 @@ def test_memory_grows_a_few_times_and_not_with_each_token(make_model: Make) -> N
 
 
 @pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 def test_free_memory_is_zeroed_before_it_is_read(
-    make_model: Make, monkeypatch: pytest.MonkeyPatch, keys: str, alone: bool, memory_of_nan: None
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, skipped_kv: str, alone: bool, memory_of_nan: None
 ) -> None:
     """Attention over several rows multiplies free slots by 0, which makes NaN of NaN."""
     monkeypatch.setattr(attention, "_alone_is_cheaper", lambda device: alone)
-    model = make_model("mixed", keys=keys).eval()
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = prompt(3, 20), torch.ones(3, 20, dtype=torch.long)
     mask_BT[1, :7] = mask_BT[2, 2:15] = 0  # all ask in the last columns, and hold numbers that differ
     expected = model(ids_BT, attention_mask=mask_BT).logits

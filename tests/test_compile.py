@@ -81,9 +81,9 @@ def pair(make_model: Make, backend: str, **changes: Any) -> tuple[MidskipForCaus
 # happens to be a width when a graph is made, torch makes that one again; no number of the first batch is
 
 
-@pytest.mark.parametrize("keys, num_graphs", [("gated", 6), pytest.param("all", 8, marks=pytest.mark.slow)])
-def test_compiled_equals_plain_in_few_graphs(make_model: Make, keys: str, num_graphs: int) -> None:
-    check_equal(*pair(make_model, ACCURATE, keys=keys, num_hidden_layers=3))
+@pytest.mark.parametrize("skipped_kv, num_graphs", [("drop", 6), pytest.param("keep", 8, marks=pytest.mark.slow)])
+def test_compiled_equals_plain_in_few_graphs(make_model: Make, skipped_kv: str, num_graphs: int) -> None:
+    check_equal(*pair(make_model, ACCURATE, skipped_kv=skipped_kv, num_hidden_layers=3))
     assert counters["stats"]["unique_graphs"] <= num_graphs
     assert not counters["graph_break"]
 
@@ -104,8 +104,8 @@ def test_blocks_that_no_token_reaches_are_not_compiled(make_model: Make) -> None
     [
         {"policy": "dense", "norms": "pre"},
         {"gates": "mixed", "num_key_value_heads": 1},
-        {"gates": "mixed", "norms": "pre", "keys": "all"},
-        {"policy": FIXED, "policy_settings": {"skip_share": 0.5}, "keys": "all"},
+        {"gates": "mixed", "norms": "pre", "skipped_kv": "keep"},
+        {"policy": FIXED, "policy_settings": {"skip_share": 0.5}, "skipped_kv": "keep"},
         {"policy": FIXED, "policy_settings": {"skip_share": 0.3, "fractional": True}},
     ],
 )

@@ -41,7 +41,7 @@ def test_defaults_are_the_papers_model() -> None:
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (12, 12, 64)
     assert (config.vocab_size, config.max_position_embeddings) == (50257, 1024)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
-    assert (config.norms, config.keys, config.policy) == ("sandwich", "gated", "middle_out")
+    assert (config.norms, config.skipped_kv, config.policy) == ("sandwich", "drop", "middle_out")
     assert config.tie_word_embeddings is False and config.policy_settings == {}
     with torch.device("meta"):
         assert round(MidskipForCausalLM(config).num_parameters() / 1e6, 1) == 190.5
@@ -58,7 +58,7 @@ def test_dense_baselines_have_the_papers_sizes(num_layers: int, millions: float)
     "name, hint",
     [
         ("hiden_size", "did you mean 'hidden_size'"),
-        ("key", "did you mean 'keys'"),
+        ("skipped_k", "did you mean 'skipped_kv'"),
         ("num_layers", "num_hidden_layers|num_labels"),
         ("zebra", "known settings: .*vocab_size"),
     ],
@@ -90,7 +90,7 @@ def test_unknown_setting_is_refused_with_a_hint(tiny: Callable[..., MidskipConfi
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'"),
         ({"initializer_range": -0.1}, "initializer_range is -0.1"),
         ({"norms": "post"}, "norms is 'post'; expected one of 'sandwich', 'pre'"),
-        ({"keys": "some"}, "keys is 'some'; expected one of 'gated', 'all'"),
+        ({"skipped_kv": "some"}, "skipped_kv is 'some'; expected one of 'drop', 'keep'"),
         ({"policy": ""}, "policy is ''; expected a name or"),
         ({"policy": 3}, "policy is 3"),
         ({"policy_settings": "start"}, "policy_settings is 'start'; expected a dictionary"),
@@ -141,7 +141,7 @@ def test_settings_given_are_not_shared(tiny: Callable[..., MidskipConfig]) -> No
     "changes",
     [
         {},
-        {"norms": "pre", "keys": "all", "policy": "dense", "tie_word_embeddings": True, "head_dim": 6},
+        {"norms": "pre", "skipped_kv": "keep", "policy": "dense", "tie_word_embeddings": True, "head_dim": 6},
         {
             "policy_settings": {"start": "released"},
             "rope_parameters": LLAMA3,

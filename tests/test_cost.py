@@ -42,12 +42,12 @@ def counted(
 
 
 @pytest.mark.parametrize("shape", ["rectangle", "ragged", "documents"])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("run", RUNS)
 def test_counter_convention_is_torchs_counter(
-    make_model: Make, ragged: tuple[Tensor, Tensor], run: str, keys: str, shape: str
+    make_model: Make, ragged: tuple[Tensor, Tensor], run: str, skipped_kv: str, shape: str
 ) -> None:
-    model = make_model(**RUNS[run], keys=keys, num_hidden_layers=5, dtype=torch.float32)
+    model = make_model(**RUNS[run], skipped_kv=skipped_kv, num_hidden_layers=5, dtype=torch.float32)
     ids_BT, mask_BT = ragged if shape != "rectangle" else (ragged[0], None)
     position_BT = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0]]) if shape == "documents" else None
     with Meter(model) as meter:
@@ -67,9 +67,9 @@ def test_counter_convention_is_torchs_counter(
         assert meter.dense_flops() == meter.flops()
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_parts_add_up_and_only_their_part_moves(make_model: Make, keys: str) -> None:
-    model, ids_BT = make_model("mixed", keys=keys), torch.randint(31, (2, 9))
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_parts_add_up_and_only_their_part_moves(make_model: Make, skipped_kv: str) -> None:
+    model, ids_BT = make_model("mixed", skipped_kv=skipped_kv), torch.randint(31, (2, 9))
     with Meter(model) as meter:
         model(ids_BT)
     flops = meter.flops()
@@ -114,12 +114,12 @@ def test_pairs_are_those_that_meet(ragged: tuple[Tensor, Tensor], share: float, 
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("gates", ["mixed", "late", "gone"])
 def test_meter_counts_the_rows_that_the_linear_layers_see(
-    make_model: Make, ragged: tuple[Tensor, Tensor], gates: str, keys: str, mode: str
+    make_model: Make, ragged: tuple[Tensor, Tensor], gates: str, skipped_kv: str, mode: str
 ) -> None:
-    model = make_model(gates, keys=keys, num_hidden_layers=5).train(mode == "train")
+    model = make_model(gates, skipped_kv=skipped_kv, num_hidden_layers=5).train(mode == "train")
     rows: dict[str, int] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -142,7 +142,7 @@ def test_meter_counts_the_rows_that_the_linear_layers_see(
             assert rows.get(f"{at}.{name}", 0) == sum(work.query_rows for work in calls)
         for name in ("self_attn.k_proj", "self_attn.v_proj"):
             assert rows.get(f"{at}.{name}", 0) == sum(work.key_rows for work in calls)
-        all_keys = keys == "all" and present_L[layer]
+        all_keys = skipped_kv == "keep" and present_L[layer]
         assert sum(work.key_rows for work in calls) == (2 * 32 if all_keys else 2 * present_L[layer])
     assert meter.head_rows == rows["lm_head"] == 2 * 32 and meter.num_tokens == 2 * 32
     assert meter.executed_share == pytest.approx(sum(present_L) / (5 * 32))
@@ -165,9 +165,9 @@ def test_meter_stops_and_starts_again(make_model: Make) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_meter_counts_no_recomputation(make_model: Make, keys: str, reentrant: bool) -> None:
-    model, ids_BT = make_model(keys=keys), torch.randint(31, (2, 7))
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_meter_counts_no_recomputation(make_model: Make, skipped_kv: str, reentrant: bool) -> None:
+    model, ids_BT = make_model(skipped_kv=skipped_kv), torch.randint(31, (2, 7))
     with Meter(model) as plain:
         model(ids_BT, labels=ids_BT).loss.backward()
     # transformers 5.23 deprecates the older name
@@ -181,7 +181,7 @@ def test_meter_counts_no_recomputation(make_model: Make, keys: str, reentrant: b
         output.loss.backward()
     assert len(calls) == 2, "the block was run again"
     assert meter.flops() == plain.flops() and meter.layers == plain.layers and meter.lengths == plain.lengths
-    model = make_model(keys=keys)
+    model = make_model(skipped_kv=skipped_kv)
     embedded_BTD = model.model.embed_tokens(ids_BT).detach().requires_grad_()
     with Meter(model) as meter:  # all of the model again, its policy and head included
         checkpoint(

@@ -93,9 +93,9 @@ def close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float)
     "kind, padding",
     [(kind, padding) for kind in MODELS for padding in MASKS if kind in THOROUGH or padding in ("none", "holes")],
 )
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_steps_give_what_one_pass_gives(make_model: Make, kind: str, keys: str, padding: str) -> None:
-    model = make_model(**MODELS[kind], keys=keys).eval()
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_steps_give_what_one_pass_gives(make_model: Make, kind: str, skipped_kv: str, padding: str) -> None:
+    model = make_model(**MODELS[kind], skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = text(padding)
     full = by_column(model(ids_BT, attention_mask=mask_BT, output_hidden_states=True))
     close(by_column(naive_forward(model, ids_BT, mask_BT)), full, 1e-7 if kind.startswith("fixed") else 1e-12)
@@ -104,18 +104,18 @@ def test_steps_give_what_one_pass_gives(make_model: Make, kind: str, keys: str, 
         got, cache = in_chunks(model, ids_BT, mask_BT, chunks, hidden=number % 2 == 1)
         close(got, full, 1e-12)
         valid_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-        held_LB = ran_LBT.sum(2) if keys == "gated" else valid_BT.sum(1).expand(len(ran_LBT), -1)
+        held_LB = ran_LBT.sum(2) if skipped_kv == "drop" else valid_BT.sum(1).expand(len(ran_LBT), -1)
         assert [layer.lengths or [0] * len(ids_BT) for layer in cache.layers] == held_LB.tolist()
         assert cache.num_block_tokens == int(ran_LBT.sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("kind", ["middle_out-open", "dense", "fixed", "fixed-fractional"])
-def test_steps_in_lower_precision(make_model: Make, kind: str, keys: str, dtype: torch.dtype) -> None:
+def test_steps_in_lower_precision(make_model: Make, kind: str, skipped_kv: str, dtype: torch.dtype) -> None:
     """Models whose gates are on no edge, where rounding would tip them. Steps round no worse than one pass does."""
-    model = make_model(**MODELS[kind], keys=keys, dtype=dtype).eval()
-    exact = make_model(**MODELS[kind], keys=keys).eval()
+    model = make_model(**MODELS[kind], skipped_kv=skipped_kv, dtype=dtype).eval()
+    exact = make_model(**MODELS[kind], skipped_kv=skipped_kv).eval()
     exact.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
     ids_BT, mask_BT = text("left")
     truth = exact(ids_BT, attention_mask=mask_BT).logits
@@ -129,10 +129,10 @@ def test_steps_in_lower_precision(make_model: Make, kind: str, keys: str, dtype:
 
 
 @pytest.mark.parametrize("padding", ["left", "holes", "right"])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("kind", THOROUGH)
-def test_a_batch_is_its_members_alone(make_model: Make, kind: str, keys: str, padding: str) -> None:
-    model = make_model(**MODELS[kind], keys=keys).eval()
+def test_a_batch_is_its_members_alone(make_model: Make, kind: str, skipped_kv: str, padding: str) -> None:
+    model = make_model(**MODELS[kind], skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = text(padding)
     assert mask_BT is not None
     for chunks in ([1] * T, [7, 7]):
@@ -147,13 +147,13 @@ def test_a_batch_is_its_members_alone(make_model: Make, kind: str, keys: str, pa
 
 
 @pytest.mark.parametrize("padding", MASKS)
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("kind", THOROUGH)
 def test_one_launch_for_all_gives_what_a_call_for_each_gives(
-    make_model: Make, monkeypatch: pytest.MonkeyPatch, kind: str, keys: str, padding: str
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, kind: str, skipped_kv: str, padding: str
 ) -> None:
     """A GPU takes the first, a CPU the second."""
-    model = make_model(**MODELS[kind], keys=keys).eval()
+    model = make_model(**MODELS[kind], skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = text(padding)
     asked: list[torch.device] = []
 
@@ -170,10 +170,10 @@ def test_one_launch_for_all_gives_what_a_call_for_each_gives(
     assert asked or (kind.startswith("fixed") and padding == "none")  # where all rows keep the same columns
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("gates", ["mixed", "gone", "late"])
-def test_blocks_get_only_the_rows_present(make_model: Make, gates: str, keys: str) -> None:
-    model = make_model(gates, keys=keys).eval()
+def test_blocks_get_only_the_rows_present(make_model: Make, gates: str, skipped_kv: str) -> None:
+    model = make_model(gates, skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = text("left")
     assert mask_BT is not None
     calls: list[list[int]] = [[] for _ in model.model.layers]
@@ -191,14 +191,14 @@ def test_blocks_get_only_the_rows_present(make_model: Make, gates: str, keys: st
         for rows, gate_B1 in zip(calls, output.gates, strict=True):
             present = int((gate_B1 > 0).sum())
             untouched += rows == []
-            assert rows == ([present] if present or keys == "all" else [])
-    assert (untouched > 0) == (keys == "gated")
+            assert rows == ([present] if present or skipped_kv == "keep" else [])
+    assert (untouched > 0) == (skipped_kv == "drop")
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_positions_that_are_given(make_model: Make, keys: str) -> None:
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_positions_that_are_given(make_model: Make, skipped_kv: str) -> None:
     """With gaps; by default they go on where the cache stopped."""
-    model = make_model("mixed", keys=keys).eval()
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_BT = torch.randint(31, (2, T))
     gaps_BT = torch.stack([torch.arange(T) * 3 + 1, torch.arange(T) + torch.arange(T) // 4 * 7])
     expected = model(ids_BT, position_ids=gaps_BT).logits

@@ -90,12 +90,12 @@ def test_keeping_some_keeps_their_documents(packed: tuple[Tensor, Tensor, Tensor
 
 
 @pytest.mark.parametrize("norms", ["sandwich", "pre"])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_documents_equal_naive(
-    make_model: Make, packed: tuple[Tensor, Tensor, Tensor], policy: str, keys: str, norms: str
+    make_model: Make, packed: tuple[Tensor, Tensor, Tensor], policy: str, skipped_kv: str, norms: str
 ) -> None:
-    model = make_model(**POLICIES[policy], keys=keys, norms=norms, num_hidden_layers=5)
+    model = make_model(**POLICIES[policy], skipped_kv=skipped_kv, norms=norms, num_hidden_layers=5)
     ids_BT, mask_BT, position_BT = packed
     found, _ = check_equal(model, ids_BT, mask_BT, position_BT)
     present = found["gates"][:, mask_BT.bool()] > 0
@@ -105,12 +105,12 @@ def test_documents_equal_naive(
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", ["mixed", "fractional"])
 def test_a_document_among_others_is_as_if_alone(
-    make_model: Make, packed: tuple[Tensor, Tensor, Tensor], policy: str, keys: str, mode: str
+    make_model: Make, packed: tuple[Tensor, Tensor, Tensor], policy: str, skipped_kv: str, mode: str
 ) -> None:
-    model = make_model(**POLICIES[policy], keys=keys).train(mode == "train")
+    model = make_model(**POLICIES[policy], skipped_kv=skipped_kv).train(mode == "train")
     ids_BT, mask_BT, position_BT = packed
     with torch.set_grad_enabled(mode == "train"):
         together = model(ids_BT, attention_mask=mask_BT, position_ids=position_BT)
@@ -131,10 +131,10 @@ def test_the_loss_crosses_from_one_document_to_the_next(make_model: Make) -> Non
     same(output.loss, expected, "loss")
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", ["mixed", "dense", "fixed"])
-def test_no_leak_to_another_document_or_the_past(make_model: Make, policy: str, keys: str) -> None:
-    model = make_model(**POLICIES[policy], keys=keys, num_hidden_layers=5)
+def test_no_leak_to_another_document_or_the_past(make_model: Make, policy: str, skipped_kv: str) -> None:
+    model = make_model(**POLICIES[policy], skipped_kv=skipped_kv, num_hidden_layers=5)
     position_BT = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 0, 1]])
     first_BT = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 7], [0, 0, 0, 0, 0, 0, 6, 6]])  # column where its document begins
     embedded_BTD = model.model.embed_tokens(torch.randint(31, (2, 8))).detach().requires_grad_()
@@ -153,7 +153,7 @@ def test_no_leak_to_another_document_or_the_past(make_model: Make, policy: str, 
 # ---- other precisions
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", ["dense", "open", "fractional"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_documents_in_less_precision(
@@ -162,9 +162,9 @@ def test_documents_in_less_precision(
     dtype: torch.dtype,
     tolerance: float,
     policy: str,
-    keys: str,
+    skipped_kv: str,
 ) -> None:
-    model = make_model(**POLICIES[policy], keys=keys, num_hidden_layers=2)
+    model = make_model(**POLICIES[policy], skipped_kv=skipped_kv, num_hidden_layers=2)
     ids_BT, mask_BT, position_BT = packed
     expected_BTV = naive_forward(model, ids_BT, mask_BT, position_ids=position_BT).logits.detach()
     for mode in (True, False):

@@ -57,13 +57,13 @@ def test_gates_are_those_of_the_scaled_sum_below_the_ceiling(num_layers: int) ->
             assert policy.flops(layer, state, layout) == 2 * 8 * scored
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("num_layers", [4, 5])
 def test_factor_0_is_the_dense_model(
-    make_model: Make, ragged: tuple[Tensor, Tensor], num_layers: int, keys: str
+    make_model: Make, ragged: tuple[Tensor, Tensor], num_layers: int, skipped_kv: str
 ) -> None:
-    model = make_model("mixed", num_hidden_layers=num_layers, keys=keys).eval()
-    dense = make_model(policy="dense", num_hidden_layers=num_layers, keys=keys).eval()
+    model = make_model("mixed", num_hidden_layers=num_layers, skipped_kv=skipped_kv).eval()
+    dense = make_model(policy="dense", num_hidden_layers=num_layers, skipped_kv=skipped_kv).eval()
     dense.load_state_dict(model.state_dict(), strict=False)
     expected = outputs(dense, *ragged)
     model.model.policy.set_effort(0.0)
@@ -73,13 +73,18 @@ def test_factor_0_is_the_dense_model(
         torch.testing.assert_close(got[name], tensor.double(), rtol=0, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("num_layers", [4, 5])
 @pytest.mark.parametrize(("factor", "ceiling"), [(0.4, None), (2.5, None), (1.0, 2), (0.4, 3), (0.0, 2)])
 def test_packed_is_naive_under_an_effort(
-    make_model: Make, ragged: tuple[Tensor, Tensor], num_layers: int, keys: str, factor: float, ceiling: int | None
+    make_model: Make,
+    ragged: tuple[Tensor, Tensor],
+    num_layers: int,
+    skipped_kv: str,
+    factor: float,
+    ceiling: int | None,
 ) -> None:
-    model = make_model("mixed", num_hidden_layers=num_layers, keys=keys).eval()
+    model = make_model("mixed", num_hidden_layers=num_layers, skipped_kv=skipped_kv).eval()
     as_trained = outputs(model, *ragged)
     with effort(model.model.policy, factor, ceiling):
         got = outputs(model, *ragged)
@@ -227,7 +232,7 @@ class Sticky(Deep):
 )
 def test_the_contract_sees_what_is_wrong(policy: type[Policy], problem: str) -> None:
     def check() -> None:
-        check_policy(f"{policy.__module__}:{policy.__name__}", num_layers=2, keys="gated")
+        check_policy(f"{policy.__module__}:{policy.__name__}", num_layers=2, skipped_kv="drop")
 
     if not problem:
         return check()

@@ -83,13 +83,13 @@ def norm(found: dict[str, Tensor], *parts: str) -> float:
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5, 6])
 @pytest.mark.parametrize("norms", ["sandwich", "pre"])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("gates", GATES)
 def test_middle_out_equals_naive(
     make_model: Callable[..., MidskipForCausalLM], ragged: tuple[Tensor, Tensor],
-    gates: str, keys: str, norms: str, num_layers: int,
+    gates: str, skipped_kv: str, norms: str, num_layers: int,
 ) -> None:  # fmt: skip
-    model = make_model(gates, num_hidden_layers=num_layers, keys=keys, norms=norms)
+    model = make_model(gates, num_hidden_layers=num_layers, skipped_kv=skipped_kv, norms=norms)
     ids_BT, mask_BT = ragged
     packed, found = check_equal(model, ids_BT, mask_BT)
     gate_LN = packed["gates"][:, mask_BT.bool()]
@@ -122,13 +122,13 @@ def test_middle_out_equals_naive(
 @pytest.mark.parametrize("fractional", [False, True])
 @pytest.mark.parametrize("skip_share", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("num_layers", [4, 5])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 def test_fixed_depths_equal_naive(
     make_model: Callable[..., MidskipForCausalLM], ragged: tuple[Tensor, Tensor],
-    keys: str, num_layers: int, skip_share: float, fractional: bool,
+    skipped_kv: str, num_layers: int, skip_share: float, fractional: bool,
 ) -> None:  # fmt: skip
     settings = {"skip_share": skip_share, "fractional": fractional}
-    model = make_model(num_hidden_layers=num_layers, keys=keys, policy=FIXED, policy_settings=settings)
+    model = make_model(num_hidden_layers=num_layers, skipped_kv=skipped_kv, policy=FIXED, policy_settings=settings)
     packed, found = check_equal(model, *ragged)
     present = packed["gates"][:, ragged[1].bool()] > 0
     assert present.all() if skip_share == 0 else not present.all()
@@ -136,10 +136,10 @@ def test_fixed_depths_equal_naive(
     assert (norm(found, "layers.0.mlp") > 0) == (skip_share < 1)
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("length", [1, 7, 63])
-def test_odd_sizes_equal_naive(make_model: Callable[..., MidskipForCausalLM], keys: str, length: int) -> None:
-    model = make_model(keys=keys, num_hidden_layers=3, tie_word_embeddings=True, num_key_value_heads=1)
+def test_odd_sizes_equal_naive(make_model: Callable[..., MidskipForCausalLM], skipped_kv: str, length: int) -> None:
+    model = make_model(skipped_kv=skipped_kv, num_hidden_layers=3, tie_word_embeddings=True, num_key_value_heads=1)
     ids_BT = torch.randint(31, (1, length))
     check_equal(model, ids_BT, torch.ones_like(ids_BT))
 
@@ -165,10 +165,10 @@ def test_gate_dtype_does_not_round_the_keys(make_model: Callable[..., MidskipFor
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", ["middle_out", "dense", FIXED])
-def test_no_future_leak(make_model: Callable[..., MidskipForCausalLM], policy: str, keys: str, mode: str) -> None:
-    model = make_model(keys=keys, policy=policy, num_hidden_layers=5).train(mode == "train")
+def test_no_future_leak(make_model: Callable[..., MidskipForCausalLM], policy: str, skipped_kv: str, mode: str) -> None:
+    model = make_model(skipped_kv=skipped_kv, policy=policy, num_hidden_layers=5).train(mode == "train")
     ids_BT = torch.randint(31, (3, 8))
     before = model(ids_BT, output_hidden_states=True)
     for column in range(8):
@@ -184,9 +184,11 @@ def test_no_future_leak(make_model: Callable[..., MidskipForCausalLM], policy: s
         assert (after.logits[:, column] - before.logits[:, column]).abs().amax(-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_no_gradient_from_the_past_to_the_future(make_model: Callable[..., MidskipForCausalLM], keys: str) -> None:
-    model = make_model(keys=keys)
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_no_gradient_from_the_past_to_the_future(
+    make_model: Callable[..., MidskipForCausalLM], skipped_kv: str
+) -> None:
+    model = make_model(skipped_kv=skipped_kv)
     embedded = model.model.embed_tokens(torch.randint(31, (2, 8))).detach().requires_grad_()
     output = model(inputs_embeds=embedded)
     for column in range(8):
@@ -197,11 +199,11 @@ def test_no_gradient_from_the_past_to_the_future(make_model: Callable[..., Midsk
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 def test_padding_batch_mates_and_their_order_change_nothing(
-    make_model: Callable[..., MidskipForCausalLM], ragged: tuple[Tensor, Tensor], keys: str, mode: str
+    make_model: Callable[..., MidskipForCausalLM], ragged: tuple[Tensor, Tensor], skipped_kv: str, mode: str
 ) -> None:
-    model = make_model(keys=keys).train(mode == "train")
+    model = make_model(skipped_kv=skipped_kv).train(mode == "train")
     ids_BT, mask_BT = ragged
     together = model(ids_BT, attention_mask=mask_BT, labels=ids_BT)
     assert (together.gates == 0).any() and (together.gates > 0).any()

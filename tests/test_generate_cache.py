@@ -27,7 +27,7 @@ from midskip.policies import Decision
 from midskip.policies.middle_out import MiddleOut
 
 Make = Callable[..., MidskipForCausalLM]
-KEYS = pytest.mark.parametrize("keys", ["gated", "all"])
+SKIPPED_KV = pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 
 
 def prompt(*shape: int) -> Tensor:
@@ -74,11 +74,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@KEYS
+@SKIPPED_KV
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_it_is_the_same_without_a_cache(make_model: Make, way: str, padded: bool, keys: str) -> None:
-    model = make_model("mixed", keys=keys).eval()
+def test_it_is_the_same_without_a_cache(make_model: Make, way: str, padded: bool, skipped_kv: str) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = left_padded() if padded else (prompt(2, 9), None)
     options = WAYS[way] | {"attention_mask": mask_BT}
     without = {name: value for name, value in options.items() if name != "prefill_chunk_size"}
@@ -90,18 +90,18 @@ def test_it_is_the_same_without_a_cache(make_model: Make, way: str, padded: bool
     assert (expected[:, 9:] > 0).sum() > expected.shape[0] / 2  # some text came
 
 
-@KEYS
-def test_a_prompt_of_one_token_and_the_whole_length(make_model: Make, keys: str) -> None:
-    model = make_model("mixed", keys=keys).eval()
+@SKIPPED_KV
+def test_a_prompt_of_one_token_and_the_whole_length(make_model: Make, skipped_kv: str) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_BT = prompt(2, 1)
     expected = generate(model, ids_BT, max_new_tokens=64, use_cache=False)
     assert expected.shape == (2, 65) and torch.equal(generate(model, ids_BT, max_new_tokens=64), expected)
 
 
-@KEYS
+@SKIPPED_KV
 @pytest.mark.parametrize("beams", [1, 3])
-def test_rows_that_finish_early(make_model: Make, keys: str, beams: int) -> None:
-    model = make_model("mixed", keys=keys).eval()
+def test_rows_that_finish_early(make_model: Make, skipped_kv: str, beams: int) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = left_padded()
     unstopped = generate(model, ids_BT, attention_mask=mask_BT, use_cache=False)[:, 9:]
     ends = {token: [row.tolist().index(token) if token in row else 20 for row in unstopped] for token in range(1, 31)}
@@ -115,9 +115,9 @@ def test_rows_that_finish_early(make_model: Make, keys: str, beams: int) -> None
         assert stops == ends[eos]
 
 
-@KEYS
-def test_scores_are_the_same(make_model: Make, keys: str) -> None:
-    model = make_model("mixed", keys=keys).eval()
+@SKIPPED_KV
+def test_scores_are_the_same(make_model: Make, skipped_kv: str) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = left_padded()
     options = {"attention_mask": mask_BT, "return_dict_in_generate": True, "output_logits": True}
     with_cache: Any = generate(model, ids_BT, **options)
@@ -127,15 +127,17 @@ def test_scores_are_the_same(make_model: Make, keys: str) -> None:
     assert with_cache.past_key_values.num_columns == 9 + 19  # the last token is given and not read
 
 
-@KEYS
+@SKIPPED_KV
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"prompt_lookup_num_tokens": 4}], ids=["model", "lookup"])
 @pytest.mark.parametrize("twin", [False, True])
-def test_assisted(make_model: Make, options: dict, keys: str, twin: bool) -> None:
-    model = make_model("mixed", keys=keys).eval()
+def test_assisted(make_model: Make, options: dict, skipped_kv: str, twin: bool) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_1T = prompt(1, 4).repeat(1, 3)
     if "prompt_lookup_num_tokens" not in options:
         layers = 4 if twin else 2  # a twin is right every time, another hardly ever, and tokens are taken back
-        options = options | {"assistant_model": make_model("mixed", keys=keys, num_hidden_layers=layers).eval()}
+        options = options | {
+            "assistant_model": make_model("mixed", skipped_kv=skipped_kv, num_hidden_layers=layers).eval()
+        }
     expected = generate(model, ids_1T, use_cache=False)
     counts = count_columns(model)
     assert torch.equal(generate(model, ids_1T, **options), expected)
@@ -145,12 +147,12 @@ def test_assisted(make_model: Make, options: dict, keys: str, twin: bool) -> Non
 # ---- a cache that is handed on
 
 
-@KEYS
+@SKIPPED_KV
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
-def test_going_on_from_a_cache(make_model: Make, keys: str, padded: bool, whole: bool) -> None:
+def test_going_on_from_a_cache(make_model: Make, skipped_kv: str, padded: bool, whole: bool) -> None:
     """With the whole text so far, or with the new tokens alone and a mask over all."""
-    model = make_model("mixed", keys=keys).eval()
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = left_padded() if padded else (prompt(2, 9), torch.ones(2, 9, dtype=torch.long))
     first: Any = generate(model, ids_BT, attention_mask=mask_BT, max_new_tokens=5, return_dict_in_generate=True)
     text_BT = torch.cat([first.sequences, prompt(len(ids_BT), 3)], 1)
@@ -164,9 +166,9 @@ def test_going_on_from_a_cache(make_model: Make, keys: str, padded: bool, whole:
     assert first.past_key_values._is_user_defined  # on Apple's GPUs transformers takes a step back in such a cache
 
 
-@KEYS
-def test_a_cached_prompt_serves_many(make_model: Make, keys: str) -> None:
-    model = make_model("mixed", keys=keys).eval()
+@SKIPPED_KV
+def test_a_cached_prompt_serves_many(make_model: Make, skipped_kv: str) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     shared_1T = prompt(1, 8)
     with torch.no_grad():
         cache = model(shared_1T, use_cache=True).past_key_values
@@ -195,18 +197,18 @@ def test_new_tokens_alone_need_a_mask(make_model: Make) -> None:
 # ---- other ways in and out
 
 
-@KEYS
-def test_from_embeddings(make_model: Make, keys: str) -> None:
-    model = make_model("mixed", keys=keys).eval()
+@SKIPPED_KV
+def test_from_embeddings(make_model: Make, skipped_kv: str) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = left_padded()
     embedded_BTD = model.model.embed_tokens(ids_BT).detach()
     expected = generate(model, ids_BT, attention_mask=mask_BT, use_cache=False)[:, 9:]
     assert torch.equal(generate(model, inputs_embeds=embedded_BTD, attention_mask=mask_BT), expected)
 
 
-@KEYS
-def test_streaming(make_model: Make, learnt: PreTrainedTokenizerFast, keys: str) -> None:
-    model = make_model("mixed", keys=keys, vocab_size=len(learnt)).eval()
+@SKIPPED_KV
+def test_streaming(make_model: Make, learnt: PreTrainedTokenizerFast, skipped_kv: str) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv, vocab_size=len(learnt)).eval()
     ids_1T = torch.randint(3, len(learnt), (1, 6))
     expected = generate(model, ids_1T, use_cache=False)
     streamer: Any = TextIteratorStreamer(learnt, skip_prompt=True, timeout=60)
@@ -300,9 +302,9 @@ class LooksBack(MiddleOut):
         return super().decide(layer, h_ND + before_ND, state, layout)
 
 
-@KEYS
-def test_a_policy_that_looks_back_runs_without(make_model: Make, keys: str) -> None:
-    model = make_model("mixed", keys=keys, policy=f"{__name__}:LooksBack").eval()
+@SKIPPED_KV
+def test_a_policy_that_looks_back_runs_without(make_model: Make, skipped_kv: str) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv, policy=f"{__name__}:LooksBack").eval()
     ids_BT, mask_BT = left_padded()
     expected = generate(model, ids_BT, attention_mask=mask_BT, use_cache=False)
     counts = count_columns(model)

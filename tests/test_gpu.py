@@ -79,12 +79,12 @@ def distance(got: Batch, expected: Batch) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norms", ["sandwich", "pre"])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_float64_equals_the_cpu(
-    make_model: Make, batches: dict[str, Batch], policy: str, keys: str, norms: str, kind: str
+    make_model: Make, batches: dict[str, Batch], policy: str, skipped_kv: str, norms: str, kind: str
 ) -> None:
-    model = make_model(**POLICIES[policy], keys=keys, norms=norms, num_hidden_layers=5)
+    model = make_model(**POLICIES[policy], skipped_kv=skipped_kv, norms=norms, num_hidden_layers=5)
     on_gpu, batch = twins(model), batches[kind]
     for got, expected in zip(run(on_gpu, batch), run(model, batch), strict=True):
         assert got.keys() == expected.keys()
@@ -98,13 +98,13 @@ def test_float64_equals_the_cpu(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", STEADY)
 def test_float32_is_as_exact_as_on_the_cpu(
-    make_model: Make, batches: dict[str, Batch], policy: str, keys: str, kind: str
+    make_model: Make, batches: dict[str, Batch], policy: str, skipped_kv: str, kind: str
 ) -> None:
     assert torch.get_float32_matmul_precision() == "highest", "no TF32 unless asked for"
-    model = make_model(**STEADY[policy], keys=keys)
+    model = make_model(**STEADY[policy], skipped_kv=skipped_kv)
     exact = run(model, batches[kind])
     found = run(twins(model, torch.float32), batches[kind])
     for got, expected in zip(found, exact, strict=True):
@@ -113,12 +113,12 @@ def test_float32_is_as_exact_as_on_the_cpu(
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", STEADY)
 def test_bfloat16_errs_no_more_than_on_the_cpu(
-    make_model: Make, batches: dict[str, Batch], policy: str, keys: str, kind: str, autocast: bool
+    make_model: Make, batches: dict[str, Batch], policy: str, skipped_kv: str, kind: str, autocast: bool
 ) -> None:
-    model = make_model(**STEADY[policy], keys=keys, num_hidden_layers=2)
+    model = make_model(**STEADY[policy], skipped_kv=skipped_kv, num_hidden_layers=2)
     exact = run(model, batches[kind])
     dtype = torch.float32 if autocast else torch.bfloat16
     on_gpu, on_cpu = twins(model, dtype), copy.deepcopy(model).to(dtype)
@@ -131,9 +131,9 @@ def test_bfloat16_errs_no_more_than_on_the_cpu(
         assert distance(got, expected) < 1.5 * distance(other, expected) + 0.003
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_the_meter_counts_the_same(make_model: Make, batches: dict[str, Batch], keys: str) -> None:
-    model = make_model("mixed", keys=keys, num_hidden_layers=5)
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_the_meter_counts_the_same(make_model: Make, batches: dict[str, Batch], skipped_kv: str) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv, num_hidden_layers=5)
     on_gpu = twins(model)
     for batch in batches.values():
         with Meter(model) as expected:
@@ -149,9 +149,9 @@ def numbers(value: Any) -> list[float]:
     return [-1 if one is None else one for one in (value if isinstance(value, list) else [value])]
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_generation_and_evaluation_equal_the_cpu(make_model: Make, keys: str) -> None:
-    model = make_model("mixed", keys=keys).eval()
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_generation_and_evaluation_equal_the_cpu(make_model: Make, skipped_kv: str) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     on_gpu = twins(model)
     ids_BT, mask_BT = torch.randint(31, (3, 9)), torch.ones(3, 9, dtype=torch.long)
     mask_BT[1, :4] = 0
@@ -169,7 +169,7 @@ def test_generation_and_evaluation_equal_the_cpu(make_model: Make, keys: str) ->
 # ---- the compiler
 
 
-@pytest.mark.parametrize("changes", [{"policy": "dense"}, {"gates": "mixed"}, {"gates": "open", "keys": "all"}])
+@pytest.mark.parametrize("changes", [{"policy": "dense"}, {"gates": "mixed"}, {"gates": "open", "skipped_kv": "keep"}])
 def test_compiled_blocks_equal_plain_ones(make_model: Make, changes: dict[str, Any]) -> None:
     torch._dynamo.reset()
     counters.clear()
@@ -183,8 +183,8 @@ def test_compiled_blocks_equal_plain_ones(make_model: Make, changes: dict[str, A
 
 
 @pytest.mark.skipif(find_spec("jsonargparse") is None, reason="recipes need jsonargparse")
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_training_in_bfloat16_plain_and_compiled(make_recipe: Callable[..., Any], keys: str) -> None:
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_training_in_bfloat16_plain_and_compiled(make_recipe: Callable[..., Any], skipped_kv: str) -> None:
     from midskip.runs import load_run
     from midskip.train import train
 
@@ -193,7 +193,7 @@ def test_training_in_bfloat16_plain_and_compiled(make_recipe: Callable[..., Any]
         torch._dynamo.reset()
         recipe = make_recipe(
             "budget", {"target_share": 0.6}, output=f"run-{compiled}", steps=30, batch_size=4, learning_rate=0.01,
-            model={"keys": keys, "policy_settings": {"start": "spread"}}, bf16=True, compile=compiled,
+            model={"skipped_kv": skipped_kv, "policy_settings": {"start": "spread"}}, bf16=True, compile=compiled,
             gradient_checkpointing=compiled, evaluation_steps=15, save_steps=15,
         )  # fmt: skip
         report = train(recipe, console=Console(quiet=True))

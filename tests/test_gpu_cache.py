@@ -39,24 +39,24 @@ def by_steps(model: MidskipForCausalLM, ids_BT: Tensor, mask_BT: Tensor, chunks:
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_float64_equals_the_cpu(
-    make_model: Make, ragged: tuple[Tensor, Tensor], policy: str, keys: str, chunks: str
+    make_model: Make, ragged: tuple[Tensor, Tensor], policy: str, skipped_kv: str, chunks: str
 ) -> None:
-    model = make_model(**POLICIES[policy], keys=keys, num_hidden_layers=5).eval()
+    model = make_model(**POLICIES[policy], skipped_kv=skipped_kv, num_hidden_layers=5).eval()
     found = by_steps(twins(model), *ragged, CHUNKS[chunks])
     expected = by_steps(model, *ragged, CHUNKS[chunks])
     for name, tensor in expected.items():
         same(found[name], tensor, name)
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", STEADY)
 def test_bfloat16_errs_no_more_than_on_the_cpu(
-    make_model: Make, ragged: tuple[Tensor, Tensor], policy: str, keys: str
+    make_model: Make, ragged: tuple[Tensor, Tensor], policy: str, skipped_kv: str
 ) -> None:
-    model = make_model(**STEADY[policy], keys=keys, num_hidden_layers=2).eval()
+    model = make_model(**STEADY[policy], skipped_kv=skipped_kv, num_hidden_layers=2).eval()
     exact = by_steps(model, *ragged, CHUNKS["prompt and tokens"])
     found = by_steps(twins(model, torch.bfloat16), *ragged, CHUNKS["prompt and tokens"])
     beside = by_steps(model.to(torch.bfloat16), *ragged, CHUNKS["prompt and tokens"])
@@ -65,9 +65,9 @@ def test_bfloat16_errs_no_more_than_on_the_cpu(
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_generation_equals_the_cpu(make_model: Make, keys: str, settings: dict[str, Any]) -> None:
-    model = make_model("mixed", keys=keys).eval()
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_generation_equals_the_cpu(make_model: Make, skipped_kv: str, settings: dict[str, Any]) -> None:
+    model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = torch.randint(31, (3, 9)), torch.ones(3, 9, dtype=torch.long)
     mask_BT[1, :4] = 0
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings}

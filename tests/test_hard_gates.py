@@ -173,14 +173,22 @@ def test_a_model_in_training_learns_what_is_hard(make_model: Make) -> None:
 
 
 @pytest.mark.parametrize(("num_layers", "norms"), [(1, "sandwich"), (5, "pre"), (6, "sandwich")])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("gates", ["kept", "mixed", "late", "gone"])
 @pytest.mark.parametrize("scores", SCORES)
 def test_packed_is_naive(
-    make_model: Make, ragged: tuple[Tensor, Tensor], scores: str, gates: str, keys: str, norms: str, num_layers: int
+    make_model: Make,
+    ragged: tuple[Tensor, Tensor],
+    scores: str,
+    gates: str,
+    skipped_kv: str,
+    norms: str,
+    num_layers: int,
 ) -> None:
     settings = {"gates": "hard", "scores": scores}
-    model = make_model(gates, num_hidden_layers=num_layers, keys=keys, norms=norms, policy_settings=settings)
+    model = make_model(
+        gates, num_hidden_layers=num_layers, skipped_kv=skipped_kv, norms=norms, policy_settings=settings
+    )
     packed, found = check_equal(model, *ragged)
     gate_LN = packed["gates"][:, ragged[1].bool()]
     assert ((gate_LN == 0) | (gate_LN == 1)).all()

@@ -33,11 +33,11 @@ def passes(model: MidskipForCausalLM, ids_BT: Tensor, chunks: list[int]) -> Skip
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("run", RUNS)
 @torch.no_grad()
-def test_flops_are_those_of_torchs_counter(make_model: Make, run: str, keys: str, chunks: str) -> None:
-    model = make_model(**RUNS[run], keys=keys, num_hidden_layers=5, dtype=torch.float32).eval()
+def test_flops_are_those_of_torchs_counter(make_model: Make, run: str, skipped_kv: str, chunks: str) -> None:
+    model = make_model(**RUNS[run], skipped_kv=skipped_kv, num_hidden_layers=5, dtype=torch.float32).eval()
     ids_BT = torch.randint(31, (1, 9))
     with midskip.meter(model) as meter, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         passes(model, ids_BT, CHUNKS[chunks])
@@ -47,13 +47,13 @@ def test_flops_are_those_of_torchs_counter(make_model: Make, run: str, keys: str
         assert meter.flops() == meter.dense_flops() and meter.flops("counter") == meter.dense_flops("counter")
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("run", RUNS)
 @torch.no_grad()
 def test_pairs_do_not_depend_on_how_a_text_is_cut(
-    make_model: Make, ragged: tuple[Tensor, Tensor], run: str, keys: str
+    make_model: Make, ragged: tuple[Tensor, Tensor], run: str, skipped_kv: str
 ) -> None:
-    model = make_model(**RUNS[run], keys=keys, num_hidden_layers=5).eval()
+    model = make_model(**RUNS[run], skipped_kv=skipped_kv, num_hidden_layers=5).eval()
     ids_BT, mask_BT = ragged
     with midskip.meter(model) as whole:
         model(ids_BT, attention_mask=mask_BT)
@@ -113,7 +113,7 @@ def test_bytes_of_a_step(make_model: Make, run: str, dtype: torch.dtype) -> None
 
 @torch.no_grad()
 def test_bytes_with_keys_of_all_tokens(make_model: Make) -> None:
-    model, ids_BT = make_model("gone", keys="all").eval(), torch.randint(31, (3, 9))
+    model, ids_BT = make_model("gone", skipped_kv="keep").eval(), torch.randint(31, (3, 9))
     cache = passes(model, ids_BT[:, :8], [8])
     with midskip.meter(model) as meter:
         model(ids_BT[:, 8:], past_key_values=cache)

@@ -39,10 +39,12 @@ def test_outputs_have_their_shapes(make_model: Make, num_layers: int, shape: tup
     assert torch.equal(output.gates[:num_gates], (1 - output.depth_scores).clamp(min=0))
 
 
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("heads, key_heads, head_dim", [(4, 4, None), (4, 1, None), (4, 2, 6), (1, 1, None)])
-def test_grouped_heads(make_model: Make, keys: str, heads: int, key_heads: int, head_dim: int | None) -> None:
-    model = make_model(num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=head_dim, keys=keys)
+def test_grouped_heads(make_model: Make, skipped_kv: str, heads: int, key_heads: int, head_dim: int | None) -> None:
+    model = make_model(
+        num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=head_dim, skipped_kv=skipped_kv
+    )
     ids_BT = prompt(2, 7)
     torch.testing.assert_close(model(ids_BT).logits, naive_forward(model, ids_BT).logits, rtol=1e-10, atol=1e-10)
     width = model.config.head_dim
@@ -223,11 +225,11 @@ def checkpoint(model: MidskipForCausalLM, reentrant: bool) -> None:
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "not reentrant"])
 @pytest.mark.parametrize("gates", ["late", "gone"])
 @pytest.mark.parametrize("norms", ["sandwich", "pre"])
-@pytest.mark.parametrize("keys", ["gated", "all"])
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 def test_a_block_without_tokens_gets_zero_gradients(
-    make_model: Make, keys: str, norms: str, gates: str, checkpointing: str
+    make_model: Make, skipped_kv: str, norms: str, gates: str, checkpointing: str
 ) -> None:
-    model = make_model(gates, keys=keys, norms=norms, num_hidden_layers=5)
+    model = make_model(gates, skipped_kv=skipped_kv, norms=norms, num_hidden_layers=5)
     if checkpointing != "none":
         checkpoint(model, checkpointing == "reentrant")
     called: list[int] = []
@@ -254,13 +256,13 @@ def test_a_block_without_tokens_gets_zero_gradients(
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_gradient_checkpointing_gives_the_same_gradients(make_model: Make, keys: str, reentrant: bool) -> None:
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_gradient_checkpointing_gives_the_same_gradients(make_model: Make, skipped_kv: str, reentrant: bool) -> None:
     ids_BT, mask_BT = prompt(3, 7), torch.ones(3, 7, dtype=torch.long)
     mask_BT[0, :2] = 0
     found, calls = [], []
     for checkpointing in (False, True):
-        model = make_model(keys=keys)
+        model = make_model(skipped_kv=skipped_kv)
         if checkpointing:
             checkpoint(model, reentrant)
         seen: list[int] = []
@@ -294,7 +296,7 @@ def test_gates_stay_float32_under_autocast(make_model: Make) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("norms", ["sandwich", "pre"])
 def test_saved_model_gives_identical_logits(make_model: Make, tmp_path: Path, norms: str, tied: bool) -> None:
-    model = make_model(dtype=torch.float32, norms=norms, tie_word_embeddings=tied, keys="all").eval()
+    model = make_model(dtype=torch.float32, norms=norms, tie_word_embeddings=tied, skipped_kv="keep").eval()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     ids_BT = prompt(2, 7)
     expected = model(ids_BT)
@@ -304,7 +306,7 @@ def test_saved_model_gives_identical_logits(make_model: Make, tmp_path: Path, no
     for loader in (MidskipForCausalLM, AutoModelForCausalLM):
         loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(info.values())
-        assert type(loaded) is MidskipForCausalLM and not loaded.training and loaded.config.keys == "all"
+        assert type(loaded) is MidskipForCausalLM and not loaded.training and loaded.config.skipped_kv == "keep"
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
         output = loaded(ids_BT)
         assert torch.equal(output.logits, expected.logits) and torch.equal(output.gates, expected.gates)

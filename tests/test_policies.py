@@ -345,9 +345,9 @@ class ForgetsATensor(Threshold):
 
 
 @pytest.mark.parametrize("policy", [Threshold, ReadsItsPastAndSaysSo])
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_what_the_lawless_are_made_from_is_lawful(policy: type[Policy], keys: str) -> None:
-    check_policy(f"{__name__}:{policy.__name__}", num_layers=4, keys=keys, seed=3)
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_what_the_lawless_are_made_from_is_lawful(policy: type[Policy], skipped_kv: str) -> None:
+    check_policy(f"{__name__}:{policy.__name__}", num_layers=4, skipped_kv=skipped_kv, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -382,22 +382,23 @@ def test_what_the_lawless_are_made_from_is_lawful(policy: type[Policy], keys: st
         (ForgetsATensor, "state", ""),
     ],
 )
-@pytest.mark.parametrize("keys", ["gated", "all"])
-def test_a_failed_check_is_named(policy: type[Policy], check: str, where: str, keys: str) -> None:
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_a_failed_check_is_named(policy: type[Policy], check: str, where: str, skipped_kv: str) -> None:
     with pytest.raises(
-        AssertionError, match=f"^check '{check}' failed: .*{where}.*{policy.__name__}.*4 layers, keys='{keys}'"
+        AssertionError,
+        match=f"^check '{check}' failed: .*{where}.*{policy.__name__}.*4 layers, skipped_kv='{skipped_kv}'",
     ):
-        check_policy(f"{__name__}:{policy.__name__}", num_layers=4, keys=keys)
+        check_policy(f"{__name__}:{policy.__name__}", num_layers=4, skipped_kv=skipped_kv)
 
 
 def test_settings_reach_the_policy_that_is_checked() -> None:
     with pytest.raises(ValueError, match="policy 'dense' does not know the setting 'start'"):
         check_policy("dense", {"start": "open"})
     with pytest.raises(ValueError, match="keys is 'some'"):
-        check_policy("dense", keys="some")
+        check_policy("dense", skipped_kv="some")
 
 
 def test_checking_leaves_the_random_state_alone() -> None:
     before = torch.random.get_rng_state()
-    check_policy("middle_out", num_layers=2, keys="gated")
+    check_policy("middle_out", num_layers=2, skipped_kv="drop")
     assert torch.equal(torch.random.get_rng_state(), before)

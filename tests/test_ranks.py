@@ -60,11 +60,12 @@ class Early(Policy):
 # ---- what every rank does
 
 
-def make_model(policy: str, keys: str) -> MidskipForCausalLM:
+def make_model(policy: str, skipped_kv: str) -> MidskipForCausalLM:
     torch.manual_seed(0)
     config = MidskipConfig(
         vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, keys=keys, **POLICIES[policy],
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, skipped_kv=skipped_kv,
+        **POLICIES[policy],
     )  # fmt: skip
     return MidskipForCausalLM(config).double()
 
@@ -117,10 +118,12 @@ def windows() -> list[dict[str, Tensor]]:
 
 
 TEXT = [f"Document {i}: the cat sat on mat {i % 5}, and saw it.\n" for i in range(12)]
-KEYS = ("gated", "all")
+SKIPPED_KV = ("drop", "keep")
 COUNTS = (9, 2)  # windows: five batches of two, or one, with none for the other rank
-EVALUATIONS = [(*what, sharded) for what in product(("early", "middle_out"), KEYS, COUNTS) for sharded in (False, True)]
-TRAININGS = [(*run, kind) for run in product(SITUATIONS, KEYS) for kind in ("ddp", "fsdp2")]
+EVALUATIONS = [
+    (*what, sharded) for what in product(("early", "middle_out"), SKIPPED_KV, COUNTS) for sharded in (False, True)
+]
+TRAININGS = [(*run, kind) for run in product(SITUATIONS, SKIPPED_KV) for kind in ("ddp", "fsdp2")]
 
 
 def measure(model: MidskipForCausalLM, count: int) -> dict[str, Any]:
@@ -130,26 +133,26 @@ def measure(model: MidskipForCausalLM, count: int) -> dict[str, Any]:
 def run_rank(rank: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     found: dict[Any, Any] = {}
-    for policy, keys, count, _ in EVALUATIONS[::2]:
-        found["evaluated", policy, keys, count] = measure(make_model(policy, keys), count)
-    for situation, keys, _ in TRAININGS[::2]:
+    for policy, skipped_kv, count, _ in EVALUATIONS[::2]:
+        found["evaluated", policy, skipped_kv, count] = measure(make_model(policy, skipped_kv), count)
+    for situation, skipped_kv, _ in TRAININGS[::2]:
         policy, *starts = SITUATIONS[situation]
-        model = make_model(policy, keys)
-        found["trained", situation, keys] = train(model, model, batch_of((starts[0], starts[1])))
+        model = make_model(policy, skipped_kv)
+        found["trained", situation, skipped_kv] = train(model, model, batch_of((starts[0], starts[1])))
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT_S)
     )
-    for policy, keys, count, sharded in EVALUATIONS:
-        model = make_model(policy, keys)
-        found["evaluated", policy, keys, count, sharded] = measure(shard(model) if sharded else model, count)
-    for situation, keys, kind in TRAININGS:
+    for policy, skipped_kv, count, sharded in EVALUATIONS:
+        model = make_model(policy, skipped_kv)
+        found["evaluated", policy, skipped_kv, count, sharded] = measure(shard(model) if sharded else model, count)
+    for situation, skipped_kv, kind in TRAININGS:
         policy, *starts = SITUATIONS[situation]
         batch = {name: x[2 * rank : 2 * rank + 2] for name, x in batch_of((starts[0], starts[1])).items()}
-        model = make_model(policy, keys)
+        model = make_model(policy, skipped_kv)
         run = train(model, DistributedDataParallel(model) if kind == "ddp" else shard(model), batch)
         dist.all_reduce(run["losses"])
         run["losses"] /= 2
-        found["trained", situation, keys, kind] = run
+        found["trained", situation, skipped_kv, kind] = run
     dist.destroy_process_group()
     found["command"] = run_command(rank, folder, port)
     torch.save(found, folder / f"rank{rank}.pt")
@@ -167,7 +170,7 @@ def run_command(rank: int, folder: Path, port: int) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    model, tokenizer = make_model("middle_out", "gated"), train_tokenizer(TEXT, 280)
+    model, tokenizer = make_model("middle_out", "drop"), train_tokenizer(TEXT, 280)
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder / "run")
     tokenizer.save_pretrained(folder / "run")
@@ -202,14 +205,14 @@ def close(got: Tensor, expected: Tensor, what: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("skipped_kv", SKIPPED_KV)
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_training_on_two_ranks_is_training_on_one(
-    ranks: list[dict[Any, Any]], situation: str, keys: str, kind: str
+    ranks: list[dict[Any, Any]], situation: str, skipped_kv: str, kind: str
 ) -> None:
-    one = ranks[0]["trained", situation, keys]
+    one = ranks[0]["trained", situation, skipped_kv]
     for rank in ranks:
-        two = rank["trained", situation, keys, kind]
+        two = rank["trained", situation, skipped_kv, kind]
         close(two["losses"], one["losses"], "losses")
         for name, expected in one["gradients"].items():
             assert expected is not None and two["gradients"][name] is not None, name
@@ -219,14 +222,14 @@ def test_training_on_two_ranks_is_training_on_one(
     assert all(not x.any() for x in inner) == (situation == "no rank reaches")
 
 
-@pytest.mark.parametrize(("policy", "keys", "count", "sharded"), EVALUATIONS)
+@pytest.mark.parametrize(("policy", "skipped_kv", "count", "sharded"), EVALUATIONS)
 def test_evaluation_on_two_ranks_is_evaluation_on_one(
-    ranks: list[dict[Any, Any]], policy: str, keys: str, count: int, sharded: bool
+    ranks: list[dict[Any, Any]], policy: str, skipped_kv: str, count: int, sharded: bool
 ) -> None:
-    one = ranks[0]["evaluated", policy, keys, count]
+    one = ranks[0]["evaluated", policy, skipped_kv, count]
     assert 0.1 < one["executed_share"] < 0.9
-    two = ranks[0]["evaluated", policy, keys, count, sharded]
-    assert two == ranks[1]["evaluated", policy, keys, count, sharded] and two.keys() == one.keys()
+    two = ranks[0]["evaluated", policy, skipped_kv, count, sharded]
+    assert two == ranks[1]["evaluated", policy, skipped_kv, count, sharded] and two.keys() == one.keys()
     for name, got in two.items():
         if "loss" in name or name in ("perplexity", "bits_per_byte"):
             expected = one[name] if isinstance(one[name], list) else [one[name]]

@@ -20,7 +20,7 @@ def test_a_recipe_survives_writing_and_reading(make_recipe: Callable[..., Recipe
     recipe = make_recipe(
         "budget",
         {"target_share": 0.5, "ramp_steps": 3},
-        model={"num_key_value_heads": 1, "keys": "all", "norms": "pre", "policy_settings": {"start": "spread"}},
+        model={"num_key_value_heads": 1, "skipped_kv": "keep", "norms": "pre", "policy_settings": {"start": "spread"}},
         data={"separate_documents": False, "validation": "there", "max_tokens": 7},
         epsilon=1e-10,
         learning_rate=1e-4,
@@ -41,9 +41,10 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         "controller: {name: budget, settings: {target_share: 0.5, gain: 0.1}}\n"
     )
     recipe = read_recipe(
-        file, ["--training.steps=5", "--model.keys", "all", "--controller.settings.target_share=0.7", "--output=here"]
+        file,
+        ["--training.steps=5", "--model.skipped_kv", "keep", "--controller.settings.target_share=0.7", "--output=here"],
     )
-    assert recipe.output == "here" and recipe.model.keys == "all"
+    assert recipe.output == "here" and recipe.model.skipped_kv == "keep"
     assert recipe.training == TrainingSettings(steps=5, learning_rate=1e-4)
     assert recipe.controller.settings == {"target_share": 0.7, "gain": 0.1}
     assert recipe.data == DataSettings()
@@ -51,10 +52,12 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 
 def test_changes_are_told_by_name() -> None:
     earlier = read_recipe(None, ["--controller.settings.target_share=0.5", "--output=there"])
-    now = read_recipe(None, ["--controller.settings.target_share=0.6", "--model.keys=all", "--data.validation=x.txt"])
+    now = read_recipe(
+        None, ["--controller.settings.target_share=0.6", "--model.skipped_kv=keep", "--data.validation=x.txt"]
+    )
     assert changes(earlier, now) == [
         "data.validation: None -> 'x.txt'",
-        "model.keys: 'gated' -> 'all'",
+        "model.skipped_kv: 'drop' -> 'keep'",
         "controller.settings: {'target_share': 0.5} -> {'target_share': 0.6}",
     ]
     assert changes(now, now) == []

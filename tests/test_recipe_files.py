@@ -137,7 +137,7 @@ def test_the_papers_gated_model_has_its_shape() -> None:
     assert {**config.to_dict(), **{name: papers.to_dict()[name] for name in ("eos_token_id", "pad_token_id")}} == (
         papers.to_dict()
     )
-    for override in ("--controller.settings.mean_target_end=0.1", "--model.keys=all"):
+    for override in ("--controller.settings.mean_target_end=0.1", "--model.skipped_kv=keep"):
         assert override in path.read_text(encoding="utf-8")
         changed = read_recipe(path, [override])
         assert changed != recipe

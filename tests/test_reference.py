@@ -53,7 +53,7 @@ def near(got: Tensor, expected: Tensor, what: str = "") -> None:
 def test_forward_and_every_gradient_agree(released: Released) -> None:
     model = from_state_dict(released.state_dict, released.config)
     assert not model.training and model.dtype == torch.float32
-    assert (model.config.keys, model.config.norms, model.config.policy) == ("all", "sandwich", "middle_out")
+    assert (model.config.skipped_kv, model.config.norms, model.config.policy) == ("keep", "sandwich", "middle_out")
     output = model(released["input_ids"], labels=released["labels"], output_hidden_states=True)
     near(output.logits, released["logits"], "logits")
     near(output.gates, released["gates"], "gates")
@@ -83,8 +83,8 @@ def test_the_files_hold_what_they_are_for(gqa: Released) -> None:
 
 
 def test_the_papers_keys_give_other_numbers(released: Released) -> None:
-    model = from_state_dict(released.state_dict, released.config, keys="gated")
-    assert model.config.keys == "gated"
+    model = from_state_dict(released.state_dict, released.config, skipped_kv="drop")
+    assert model.config.skipped_kv == "drop"
     assert (model(released["input_ids"]).logits - released["logits"]).abs().max() > 0.1
 
 
@@ -123,7 +123,7 @@ def test_hugging_face_folder_loads(gqa: Released, tmp_path: Path) -> None:
     config = gqa.config | {"model_type": "skip-middle", "architectures": ["GatedTransformer"]}
     model = from_pretrained(write_folder(tmp_path, config, weights))
     near(model(gqa["input_ids"]).logits, gqa["logits"])
-    assert from_pretrained(str(tmp_path), keys="gated").config.keys == "gated"
+    assert from_pretrained(str(tmp_path), skipped_kv="drop").config.skipped_kv == "drop"
 
 
 def test_sharded_folder_with_a_bfloat16_embedding_loads(gqa: Released, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Na
             ]
             output_gate_T, key_gate_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         gates.append(output_gate_T)
-        if config.keys == "all":
+        if config.skipped_kv == "keep":
             key_gate_T = torch.ones_like(key_gate_T)
         assert isinstance(block, Block)
         x_TD = _block(block, x_TD, output_gate_T, key_gate_T, turn_TK, sees_TT, config.head_dim)

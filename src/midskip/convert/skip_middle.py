@@ -1,8 +1,8 @@
 """Weights of the paper's released code (`skip-middle`), in its own naming.
 
 Its rotary embedding turns neighbouring features (2i, 2i + 1), ours the halves (i, i + K/2): the rows of the query and
-key projections are reordered on the way. Its forward pass gates no key, which is `keys="all"` here; its Hugging Face
-wrapper sees the future at batch 1 and fails at batch 2, which is not repeated.
+key projections are reordered on the way. Its forward pass gates no key, which is `skipped_kv="keep"` here; its Hugging
+Face wrapper sees the future at batch 1 and fails at batch 2, which is not repeated.
 """
 
 import json
@@ -47,12 +47,12 @@ _LAYER_NAMES = {
 }
 
 
-def from_pretrained(folder: str | Path, keys: str = "all") -> MidskipForCausalLM:
+def from_pretrained(folder: str | Path, skipped_kv: str = "keep") -> MidskipForCausalLM:
     """The model in a Hugging Face folder of the released code: `config.json` and `*.safetensors`.
 
     Args:
         folder: a local folder.
-        keys: as in `MidskipConfig`; `"all"` computes what the released code computes.
+        skipped_kv: as in `MidskipConfig`; `"keep"` computes what the released code computes.
 
     Raises:
         ValueError: the folder, its configuration or its weights are not what is expected.
@@ -67,10 +67,12 @@ def from_pretrained(folder: str | Path, keys: str = "all") -> MidskipForCausalLM
     weights: dict[str, Tensor] = {}
     for file in files:
         weights.update(load_file(file))
-    return from_state_dict({name.removeprefix("model."): x for name, x in weights.items()}, config, keys)
+    return from_state_dict({name.removeprefix("model."): x for name, x in weights.items()}, config, skipped_kv)
 
 
-def from_state_dict(state_dict: Mapping[str, Any], config: Mapping[str, Any], keys: str = "all") -> MidskipForCausalLM:
+def from_state_dict(
+    state_dict: Mapping[str, Any], config: Mapping[str, Any], skipped_kv: str = "keep"
+) -> MidskipForCausalLM:
     """The model with these weights.
 
     Args:
@@ -78,7 +80,7 @@ def from_state_dict(state_dict: Mapping[str, Any], config: Mapping[str, Any], ke
             `masks.*` the model is dense.
         config: the released code's settings: dim, n_layers, n_heads, n_kv_heads, vocab_size, norm_eps, rope_theta,
             max_seq_len, use_scaled_rope.
-        keys: as in `MidskipConfig`; `"all"` computes what the released code computes.
+        skipped_kv: as in `MidskipConfig`; `"keep"` computes what the released code computes.
 
     Returns:
         The model in float32, in evaluation mode.
@@ -107,7 +109,7 @@ def from_state_dict(state_dict: Mapping[str, Any], config: Mapping[str, Any], ke
                 "rope_theta": float(config["rope_theta"]),
             },
             norms="sandwich",
-            keys=keys,
+            skipped_kv=skipped_kv,
             policy="middle_out" if gated else "dense",
             policy_settings={"start": "released"} if gated else {},
         )

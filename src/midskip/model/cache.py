@@ -39,8 +39,8 @@ class SkipCache(Cache):
     """Keys and values, in each layer of the tokens that ran it and of no others.
 
     `model(..., use_cache=True)` and `generate()` make one; one made by hand is given as `past_key_values`. With
-    `keys="all"` each layer holds all tokens, since each makes keys and values everywhere. A row of the batch is one
-    sequence; pads count as columns seen and are not held.
+    `skipped_kv="keep"` each layer holds all tokens, since each makes keys and values everywhere. A row of the batch is
+    one sequence; pads count as columns seen and are not held.
 
     Args:
         config: of the model that it is for.
@@ -79,7 +79,7 @@ class SkipCache(Cache):
         return self.__dict__ | {"_model": None}
 
     def __repr__(self) -> str:
-        held = "all tokens" if self.config.keys == "all" else "the tokens that ran"
+        held = "all tokens" if self.config.skipped_kv == "keep" else "the tokens that ran"
         size = self.num_bytes()
         return (
             f"SkipCache(of {held}: {self.batch_size} sequences, {self.num_columns} columns seen, tokens held by layer "
@@ -294,4 +294,4 @@ def unchanged_if_broken_off(cache: Any) -> Iterator[None]:
 
 def _shape_of(config: MidskipConfig) -> str:
     heads = f"{config.num_key_value_heads} key heads of width {config.head_dim}"
-    return f"{config.num_hidden_layers} layers, {heads}, keys={config.keys!r}"
+    return f"{config.num_hidden_layers} layers, {heads}, skipped_kv={config.skipped_kv!r}"

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from midskip.budget.calibration import Calibration
 
 NORMS = ("sandwich", "pre")
-KEYS = ("gated", "all")
+SKIPPED_KV = ("drop", "keep")
 
 # What transformers itself hands to a configuration beside its declared fields.
 _FROM_TRANSFORMERS = {
@@ -30,8 +30,8 @@ class MidskipConfig(PretrainedConfig):
     Attributes:
         norms: `"sandwich"` (RMSNorm before and after both branches, after the embedding and before the head, as in
             the paper) or `"pre"` (before both branches and before the head, as in Llama).
-        keys: `"gated"`, a token that skips a layer has no key and value there and others see it scaled by its gate
-            (the paper's equations), or `"all"`, every valid token makes keys and values at every layer and no key is
+        skipped_kv: `"drop"`, a token that skips a layer has no key and value there and others see it scaled by its gate
+            (the paper's equations), or `"keep"`, every valid token makes keys and values at every layer and no key is
             gated (what the paper's released code computes).
         policy: who skips: a name in `midskip.policies` (`"middle_out"`, `"dense"`) or `"package.module:Class"`.
         policy_settings: keyword arguments of that policy.
@@ -46,7 +46,7 @@ class MidskipConfig(PretrainedConfig):
     """
 
     model_type = "midskip"
-    keys_to_ignore_at_inference = ["past_key_values", "gates", "depth_scores", "executed_share"]
+    keys_to_ignore_at_inference = ["past_key_values", "gates", "depth_scores", "executed", "executed_share"]
 
     vocab_size: int = 50257
     hidden_size: int = 768
@@ -65,7 +65,7 @@ class MidskipConfig(PretrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     norms: str = "sandwich"
-    keys: str = "gated"
+    skipped_kv: str = "drop"
     policy: str = "middle_out"
     policy_settings: dict = None  # pyright: ignore[reportAssignmentType]
     calibration: Any = None  # checked here, so that what is wrong in it is named
@@ -92,7 +92,7 @@ class MidskipConfig(PretrainedConfig):
 
     def _check(self) -> None:
         _one_of("norms", self.norms, NORMS)
-        _one_of("keys", self.keys, KEYS)
+        _one_of("skipped_kv", self.skipped_kv, SKIPPED_KV)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "

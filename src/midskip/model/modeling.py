@@ -168,7 +168,7 @@ class MidskipModel(MidskipPreTrainedModel):
         """Take the tokens present, run the block on them as if the others did not exist, put the results back."""
         present = layout.keep(decision.keep_N)
         rows_N = present.rows_N
-        gated = self.config.keys == "gated"
+        gated = self.config.skipped_kv == "drop"
         for_others = not gated and past is not None  # keys and values of all tokens are wanted later
         if not (present.num_tokens or for_others or self.training or _has_ranks()):
             return h_ND

@@ -27,7 +27,7 @@ class Decision:
         keep_N: bool [N], True where the token is present; None means all are.
         output_gate_N: float32 [N] in [0, 1], factor of what the layer adds; None means 1. Read only where kept.
         key_gate_N: float32 [N], above 0 and up to 1, factor of the token's key; None means 1. Read only where kept,
-            and only with `keys="gated"`.
+            and only with `skipped_kv="drop"`.
 
     A policy that keeps the same tokens in two layers returns the same tensor `keep_N`, best the same `Decision`:
     what follows from it (rows, positions, angles) is then worked out once.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from midskip.model.config import KEYS
+from midskip.model.config import SKIPPED_KV
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import Decision
 from midskip.reference import naive_forward
@@ -29,7 +29,7 @@ def check_policy(
     settings: dict[str, Any] | None = None,
     *,
     num_layers: int | None = None,
-    keys: str | None = None,
+    skipped_kv: str | None = None,
     seed: int = 0,
 ) -> None:
     """Check a policy, in tiny models in float64, as it starts and with its parameters moved at random.
@@ -56,7 +56,7 @@ def check_policy(
     Args:
         policy, settings: as `policy` and `policy_settings` in `MidskipConfig`.
         num_layers: L; 1, 4 and 5 by default.
-        keys: as in `MidskipConfig`; both by default.
+        skipped_kv: as in `MidskipConfig`; both by default.
         seed: of weights, tokens and the random move.
 
     Raises:
@@ -64,9 +64,9 @@ def check_policy(
         ValueError: the policy cannot be built.
     """
     for layers in (1, 4, 5) if num_layers is None else (num_layers,):
-        for key in KEYS if keys is None else (keys,):
+        for kv in SKIPPED_KV if skipped_kv is None else (skipped_kv,):
             for moved in (False, True):
-                trial = Trial.make(policy, dict(settings or {}), layers, key, moved, seed)
+                trial = Trial.make(policy, dict(settings or {}), layers, kv, moved, seed)
                 for check in (
                     _gates, _repeatable, _untouched, _no_future_leak, _batch, _prefix, _decode, _finite,
                     _packed_is_naive, _state, _budget,

@@ -57,7 +57,7 @@ class ModelSettings:
         num_attention_heads: query heads.
         num_key_value_heads: key and value heads; as many as query heads if null.
         norms: "sandwich" (the paper's) or "pre" (Llama's).
-        keys: "gated" (a token that skips a layer has no key there) or "all".
+        skipped_kv: "drop" (a token that skips a layer has no key there) or "keep".
         policy: who skips: "middle_out", "dense" or "package.module:Class".
         policy_settings: settings of the policy.
         tie_word_embeddings: one matrix for the embedding and the head.
@@ -71,7 +71,7 @@ class ModelSettings:
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
     norms: Literal["sandwich", "pre"] = "sandwich"
-    keys: Literal["gated", "all"] = "gated"
+    skipped_kv: Literal["drop", "keep"] = "drop"
     policy: str = "middle_out"
     policy_settings: dict[str, Any] = field(default_factory=dict)
     tie_word_embeddings: bool = False
