@@ -22,7 +22,7 @@ from midskip.bench.results import machine
 from midskip.budget.calibrate import calibrate, thinned
 from midskip.data import prepare, token_bytes
 from midskip.evaluate import batch_of, evaluate
-from midskip.regularizers.target_share import BudgetController
+from midskip.regularizers.target_share import TargetShare
 from midskip.runs import load_run, write_whole
 from midskip.train import read_recipe, train
 from midskip.train.run import cut_windows, open_text
@@ -33,11 +33,11 @@ BUDGETS = (0.3, 0.5, 0.75, 1.0)
 UNDER_BUDGETS = ("hard", "hard, sampled budgets")  # runs whose trained model is tried under `BUDGETS`
 CURVE_STEPS = 20  # steps that a point of a curve is the mean of
 SOFT = ["--model.policy_settings={start: spread}", "--training.gate_learning_rate_scale=0.1"]
-FIXED_GAIN = "--controller.name=learning:FixedGain"
-OLD_BUDGET = "--controller.settings={target_share: 0.5, spread: 0.8}"
+FIXED_GAIN = "--regularizer.name=learning:FixedGain"
+OLD_BUDGET = "--regularizer.settings={target_share: 0.5, spread: 0.8}"
 
 
-class FixedGain(BudgetController):
+class FixedGain(TargetShare):
     """A budget whose gain does not adapt: the control for what that is worth."""
 
     gain_range = (1.0, 1.0)
@@ -46,7 +46,7 @@ class FixedGain(BudgetController):
 def dense(num_layers: int) -> list[str]:
     return [
         "--model.policy=dense", "--model.policy_settings={}", f"--model.num_hidden_layers={num_layers}",
-        "--controller.name=none", "--controller.settings={}",
+        "--regularizer.name=none", "--regularizer.settings={}",
     ]  # fmt: skip
 
 
@@ -55,14 +55,14 @@ PAPERS_TARGETS = "{mean_target_start: 1.0, mean_target_end: 0.1}"
 
 def paper(name: str, start: str = "open", settings: str = PAPERS_TARGETS) -> list[str]:
     return [
-        f"--model.policy_settings={{start: {start}}}", f"--controller.name={name}", f"--controller.settings={settings}",
-        "--training.gate_learning_rate_scale=0.1",
+        f"--model.policy_settings={{start: {start}}}", f"--regularizer.name={name}",
+        f"--regularizer.settings={settings}", "--training.gate_learning_rate_scale=0.1",
     ]  # fmt: skip
 
 
 def budget(share: float, **settings: Any) -> list[str]:
     given = {"target_share": share, "outer": 1, **settings}
-    return [f"--controller.settings={json.dumps(given)}"]
+    return [f"--regularizer.settings={json.dumps(given)}"]
 
 
 KV = {"keep": ["--model.skipped_kv=keep"], "drop": ["--model.skipped_kv=drop"]}

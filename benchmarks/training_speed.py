@@ -2,9 +2,9 @@
 
     python benchmarks/training_speed.py runs/wiki-tiny-gated runs/wiki-tiny-dense [--output FILE.json]
 
-Takes a gated run and its dense twin, with the shape, text, batch and controller of their recipes, and trains all models
-on in turns: the gated one from its trained weights, so at the share that its gates really reach, and with its
-controller; the others from scratch. Llama is transformers' `LlamaForCausalLM` with SDPA, in transformers' own Trainer,
+Takes a gated run and its dense twin, with the shape, text, batch and regularizer of their recipes, and trains all
+models on in turns: the gated one from its trained weights, so at the share that its gates really reach, and with its
+regularizer; the others from scratch. Llama is transformers' `LlamaForCausalLM` with SDPA, in transformers' own Trainer,
 with the same optimizer and arguments. A time is that of an optimizer step with its batch, its gradient norm and
 everything that the Trainer's callbacks do; medians of all steps but the first two of each turn. Executed FLOPs are what
 `Meter` counted in logged steps, forward and backward, head included.
@@ -57,14 +57,14 @@ class StepTimes(TrainerCallback):
 
 
 def turn(
-    model: nn.Module, recipe: Recipe, windows: TokenWindows, tokenizer: Any, controller: Any
+    model: nn.Module, recipe: Recipe, windows: TokenWindows, tokenizer: Any, regularizer: Any
 ) -> tuple[list[float], list[dict]]:
     """Train on for a few steps; seconds of each but the first ones, and our history."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(recipe.training, Path(folder))
         common: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": windows}
         if isinstance(model, MidskipForCausalLM):
-            trainer: Trainer = MidskipTrainer(controller, recipe.training, lambda module: {}, tokenizer, 1.0, **common)
+            trainer: Trainer = MidskipTrainer(regularizer, recipe.training, lambda module: {}, tokenizer, 1.0, **common)
         else:
             arguments.max_grad_norm = recipe.training.clip_norm
             trainer = Trainer(optimizers=(build_optimizer(model, recipe.training), None), **common)
@@ -112,8 +112,8 @@ def compare(
     ran: dict[str, list[dict]] = {name: [] for name in models}
     for _ in range(rounds):
         for name in random.sample(list(models), len(models)):
-            model, recipe, controller = models[name]
-            times, history = turn(model, recipe, windows, tokenizer, controller)
+            model, recipe, regularizer = models[name]
+            times, history = turn(model, recipe, windows, tokenizer, regularizer)
             seconds[name] += times
             ran[name] += history
     rows = {}
@@ -150,20 +150,20 @@ def main() -> None:
     apart, _ = cut_windows(text, recipes["gated"].data)
     together, _ = cut_windows(text, replace(recipes["gated"].data, separate_documents=False))
     gated, tokenizer = load_run(arguments.gated)
-    controller = recipes["gated"].build_controller()
+    regularizer = recipes["gated"].build_regularizer()
     trained = sorted(arguments.gated.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
-    controller.load_state_dict(json.loads((trained / "controller.json").read_text()))
+    regularizer.load_state_dict(json.loads((trained / "regularizer.json").read_text()))
     sandwich, pre = recipes["dense"], replace(recipes["dense"], model=replace(recipes["dense"].model, norms="pre"))
     ours = {
-        "gated, trained": (gated, recipes["gated"], controller),
+        "gated, trained": (gated, recipes["gated"], regularizer),
         "dense twin": (
             MidskipForCausalLM(sandwich.build_config(len(tokenizer))),
             sandwich,
-            sandwich.build_controller(),
+            sandwich.build_regularizer(),
         ),
     }
     others = {
-        "dense, pre-norm": (MidskipForCausalLM(pre.build_config(len(tokenizer))), pre, pre.build_controller()),
+        "dense, pre-norm": (MidskipForCausalLM(pre.build_config(len(tokenizer))), pre, pre.build_regularizer()),
         "llama": (llama(sandwich, len(tokenizer)), sandwich, None),
     }
     result: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "steps_a_turn": arguments.steps}

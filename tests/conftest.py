@@ -162,7 +162,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_recipe(prepared: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """make_recipe("budget", {"target_share": 0.5}, model={...}, **training): a run of a tiny model into "run"."""
+    """make_recipe("target_share", {"target_share": 0.5}, model={...}, **training): a run of a tiny model into "run"."""
     from tiny_runs import tiny_recipe
 
     def make(*args: Any, output: str = "run", source: Path = prepared, **more: Any) -> Recipe:

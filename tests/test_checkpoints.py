@@ -22,26 +22,26 @@ from tiny_runs import (
 )
 
 from midskip.data import open_prepared, prepare
-from midskip.regularizers import BudgetController, Controller, FeedbackController, build_controller
+from midskip.regularizers import FeedbackRegularizer, Regularizer, TargetShare, build_regularizer
 from midskip.train import Recipe, read_recipe, train
 from midskip.train.checkpoints import MARKER_FILE, fault_of
 
 MakeRecipe = Callable[..., Recipe]
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 
-BUDGET = ("budget", {"target_share": 0.4, "ramp_steps": 5}, BudgetController)
-GROWING = ("proportional_derivative", {"mean_targets": [0.9, 0.2], "coef_update_multiplier": 5.0}, FeedbackController)
+TARGET_SHARE = ("target_share", {"target_share": 0.4, "ramp_steps": 5}, TargetShare)
+GROWING = ("proportional_derivative", {"mean_targets": [0.9, 0.2], "coef_update_multiplier": 5.0}, FeedbackRegularizer)
 
 
 class Stop(Exception):
     pass
 
 
-def stop_at_step(monkeypatch: pytest.MonkeyPatch, family: type[Controller], step: int) -> None:
-    """The run dies in the controller's update of that step, once."""
+def stop_at_step(monkeypatch: pytest.MonkeyPatch, family: type[Regularizer], step: int) -> None:
+    """The run dies in the regularizer's update of that step, once."""
     update, seen = family.update, []
 
-    def dying(self: Controller, *args: Any) -> None:
+    def dying(self: Regularizer, *args: Any) -> None:
         seen.append(1)
         if len(seen) == step:
             raise Stop
@@ -69,16 +69,20 @@ def going_on(folder: Path, **more: Any) -> tuple[dict[str, Any], str]:
 # ---- the same end
 
 
-@pytest.mark.parametrize(("controller", "settings", "family"), [BUDGET, GROWING], ids=lambda value: str(value)[:6])
+@pytest.mark.parametrize(
+    ("regularizer", "settings", "family"), [TARGET_SHARE, GROWING], ids=lambda value: str(value)[:6]
+)
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     make_recipe: MakeRecipe,
     monkeypatch: pytest.MonkeyPatch,
-    controller: str,
+    regularizer: str,
     settings: dict[str, Any],
-    family: type[Controller],
+    family: type[Regularizer],
 ) -> None:
     common = {"steps": 8, "save_steps": 2, "evaluation_steps": 3, "log_steps": 3, "batch_size": 7}  # 1.3 epochs
-    whole, recipe = (make_recipe(controller, settings, output=f"{name}/run", **common) for name in ("whole", "stopped"))
+    whole, recipe = (
+        make_recipe(regularizer, settings, output=f"{name}/run", **common) for name in ("whole", "stopped")
+    )
     expected = train(whole, console=QUIET)
     with monkeypatch.context() as patch:
         stop_at_step(patch, family, 6)
@@ -96,8 +100,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     assert report["validation"] == expected["validation"]
     seconds = [row["seconds"] for row in history(recipe)]
     assert seconds == sorted(seconds) and report["training"]["seconds"] == seconds[-1]
-    state = json.loads((folder / "checkpoint-8" / "controller.json").read_text())
-    fresh = build_controller(controller, 4, **settings).state_dict()
+    state = json.loads((folder / "checkpoint-8" / "regularizer.json").read_text())
+    fresh = build_regularizer(regularizer, 4, **settings).state_dict()
     assert next(iter(fresh.values())) != state[next(iter(fresh))], "else the test tests nothing"
 
 
@@ -109,11 +113,11 @@ def place(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
         for name in ("whole", "stopped"):
             more = {"steps": 6, "save_steps": 2, "checkpoints_kept": 3, "evaluation_steps": 5, "accumulation_steps": 2}
-            recipe = tiny_recipe(prepared, place / name / "run", *BUDGET[:2], **more)
+            recipe = tiny_recipe(prepared, place / name / "run", *TARGET_SHARE[:2], **more)
             if name == "whole":
                 train(recipe, console=QUIET)
             else:
-                stop_at_step(patch, BudgetController, 5)
+                stop_at_step(patch, TargetShare, 5)
                 with pytest.raises(Stop):
                     train(recipe, console=QUIET)
     return place
@@ -130,7 +134,7 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "controller.json")
+PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "regularizer.json")
 BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
     **{f"no {name}": (lambda folder, name=name: (folder / name).unlink(), f"lacks {name}") for name in PARTS},
     **{
@@ -201,7 +205,7 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_whole(
 
 
 def test_the_end_is_reached_once(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(*BUDGET[:2], steps=4, save_steps=2, evaluation_steps=9)
+    recipe = make_recipe(*TARGET_SHARE[:2], steps=4, save_steps=2, evaluation_steps=9)
     report = train(recipe, console=QUIET)
     folder, rows = Path(recipe.output), history(recipe)
     found = everything(folder)
@@ -279,9 +283,9 @@ def test_a_finished_run_takes_no_other_recipe(make_recipe: MakeRecipe) -> None:
 def test_changed_shards_are_noticed(
     make_recipe: MakeRecipe, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make_recipe(*BUDGET[:2], source=shutil.copytree(prepared, tmp_path / "shards"), save_steps=2)
+    recipe = make_recipe(*TARGET_SHARE[:2], source=shutil.copytree(prepared, tmp_path / "shards"), save_steps=2)
     with monkeypatch.context() as patch:
-        stop_at_step(patch, BudgetController, 3)
+        stop_at_step(patch, TargetShare, 3)
         with pytest.raises(Stop):
             train(recipe, console=QUIET)
     shutil.rmtree(tmp_path / "shards")

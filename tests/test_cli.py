@@ -25,7 +25,7 @@ DOCUMENTS = [
 RECIPE = """
 data: {vocab_size: 300, length: 32, validation_share: 0.2}
 model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 5, num_attention_heads: 2}
-controller: {name: budget, settings: {target_share: 0.5, ramp_steps: 2}}
+regularizer: {name: target_share, settings: {target_share: 0.5, ramp_steps: 2}}
 training: {steps: 4, batch_size: 2, save_steps: 2, log_steps: 1, evaluation_steps: 2, report_to: []}
 """
 
@@ -120,7 +120,7 @@ def test_an_odd_number_of_layers_trains(place: Path) -> None:
     share_L = report["validation"]["share_by_layer"]
     assert len(share_L) == 5 and share_L[:2] == share_L[:2:-1]
     model, _ = load_run(place / "run")
-    state = json.loads((place / "run" / "checkpoint-4" / "controller.json").read_text())
+    state = json.loads((place / "run" / "checkpoint-4" / "regularizer.json").read_text())
     policy = model.model.policy
     assert (policy.bias - policy.open_bias).tolist() == pytest.approx(state["bias"]) and len(state["bias"]) == 3
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from midskip.cost import LayerWork, Meter, block_flops, dense_flops, head_flops
 from midskip.data import WindowOrder, token_bytes
 from midskip.evaluate import evaluate
-from midskip.regularizers import build_controller
+from midskip.regularizers import build_regularizer
 from midskip.runs import load_run
 from midskip.train import Recipe, train
 from midskip.train.optimizer import build_optimizer, build_scheduler
@@ -52,9 +52,9 @@ def test_curves_by_layer_and_their_targets_are_in_tensorboard(make_recipe: MakeR
     recipe = make_recipe("proportional", TARGETS, model=RELEASED, **more)
     train(recipe, console=QUIET)
     rows, drawn = history(recipe), curves(recipe)
-    controller = build_controller("proportional", 4, **TARGETS)
+    regularizer = build_regularizer("proportional", 4, **TARGETS)
     for row in rows:
-        controller.update(*(torch.tensor(row[f"gate_{name}_by_layer"]) for name in ("mean", "variance")))
+        regularizer.update(*(torch.tensor(row[f"gate_{name}_by_layer"]) for name in ("mean", "variance")))
         if row["step"] % 2:
             continue
         expected = {
@@ -65,8 +65,8 @@ def test_curves_by_layer_and_their_targets_are_in_tensorboard(make_recipe: MakeR
             "norm_out": row["norm_out_by_layer"],
             "mean_target": [0.9, 0.2, 0.2, 0.9],
             "variance_target": [0.09, 0.16, 0.16, 0.09],
-            "mean_coefficient": controller.mean_coefficients.tolist(),
-            "variance_coefficient": controller.variance_coefficients.tolist(),
+            "mean_coefficient": regularizer.mean_coefficients.tolist(),
+            "variance_coefficient": regularizer.variance_coefficients.tolist(),
         }
         for name, values in expected.items():
             got = [drawn[f"train/{name}/layer_{layer:02}"][row["step"]] for layer in range(4)]
@@ -74,10 +74,10 @@ def test_curves_by_layer_and_their_targets_are_in_tensorboard(make_recipe: MakeR
         for name in ("tokens_per_s", "flops_per_token", "utilisation"):
             assert drawn[f"train/{name}"][row["step"]] == pytest.approx(row[name], rel=1e-5)
         both = rows[row["step"] - 2 : row["step"]]
-        for name in ("cross_entropy", "regulariser", "total", "executed_share", "gradient_norm", "step_seconds"):
+        for name in ("cross_entropy", "regularizer", "total", "executed_share", "gradient_norm", "step_seconds"):
             mean = sum(recent[name] for recent in both) / 2
             assert drawn[f"train/{name}"][row["step"]] == pytest.approx(mean, rel=1e-5), name
-    assert controller.mean_coefficients.abs().min() > 0 and rows[0]["share_by_layer"] != rows[5]["share_by_layer"]
+    assert regularizer.mean_coefficients.abs().min() > 0 and rows[0]["share_by_layer"] != rows[5]["share_by_layer"]
     assert all(set(values) == {2, 4, 6} for name, values in drawn.items() if "layer_" in name)
     assert len([name for name in drawn if "layer_" in name]) == 9 * 4
 
@@ -95,15 +95,15 @@ def test_the_learning_rate_of_each_group_is_drawn(make_recipe: MakeRecipe) -> No
             assert drawn[f"train/learning_rate/{group['name']}"][step] == pytest.approx(group["lr"], rel=1e-5)
 
 
-def test_what_the_budget_controller_moves_is_drawn(make_recipe: MakeRecipe) -> None:
+def test_what_the_budget_regularizer_moves_is_drawn(make_recipe: MakeRecipe) -> None:
     settings = {"target_share": 0.4, "ramp_steps": 2}
-    recipe = make_recipe("budget", settings, steps=3, log_steps=3, save_steps=3, report_to=["tensorboard"])
+    recipe = make_recipe("target_share", settings, steps=3, log_steps=3, save_steps=3, report_to=["tensorboard"])
     train(recipe, console=QUIET)
     drawn = curves(recipe)
     model, _ = load_run(recipe.output)
     policy = model.model.policy
     bias = (policy.bias - policy.open_bias).tolist()
-    targets = build_controller("budget", 4, **settings).targets.tolist()
+    targets = build_regularizer("target_share", 4, **settings).targets.tolist()
     for name, half in (("bias", bias), ("share_target", targets)):
         got = [drawn[f"train/{name}/layer_{layer:02}"][3] for layer in range(4)]
         assert got == pytest.approx([*half, *half[::-1]], rel=1e-5, abs=1e-6)

@@ -14,7 +14,7 @@ from midskip.train import Recipe, train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 MakeRecipe = Callable[..., Recipe]
-HALF = ("budget", {"target_share": 0.5})
+HALF = ("target_share", {"target_share": 0.5})
 
 
 def test_dense_models_are_trained_as_long_and_reported(make_recipe: MakeRecipe) -> None:

@@ -192,7 +192,7 @@ def test_training_in_bfloat16_plain_and_compiled(make_recipe: Callable[..., Any]
     for compiled in (False, True):
         torch._dynamo.reset()
         recipe = make_recipe(
-            "budget", {"target_share": 0.6}, output=f"run-{compiled}", steps=30, batch_size=4, learning_rate=0.01,
+            "target_share", {"target_share": 0.6}, output=f"run-{compiled}", steps=30, batch_size=4, learning_rate=0.01,
             model={"skipped_kv": skipped_kv, "policy_settings": {"start": "spread"}}, bf16=True, compile=compiled,
             gradient_checkpointing=compiled, evaluation_steps=15, save_steps=15,
         )  # fmt: skip

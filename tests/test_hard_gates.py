@@ -15,7 +15,7 @@ from midskip.policies import Decision, Policy
 from midskip.policies.controls import Redrawn
 from midskip.policies.difficulty import MEMORY, Difficulty, drawn, kinds
 from midskip.policies.middle_out import SCORES, MiddleOut
-from midskip.regularizers import build_controller
+from midskip.regularizers import build_regularizer
 from midskip.testing import check_policy
 from midskip.testing.effort import effort
 
@@ -273,10 +273,10 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 
 def test_gates_without_a_gradient_need_a_budget() -> None:
     policy = MiddleOut(4, 8, gates="hard")
-    with pytest.raises(ValueError, match=r"have no gradient, so .*use the controller 'budget'"):
-        build_controller("sparsity", 4).steer(policy)
-    build_controller("budget", 4, target_share=0.5).steer(policy)
-    build_controller("sparsity", 4).steer(MiddleOut(4, 8, **STATES))
+    with pytest.raises(ValueError, match=r"have no gradient, so .*use the regularizer 'target_share'"):
+        build_regularizer("sparsity", 4).steer(policy)
+    build_regularizer("target_share", 4, target_share=0.5).steer(policy)
+    build_regularizer("sparsity", 4).steer(MiddleOut(4, 8, **STATES))
 
 
 def test_scores_of_soft_gates_are_refused() -> None:

@@ -9,14 +9,14 @@ import torch
 from tiny_runs import QUIET, assert_same_weights, history, starting_model, timeless, weights
 
 from midskip import MidskipForCausalLM
-from midskip.regularizers import BudgetController
+from midskip.regularizers import TargetShare
 from midskip.runs import load_run
 from midskip.train import Recipe, train
 from midskip.train.trainer import MidskipTrainer
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 MakeRecipe = Callable[..., Recipe]
-BUDGET = ("budget", {"target_share": 0.5, "outer": 1, "lowest_share": 0.3, "ramp_steps": 3})
+BUDGET = ("target_share", {"target_share": 0.5, "outer": 1, "lowest_share": 0.3, "ramp_steps": 3})
 HARD = {"model": {"num_hidden_layers": 6, "policy_settings": {"gates": "hard", "scores": "difficulty"}}}
 
 
@@ -44,10 +44,10 @@ def test_a_step_learns_from_the_mean_of_its_passes(
         seen.append((model.model.policy.factor, inputs))
         return compute_loss(trainer, model, inputs, **more)
 
-    monkeypatch.setattr(BudgetController, "score_factors", factors)
+    monkeypatch.setattr(TargetShare, "score_factors", factors)
     monkeypatch.setattr(MidskipTrainer, "compute_loss", look)
     given = {"steps": 1, "batch_size": 4 // batches, "accumulation_steps": batches}
-    recipe = make_recipe("budget", {"target_share": 0.5}, model={"policy_settings": {"start": "spread"}}, **given)
+    recipe = make_recipe("target_share", {"target_share": 0.5}, model={"policy_settings": {"start": "spread"}}, **given)
     train(recipe, console=QUIET)
     assert [factor for factor, _ in seen] == [*factors] * batches
     model, losses = starting_model(recipe), []
@@ -78,7 +78,7 @@ def test_two_passes_of_two_learn_what_one_pass_of_four_learns(make_recipe: MakeR
     found = []
     for passes in (1, 2):
         recipe = make_recipe(
-            "budget", {"target_share": 1.0}, output=f"{passes}", steps=1, batch_size=4 // passes,
+            "target_share", {"target_share": 1.0}, output=f"{passes}", steps=1, batch_size=4 // passes,
             accumulation_steps=passes, **HARD,
         )  # fmt: skip
         train(recipe, console=QUIET)
@@ -89,6 +89,6 @@ def test_two_passes_of_two_learn_what_one_pass_of_four_learns(make_recipe: MakeR
 
 def test_hard_gates_without_a_budget_are_refused_before_the_run(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("proportional", {"mean_target_start": 1.0, "mean_target_end": 0.5}, **HARD)
-    with pytest.raises(ValueError, match=r"use the controller 'budget'"):
+    with pytest.raises(ValueError, match=r"use the regularizer 'target_share'"):
         train(recipe, console=QUIET)
     assert not Path(recipe.output).exists()

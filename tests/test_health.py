@@ -69,7 +69,7 @@ def test_the_warm_up_is_not_looked_at() -> None:
     assert Health(300, rows(300, cross_entropy=lambda step: step / 10)).signs == {}
 
 
-def test_a_controller_without_a_target_has_no_share_to_miss() -> None:
+def test_a_regularizer_without_a_target_has_no_share_to_miss() -> None:
     history = [{name: x for name, x in row.items() if name != "expected_share"} for row in rows(300)]
     assert Health(10, history).signs == {}
 
@@ -80,7 +80,7 @@ def test_a_run_warns_once_and_its_report_says_it(
 ) -> None:
     monkeypatch.setattr(module, "WINDOW", 10)
     monkeypatch.setattr(module, "SMALLEST_GATE", 2.0)  # more than any gate
-    recipe = make_recipe("budget", {"target_share": 0.5}, steps=16, warmup_share=0.0)
+    recipe = make_recipe("target_share", {"target_share": 0.5}, steps=16, warmup_share=0.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         report = train(recipe, console=QUIET)

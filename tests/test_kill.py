@@ -33,10 +33,11 @@ PHASES = ["begin", "text", *["steps"] * 3, *["checkpoint"] * 4, "marker", "evalu
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """Two and a half epochs, a checkpoint every step, a growing controller that moves the model's bias."""
+    """Two and a half epochs, a checkpoint every step, a growing regularizer that moves the model's bias."""
     return tiny_recipe(
-        write_documents(folder.parent.parent / "text", 50), folder, "budget", {"target_share": 0.4, "ramp_steps": 8},
-        data={"vocab_size": 300, "length": 64, "validation_share": 0.2}, model={"policy_settings": {"start": "spread"}},
+        write_documents(folder.parent.parent / "text", 50), folder, "target_share",
+        {"target_share": 0.4, "ramp_steps": 8}, model={"policy_settings": {"start": "spread"}},
+        data={"vocab_size": 300, "length": 64, "validation_share": 0.2},
         steps=10, batch_size=4, save_steps=1, evaluation_steps=3, log_steps=2,
     )  # fmt: skip
 
@@ -219,7 +220,7 @@ def kills_of(program: str, folder: Path) -> list[list[str]]:
         assert [name for name in whole if found[name] != whole[name]] == [], f"run {number}, killed in {phases}"
     assert {"best/model.safetensors", "history.jsonl", "page.html"} < set(whole)
     last = f"checkpoint-{len(whole['history.jsonl'])}"
-    parts = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "controller.json")
+    parts = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "regularizer.json")
     assert {f"{last}/{part}" for part in parts} < set(whole)
     return kills
 

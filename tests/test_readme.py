@@ -121,11 +121,11 @@ def test_the_readmes_other_options_are_known() -> None:
     module = next(block for block in blocks(ARCHITECTURE, "python") if block.startswith("# my_policies.py"))
     Path("my_policies.py").write_text(module, encoding="utf-8")
     policy = re.search(r"`(--model\.policy=\S+)`", README)
-    controller = re.search(r"`(--controller\.name=\S+)`", README)
-    assert policy and controller and "`--resume`" in README
-    recipe = read_recipe("recipes/pydocs-small-dense.yaml", [policy[1], controller[1]])
+    regularizer = re.search(r"`(--regularizer\.name=\S+)`", README)
+    assert policy and regularizer and "`--resume`" in README
+    recipe = read_recipe("recipes/pydocs-small-dense.yaml", [policy[1], regularizer[1]])
     assert recipe.build_config(300).policy == "my_policies:Thin"
-    assert recipe.controller.name == "my_controllers:Ratchet"
+    assert recipe.regularizer.name == "my_regularizers:Ratchet"
 
 
 # docs
@@ -173,13 +173,13 @@ def test_the_architectures_examples_run() -> None:
         elif not block.startswith("class "):
             exec(compile(block, "architecture.md", "exec"), names)
     assert isinstance(names["config"], midskip.MidskipConfig)
-    controller = names["controller"]
-    assert isinstance(controller, midskip.regularizers.Controller)
+    regularizer = names["regularizer"]
+    assert isinstance(regularizer, midskip.regularizers.Regularizer)
     gates_LBT = torch.full((8, 2, 3), 0.75)
-    assert controller.loss(gates_LBT) == 0
-    controller.update(gates_LBT.mean((1, 2)), torch.zeros(8))
-    assert controller.loss(gates_LBT).item() == pytest.approx(0.75e-3)
-    assert controller.state_dict() == {"price": pytest.approx([1e-3] * 8)}
+    assert regularizer.loss(gates_LBT) == 0
+    regularizer.update(gates_LBT.mean((1, 2)), torch.zeros(8))
+    assert regularizer.loss(gates_LBT).item() == pytest.approx(0.75e-3)
+    assert regularizer.state_dict() == {"price": pytest.approx([1e-3] * 8)}
 
 
 def seams() -> list[ast.ClassDef]:

@@ -11,14 +11,19 @@ import pytest
 
 from midskip.cli import main
 from midskip.train import Recipe, read_recipe
-from midskip.train.recipe import ControllerSettings, DataSettings, ModelSettings, TrainingSettings, changes
+from midskip.train.recipe import DataSettings, ModelSettings, RegularizerSettings, TrainingSettings, changes
 
-GROUPS = {"data": DataSettings, "model": ModelSettings, "controller": ControllerSettings, "training": TrainingSettings}
+GROUPS = {
+    "data": DataSettings,
+    "model": ModelSettings,
+    "regularizer": RegularizerSettings,
+    "training": TrainingSettings,
+}
 
 
 def test_a_recipe_survives_writing_and_reading(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe(
-        "budget",
+        "target_share",
         {"target_share": 0.5, "ramp_steps": 3},
         model={"num_key_value_heads": 1, "skipped_kv": "keep", "norms": "pre", "policy_settings": {"start": "spread"}},
         data={"separate_documents": False, "validation": "there", "max_tokens": 7},
@@ -38,27 +43,33 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     file.write_text(
         "output: there\n"
         "training: {steps: 3, learning_rate: 1e-4}\n"
-        "controller: {name: budget, settings: {target_share: 0.5, gain: 0.1}}\n"
+        "regularizer: {name: target_share, settings: {target_share: 0.5, gain: 0.1}}\n"
     )
     recipe = read_recipe(
         file,
-        ["--training.steps=5", "--model.skipped_kv", "keep", "--controller.settings.target_share=0.7", "--output=here"],
+        [
+            "--training.steps=5",
+            "--model.skipped_kv",
+            "keep",
+            "--regularizer.settings.target_share=0.7",
+            "--output=here",
+        ],
     )
     assert recipe.output == "here" and recipe.model.skipped_kv == "keep"
     assert recipe.training == TrainingSettings(steps=5, learning_rate=1e-4)
-    assert recipe.controller.settings == {"target_share": 0.7, "gain": 0.1}
+    assert recipe.regularizer.settings == {"target_share": 0.7, "gain": 0.1}
     assert recipe.data == DataSettings()
 
 
 def test_changes_are_told_by_name() -> None:
-    earlier = read_recipe(None, ["--controller.settings.target_share=0.5", "--output=there"])
+    earlier = read_recipe(None, ["--regularizer.settings.target_share=0.5", "--output=there"])
     now = read_recipe(
-        None, ["--controller.settings.target_share=0.6", "--model.skipped_kv=keep", "--data.validation=x.txt"]
+        None, ["--regularizer.settings.target_share=0.6", "--model.skipped_kv=keep", "--data.validation=x.txt"]
     )
     assert changes(earlier, now) == [
         "data.validation: None -> 'x.txt'",
         "model.skipped_kv: 'drop' -> 'keep'",
-        "controller.settings: {'target_share': 0.5} -> {'target_share': 0.6}",
+        "regularizer.settings: {'target_share': 0.5} -> {'target_share': 0.6}",
     ]
     assert changes(now, now) == []
 

@@ -79,7 +79,7 @@ def test_a_recipe_is_valid_and_says_how_it_is_run(path: Path) -> None:
     policy = build_policy(
         config.policy, config.num_hidden_layers, config.hidden_size, config.initializer_range, config.policy_settings
     )
-    recipe.build_controller().steer(policy)
+    recipe.build_regularizer().steer(policy)
 
 
 @pytest.mark.parametrize("kind", ["pydocs-small", "wiki-tiny", "wiki-small"])
@@ -102,7 +102,7 @@ def test_the_small_recipe_is_the_demos() -> None:
 def test_a_gated_recipe_of_ours_has_hard_gates_and_a_dense_model_beside_it(path: Path) -> None:
     recipe = read_recipe(path)
     if recipe.model.policy == "middle_out" and path not in PAPERS:
-        assert recipe.model.policy_settings == {"gates": "hard"} and recipe.controller.name == "budget"
+        assert recipe.model.policy_settings == {"gates": "hard"} and recipe.regularizer.name == "target_share"
         assert recipe.dense_layers == [recipe.model.num_hidden_layers // 2], "of about as many FLOPs"
 
 
@@ -137,11 +137,11 @@ def test_the_papers_gated_model_has_its_shape() -> None:
     assert {**config.to_dict(), **{name: papers.to_dict()[name] for name in ("eos_token_id", "pad_token_id")}} == (
         papers.to_dict()
     )
-    for override in ("--controller.settings.mean_target_end=0.1", "--model.skipped_kv=keep"):
+    for override in ("--regularizer.settings.mean_target_end=0.1", "--model.skipped_kv=keep"):
         assert override in path.read_text(encoding="utf-8")
         changed = read_recipe(path, [override])
         assert changed != recipe
-        changed.build_controller()
+        changed.build_regularizer()
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)

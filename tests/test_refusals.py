@@ -38,9 +38,9 @@ def refused(recipe: Recipe, message: str, trainers: list[MidskipTrainer], **more
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"controller": "nonsense"}, "unknown controller 'nonsense'"),
-        ({"controller": "budget"}, "missing a required argument: 'target_share'"),
-        ({"controller": "budget", "settings": {"target_share": 0.5}, "model": {"policy": "dense"}}, "got Dense"),
+        ({"regularizer": "nonsense"}, "unknown regularizer 'nonsense'"),
+        ({"regularizer": "target_share"}, "missing a required argument: 'target_share'"),
+        ({"regularizer": "target_share", "settings": {"target_share": 0.5}, "model": {"policy": "dense"}}, "got Dense"),
         ({"model": {"policy": "no_such_module:Policy"}}, r"'no_such_module:Policy' cannot be loaded"),
         ({"model": {"policy_settings": {"begin": "open"}}}, "does not know the setting 'begin'"),
         ({"model": {"num_attention_heads": 3}}, r"hidden_size \(16\) is not a multiple of num_attention_heads \(3\)"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from midskip import MidskipForCausalLM
 from midskip.policies import Policy
-from midskip.regularizers import Controller, FeedbackController
+from midskip.regularizers import FeedbackRegularizer, Regularizer
 from midskip.train import Recipe, train
 from midskip.train.checkpoints import fault_of
 from midskip.train.trainer import MidskipTrainer
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 BAD_STEP = 4
 
 
-class Poison(FeedbackController):
+class Poison(FeedbackRegularizer):
     """From the fourth step on its term, or the gradient of its term alone, is not finite."""
 
     changing = ("num_steps",)
@@ -55,17 +55,17 @@ def test_a_step_that_is_not_finite_is_not_taken(
     recipe = make_recipe(
         f"{__name__}:Poison", {"kind": kind}, steps=6, save_steps=1, batch_size=2 // passes, accumulation_steps=passes
     )
-    message = r"step 4 is not finite \(cross-entropy 5\.\d+, regulariser .*, norm of the gradient .*\), so it was not"
+    message = r"step 4 is not finite \(cross-entropy 5\.\d+, regularizer .*, norm of the gradient .*\), so it was not"
     for resume in (False, True):
         with pytest.raises(FloatingPointError, match=message) as error:
             train(recipe, resume, console=QUIET)
-        regulariser = str(error.value).split("regulariser ")[1].split(",")[0]
-        assert math.isfinite(float(regulariser)) == (kind == "gradient")
+        regularizer = str(error.value).split("regularizer ")[1].split(",")[0]
+        assert math.isfinite(float(regularizer)) == (kind == "gradient")
         assert [row["step"] for row in history(recipe)] == [1, 2, 3]
         stopped = trainers[-1]
         assert_same_weights(weights(recipe, "checkpoint-3"), dict(stopped.bare_model.state_dict()))
         assert {int(moments["step"]) for moments in stopped.optimizer.state_dict()["state"].values()} == {3}
-        assert stopped.controller.num_steps == 3
+        assert stopped.regularizer.num_steps == 3
     folder = Path(recipe.output)
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
     assert fault_of(folder / "checkpoint-3") is None
@@ -86,14 +86,14 @@ def test_the_checkpoint_that_is_kept_is_good(make_recipe: MakeRecipe, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(MidskipForCausalLM, "forward", ill)
-        with pytest.raises(FloatingPointError, match=r"step 3 is not finite \(cross-entropy nan, regulariser -?\d"):
+        with pytest.raises(FloatingPointError, match=r"step 3 is not finite \(cross-entropy nan, regularizer -?\d"):
             train(recipe, console=QUIET)
     train(recipe, resume=True, console=QUIET)
     assert_same_weights(weights(recipe), weights(whole))
     assert timeless(history(recipe)) == timeless(history(whole))
 
 
-class Runaway(Controller):
+class Runaway(Regularizer):
     """Steers to where no number is, after the first step."""
 
     bias = 0.0

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from midskip import MidskipForCausalLM
 from midskip.data import WindowOrder, open_prepared, token_bytes
 from midskip.evaluate import evaluate
-from midskip.regularizers import Controller
+from midskip.regularizers import Regularizer
 from midskip.runs import load_run
 from midskip.train import Recipe, read_recipe, train
 from midskip.train.trainer import MidskipTrainer
@@ -113,15 +113,15 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(make_recipe: MakeR
 
 @quick
 @pytest.mark.parametrize("passes", [1, 2])
-def test_cross_entropy_regulariser_and_total_are_logged_apart(make_recipe: MakeRecipe, passes: int) -> None:
+def test_cross_entropy_regularizer_and_total_are_logged_apart(make_recipe: MakeRecipe, passes: int) -> None:
     settings = {"mean_coefficient": 0.5}
     recipe = make_recipe("sparsity", settings, batch_size=4 // passes, accumulation_steps=passes, steps=2)
     train(recipe, console=QUIET)
     rows = history(recipe)
     for row in rows:
-        assert row["total"] == pytest.approx(row["cross_entropy"] + row["regulariser"], rel=1e-12)
+        assert row["total"] == pytest.approx(row["cross_entropy"] + row["regularizer"], rel=1e-12)
         mean_gate = sum(row["gate_mean_by_layer"]) / 4
-        assert row["regulariser"] == pytest.approx(0.5 * mean_gate, rel=1e-5) and mean_gate > 0.1
+        assert row["regularizer"] == pytest.approx(0.5 * mean_gate, rel=1e-5) and mean_gate > 0.1
 
     model, batch = starting_model(recipe), batch_of(windows_of(recipe)[0], *first_windows(recipe, 4))
     before = model(**batch)
@@ -136,18 +136,18 @@ def test_cross_entropy_regulariser_and_total_are_logged_apart(make_recipe: MakeR
 
 @quick
 @pytest.mark.parametrize(
-    ("controller", "settings"),
-    [("none", {}), ("sparsity", {"mean_coefficient": 1.0}), ("budget", {"target_share": 0.3, "ramp_steps": 1})],
+    ("regularizer", "settings"),
+    [("none", {}), ("sparsity", {"mean_coefficient": 1.0}), ("target_share", {"target_share": 0.3, "ramp_steps": 1})],
 )
 def test_two_passes_of_two_are_one_pass_of_four(
-    make_recipe: MakeRecipe, controller: str, settings: dict[str, Any]
+    make_recipe: MakeRecipe, regularizer: str, settings: dict[str, Any]
 ) -> None:
     # a large epsilon, for AdamW makes steps of full size from gradients that are nothing but rounding
     common = {"steps": 3, "save_steps": 3, "warmup_share": 0.0, "epsilon": 1e-3, "learning_rate": 0.02}
     common |= {"model": {"policy_settings": {"start": "released"}, "initializer_range": 0.3}}
     recipes = [
         make_recipe(
-            controller, settings, output=f"{passes}", batch_size=4 // passes, accumulation_steps=passes, **common
+            regularizer, settings, output=f"{passes}", batch_size=4 // passes, accumulation_steps=passes, **common
         )
         for passes in (1, 2)
     ]
@@ -162,13 +162,13 @@ def test_two_passes_of_two_are_one_pass_of_four(
         assert one.keys() == two.keys()
         for name in one:
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-    states = [json.loads(Path(r.output, "checkpoint-3", "controller.json").read_text()) for r in recipes]
+    states = [json.loads(Path(r.output, "checkpoint-3", "regularizer.json").read_text()) for r in recipes]
     for name in states[0]:
         assert states[0][name] == pytest.approx(states[1][name], rel=1e-5)
-    assert states[1].get("num_updates") == (3 if controller == "budget" else None)
+    assert states[1].get("num_updates") == (3 if regularizer == "target_share" else None)
 
 
-class Recorder(Controller):
+class Recorder(Regularizer):
     """Keeps what it is told."""
 
     calls: list[tuple[Tensor, ...]] = []
@@ -179,7 +179,7 @@ class Recorder(Controller):
 
 
 @quick
-def test_the_controller_is_updated_once_a_step_from_the_whole_step(make_recipe: MakeRecipe) -> None:
+def test_the_regularizer_is_updated_once_a_step_from_the_whole_step(make_recipe: MakeRecipe) -> None:
     Recorder.calls.clear()
     released = {"policy_settings": {"start": "released"}}
     recipe = make_recipe(f"{__name__}:Recorder", model=released, batch_size=1, accumulation_steps=3, steps=2)
@@ -195,7 +195,7 @@ def test_the_controller_is_updated_once_a_step_from_the_whole_step(make_recipe: 
 
 
 @quick
-def test_the_regulariser_is_part_of_training_alone(make_recipe: MakeRecipe, trainers: list[MidskipTrainer]) -> None:
+def test_the_regularizer_is_part_of_training_alone(make_recipe: MakeRecipe, trainers: list[MidskipTrainer]) -> None:
     recipe = make_recipe("sparsity", {"mean_coefficient": 100.0}, steps=1)
     train(recipe, console=QUIET)
     (trainer,), (_, validation) = trainers, windows_of(recipe)
@@ -316,13 +316,13 @@ class Alternate(Policy):
         gate_N = (self.linear(h_ND).squeeze(1) + self.offset).clamp(0, 1)
         return Decision(gate_N > OPEN, gate_N, gate_N)
 '''
-CONTROLLER = '''
+REGULARIZER = '''
 import torch
 
-from midskip.regularizers import Controller
+from midskip.regularizers import Regularizer
 
 
-class Rising(Controller):
+class Rising(Regularizer):
     """A coefficient that rises by a step an update."""
 
     changing = ("mean_coefficients",)
@@ -337,21 +337,21 @@ class Rising(Controller):
 
 
 @quick
-def test_a_policy_and_a_controller_from_outside(
+def test_a_policy_and_a_regularizer_from_outside(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "outside_policy.py").write_text(POLICY)
-    (tmp_path / "outside_controller.py").write_text(CONTROLLER)
+    (tmp_path / "outside_regularizer.py").write_text(REGULARIZER)
     monkeypatch.syspath_prepend(str(tmp_path))
     model = {"policy": "outside_policy:Alternate", "policy_settings": {"offset": 0.1}}
-    recipe = make_recipe("outside_controller:Rising", {"step": 0.25}, model=model, steps=3, save_steps=3)
+    recipe = make_recipe("outside_regularizer:Rising", {"step": 0.25}, model=model, steps=3, save_steps=3)
     recipe.save(tmp_path / "recipe.yaml")
     report = train(read_recipe(tmp_path / "recipe.yaml"), console=QUIET)
     share = report["validation"]["share_by_layer"]
     assert share[1] == share[3] == 1 and 0 < share[0] < 1 and 0 < share[2] < 1
     for row, coefficient in zip(history(recipe), (0.0, 0.25, 0.5), strict=True):
-        assert row["regulariser"] == pytest.approx(coefficient * sum(row["gate_mean_by_layer"]) / 4, rel=1e-5)
-    state = json.loads(Path(recipe.output, "checkpoint-3", "controller.json").read_text())
+        assert row["regularizer"] == pytest.approx(coefficient * sum(row["gate_mean_by_layer"]) / 4, rel=1e-5)
+    state = json.loads(Path(recipe.output, "checkpoint-3", "regularizer.json").read_text())
     assert state == {"mean_coefficients": [0.75] * 4}
     loaded, tokenizer = load_run(recipe.output)
     assert evaluate(loaded, windows_of(recipe)[1], token_bytes(tokenizer), 2) == report["validation"]

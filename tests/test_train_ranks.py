@@ -34,7 +34,7 @@ from torch import Tensor
 
 from midskip.data import WindowOrder
 from midskip.policies import Decision, Policy
-from midskip.regularizers import BudgetController, FixedController
+from midskip.regularizers import FixedRegularizer, TargetShare
 from midskip.train import Recipe, read_recipe, run, train
 from midskip.train.checkpoints import fault_of
 from midskip.train.trainer import MidskipTrainer
@@ -45,8 +45,12 @@ LATE_POSITION = 12
 # a large epsilon, for AdamW makes steps of full size from gradients that are nothing but rounding
 STEPS = {"steps": 6, "epsilon": 1e-3, "learning_rate": 0.02, "warmup_share": 0.2, "log_steps": 2, "save_steps": 2}
 RUNS: dict[str, dict[str, Any]] = {
-    "budget": {"controller": "budget", "settings": {"target_share": 0.4, "ramp_steps": 4}, "model": RELEASED},
-    "sparsity": {"controller": "sparsity", "settings": {"mean_coefficient": 1.0}, "model": RELEASED},
+    "target_share": {
+        "regularizer": "target_share",
+        "settings": {"target_share": 0.4, "ramp_steps": 4},
+        "model": RELEASED,
+    },
+    "sparsity": {"regularizer": "sparsity", "settings": {"mean_coefficient": 1.0}, "model": RELEASED},
     "late": {"model": EARLY},
 }
 
@@ -60,7 +64,7 @@ class Late(Policy):
         return state.setdefault("late", Decision(keep_N=layout.position_N >= LATE_POSITION))
 
 
-class Ill(FixedController):
+class Ill(FixedRegularizer):
     """On the second rank its term, or the gradient of that, is not finite in the third step."""
 
     changing = ("num_steps",)
@@ -96,21 +100,21 @@ class Stop(Exception):
 
 
 def stopped_and_resumed(recipe: Recipe) -> None:
-    """The run dies on all ranks in the controller's update of its fourth step, and goes on."""
-    update, seen = BudgetController.update, []
+    """The run dies on all ranks in the regularizer's update of its fourth step, and goes on."""
+    update, seen = TargetShare.update, []
 
-    def dying(self: BudgetController, *args: Any) -> None:
+    def dying(self: TargetShare, *args: Any) -> None:
         seen.append(1)
         if len(seen) == 4:
             raise Stop
         update(self, *args)
 
-    BudgetController.update = dying
+    TargetShare.update = dying
     try:
         train(recipe, console=QUIET)
     except Stop:
         train(recipe, resume=True, console=QUIET)
-    BudgetController.update = update
+    TargetShare.update = update
 
 
 def message_of(recipe: Recipe) -> str:
@@ -150,12 +154,12 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
     found: dict[str, Any] = {"reports": {}}
     for name in RUNS:
         found["reports"][name] = train(recipe_of(folder, name, 2), console=QUIET)
-    stopped_and_resumed(recipe_of(folder / "stopped", "budget", 2))
-    found["again"] = train(recipe_of(folder, "budget", 2), resume=True, console=QUIET)
+    stopped_and_resumed(recipe_of(folder / "stopped", "target_share", 2))
+    found["again"] = train(recipe_of(folder, "target_share", 2), resume=True, console=QUIET)
     found["written"] = sorted(written)
     found["foreign"] = message_of(recipe_of(folder, "foreign", 2))
     for kind in ("loss", "gradient"):
-        ill = recipe_of(folder, kind, 2, controller="test_train_ranks:Ill", settings={"kind": kind})
+        ill = recipe_of(folder, kind, 2, regularizer="test_train_ranks:Ill", settings={"kind": kind})
         found[kind] = message_of(ill)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -213,8 +217,8 @@ def test_two_ranks_train_as_one_with_twice_the_batch(ranks: Ranks, name: str) ->
         assert row["utilisation"] == pytest.approx(row["tokens_per_s"] * row["flops_per_token"] / (2 * 1e12), rel=1e-9)
     assert distance(weights(one), weights(two)) < 1e-5
     assert distance(weights(one), weights(one, "checkpoint-4")) > 1e-3
-    states = [json.loads(Path(recipe.output, "checkpoint-6", "controller.json").read_text()) for recipe in (one, two)]
-    assert states[0].keys() == states[1].keys() and (name != "budget" or states[1]["num_updates"] == 6)
+    states = [json.loads(Path(recipe.output, "checkpoint-6", "regularizer.json").read_text()) for recipe in (one, two)]
+    assert states[0].keys() == states[1].keys() and (name != "target_share" or states[1]["num_updates"] == 6)
     for key in states[0]:
         assert states[1][key] == pytest.approx(states[0][key], rel=1e-4)
     scheduler = [
@@ -260,7 +264,7 @@ def test_a_run_on_two_ranks_is_resumed_bit_for_bit(ranks: Ranks) -> None:
         files["recipe.yaml"] = files["recipe.yaml"].replace("/stopped", "")
     assert stopped.keys() == whole.keys()
     assert [name for name in whole if stopped[name] != whole[name]] == []
-    assert found[0]["again"] == found[0]["reports"]["budget"] and found[1]["again"] == {}, "finished is finished"
+    assert found[0]["again"] == found[0]["reports"]["target_share"] and found[1]["again"] == {}, "finished is finished"
 
 
 def test_only_the_first_rank_writes(ranks: Ranks) -> None:
@@ -293,7 +297,7 @@ def test_what_the_first_rank_refuses_the_other_leaves_alone(ranks: Ranks) -> Non
 @pytest.mark.slow
 def test_torchrun_does_the_same(ranks: Ranks, tmp_path: Path) -> None:
     folder, _ = ranks
-    recipe = recipe_of(folder, "budget", 2)
+    recipe = recipe_of(folder, "target_share", 2)
     here = replace(recipe, output=str(tmp_path / "run"))
     here.save(tmp_path / "recipe.yaml")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import safe_globals
 from midskip import MidskipForCausalLM
 from midskip.data import TokenWindows
 from midskip.train import Recipe
-from midskip.train.recipe import ControllerSettings, DataSettings, ModelSettings, TrainingSettings
+from midskip.train.recipe import DataSettings, ModelSettings, RegularizerSettings, TrainingSettings
 from midskip.train.text import cut_windows, open_text
 
 TIMES = {"seconds", "step_seconds", "tokens_per_s", "utilisation"}  # what no two runs share
@@ -32,7 +32,7 @@ def write_documents(folder: Path, count: int = 30) -> Path:
 
 
 def tiny_recipe(
-    source: Path | str, output: Path | str, controller: str = "none", settings: dict[str, Any] | None = None,
+    source: Path | str, output: Path | str, regularizer: str = "none", settings: dict[str, Any] | None = None,
     *, model: dict[str, Any] | None = None, data: dict[str, Any] | None = None, dense_layers: list[int] | None = None,
     **training: Any,
 ) -> Recipe:  # fmt: skip
@@ -43,7 +43,7 @@ def tiny_recipe(
         str(output),
         DataSettings(str(source), **({"length": 16} | (data or {}))),
         ModelSettings(**({**shape, "initializer_range": 0.1} | (model or {}))),
-        ControllerSettings(controller, settings or {}),
+        RegularizerSettings(regularizer, settings or {}),
         TrainingSettings(**(optimisation | training)),
         dense_layers or [],
     )

@@ -6,7 +6,7 @@ from midskip.cost import Meter, meter
 from midskip.model.cache import SkipCache
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM, MidskipModel
-from midskip.regularizers import build_controller
+from midskip.regularizers import build_regularizer
 
 AutoConfig.register("midskip", MidskipConfig)
 AutoModel.register(MidskipConfig, MidskipModel)
@@ -19,6 +19,6 @@ __all__ = [
     "MidskipForCausalLM",
     "MidskipModel",
     "SkipCache",
-    "build_controller",
+    "build_regularizer",
     "meter",
 ]

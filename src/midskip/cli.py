@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         return _fail(f"there is no command {command!r}; expected one of {', '.join(COMMANDS)}", 2)
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a recipe's own policy or controller may lie beside it
+        sys.path.insert(0, str(Path.cwd()))  # a recipe's own policy or regularizer may lie beside it
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time here
     transformers.utils.logging.set_verbosity_error()
     try:

@@ -23,7 +23,7 @@ from midskip.generate import generate
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import comparison_table, depth_text, legend
 from midskip.runs import PAGE_FILE, PICTURE_FILE, REPORT_FILE, load_run
-from midskip.train.recipe import ControllerSettings, DataSettings, ModelSettings, Recipe, TrainingSettings
+from midskip.train.recipe import DataSettings, ModelSettings, Recipe, RegularizerSettings, TrainingSettings
 from midskip.train.run import train
 from midskip.train.text import cut_windows
 
@@ -37,7 +37,7 @@ def demo_recipe(output: str, steps: int = STEPS, source: str = "pydocs") -> Reci
         output=output,
         data=DataSettings(source=source),
         model=ModelSettings(policy_settings={"gates": "hard"}),
-        controller=ControllerSettings("budget", {"target_share": 0.5, "outer": 1}),
+        regularizer=RegularizerSettings("target_share", {"target_share": 0.5, "outer": 1}),
         training=TrainingSettings(steps=steps, gate_learning_rate_scale=0.3, save_steps=0, report_to=[]),
         dense_layers=[4],
     )

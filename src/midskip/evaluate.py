@@ -65,7 +65,7 @@ def evaluate(
     title: str = "Evaluating",
     each: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """Loss and work on every window, without any regulariser, under the budget in force if there is one. This is no
+    """Loss and work on every window, without any regularizer, under the budget in force if there is one. This is no
     live prompt: a watch over those does not see it.
 
     Where `torch.distributed` is initialised every rank has to call this, with the same windows: the batches are dealt

@@ -12,7 +12,7 @@ def load_class(path: str, base: type, kind: str, names: tuple[str, ...]) -> type
     Args:
         path: the import path.
         base: the class that it must be a subclass of.
-        kind: what it is, for the errors: "policy", "controller".
+        kind: what it is, for the errors: "policy", "regularizer".
         names: the short names that would have been accepted in its place, for the errors.
 
     Raises:

@@ -72,13 +72,13 @@ class Policy(nn.Module):
         looks_back: whether `decide` reads hidden states of a token's past beside its own; a subclass that does sets it.
             A cache does not hold those, so such a model runs without one.
         is_hard: whether every gate is exactly 0 or 1 (see `Decision.hard`).
-        needs_budget: whether no gradient opens or closes its gates, so that a budget controller has to.
+        needs_target_share: whether no gradient opens or closes its gates, so that the regularizer target_share has to.
     """
 
     adjustable: bool = False
     looks_back: bool = False
     is_hard: bool = False
-    needs_budget: bool = False
+    needs_target_share: bool = False
 
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02):
         super().__init__()

@@ -40,7 +40,7 @@ class MiddleOut(Policy):
     u is drawn, once and for all, for each pair of a token and the one before it. d is how hard such pairs have been to
     go on from (`Difficulty`), a running mean of losses without a gradient: what is easy leaves. The cosine learns by a
     surrogate gradient, that of 1 - S (straight-through, see `Decision.hard`), which reaches w and b and not the hidden
-    states. How many leave is set by b, which a controller moves. An exponential is never 0, so that a larger b or
+    states. How many leave is set by b, which a regularizer moves. An exponential is never 0, so that a larger b or
     factor sends any token away.
 
     Under an effort (`set_effort`) the score is multiplied by the factor, hence S too; and where the ceiling closes a
@@ -50,12 +50,12 @@ class MiddleOut(Policy):
     Args:
         gates: `"soft"` or `"hard"`.
         scores: of hard gates, `"hash"`, the default, `"difficulty"` or `"hidden_states"`. The first two need a model
-            that is given ids and not embeddings, and the controller `budget`.
+            that is given ids and not embeddings, and the regularizer `target_share`.
         start: of soft gates. `"open"`: w = 0 and b > 0 such that every gate starts between 1 and 0.9 (the middle one)
             and every token gives every gate a gradient; `"spread"`: the same b and a normal w of norm 0.2, so that
-            tokens differ from the first step, as a controller that moves b needs; `"released"`: as in the paper's code,
-            w normal and b = 0, which starts with almost half of the gates at 0. Hard gates have one start, `"open"`: b
-            so low that every token runs every layer (of those that go by hidden states, all but a few).
+            tokens differ from the first step, as a regularizer that moves b needs; `"released"`: as in the paper's
+            code, w normal and b = 0, which starts with almost half of the gates at 0. Hard gates have one start,
+            `"open"`: b so low that every token runs every layer (of those that go by hidden states, all but a few).
     """
 
     adjustable = True
@@ -76,10 +76,10 @@ class MiddleOut(Policy):
         self.num_gates = (num_layers + 1) // 2
         hard_bias = min(HARD_OPEN_BIAS, -2.01 - math.log(self.num_gates))  # the sum of all scores is below 1
         self.open_bias = hard_bias if self.is_hard else SOFT_OPEN_SCORE / self.num_gates
-        self.needs_budget = self.is_hard and scores != "hidden_states"
+        self.needs_target_share = self.is_hard and scores != "hidden_states"
         self.difficulty = Difficulty() if self.is_hard and scores == "difficulty" else None
-        self.weight = None if self.needs_budget else nn.Parameter(torch.empty(self.num_gates, width))
-        self.bias = nn.Parameter(torch.empty(self.num_gates), requires_grad=not self.needs_budget)
+        self.weight = None if self.needs_target_share else nn.Parameter(torch.empty(self.num_gates, width))
+        self.bias = nn.Parameter(torch.empty(self.num_gates), requires_grad=not self.needs_target_share)
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         init.constant_(self.bias, 0.0 if self.start == "released" else self.open_bias)

@@ -1,4 +1,4 @@
-"""The seam: what every gate regulariser has, and a subclass of yours needs.
+"""The seam: what every gate regularizer has, and a subclass of yours needs.
 
 Letters in tensor names: L layers, B sequences, T positions; 2 stands for (mean, variance), in that order.
 """
@@ -13,8 +13,8 @@ from midskip.layer_statistics import valid_of
 from midskip.policies.base import Policy
 
 
-class Controller:
-    """A gate regulariser, and the seam for your own: subclass it, give the import path to `build_controller`.
+class Regularizer:
+    """A gate regularizer, and the seam for your own: subclass it, give the import path to `build_regularizer`.
 
     A subclass is made as `Class(num_layers, **settings)` and calls `super().__init__(num_layers)`. It defines
     `update` if it learns from what it sees, and `loss` if its term is not the one here. Tensors that change
@@ -61,21 +61,21 @@ class Controller:
         """
 
     def steer(self, policy: Policy) -> None:
-        """Sets what the policy leaves to its controller; called before the first step and after each `update`.
+        """Sets what the policy leaves to its regularizer; called before the first step and after each `update`.
 
-        Here there is nothing to set. ValueError if the policy has not what this controller steers, or needs one that
+        Here there is nothing to set. ValueError if the policy has not what this regularizer steers, or needs one that
         steers.
         """
-        if policy.needs_budget:
+        if policy.needs_target_share:
             raise ValueError(
-                f"the gates of this {type(policy).__name__} have no gradient, so a controller has to say how many "
-                f"tokens run; got {type(self).__name__}: use the controller 'budget', or the policy setting scores: "
-                "hidden_states"
+                f"the gates of this {type(policy).__name__} have no gradient, so a regularizer has to say how many "
+                f"tokens run; got {type(self).__name__}: use the regularizer 'target_share', or the policy setting "
+                "scores: hidden_states"
             )
 
     @property
     def expected_share(self) -> float | None:
-        """The share of block-tokens that the step to come should run; None if the controller has no such target."""
+        """The share of block-tokens that the step to come should run; None if the regularizer has no such target."""
         return None
 
     @property
@@ -107,12 +107,12 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a `state_dict`: the run then goes on bit for bit as if it had never stopped.
 
-        ValueError, with nothing changed, if names, shapes or values are not those of this controller.
+        ValueError, with nothing changed, if names, shapes or values are not those of this regularizer.
         """
         if set(state) != set(self.changing):
             raise ValueError(
                 f"the state of this {type(self).__name__} has the keys {sorted(self.changing)}, got "
-                f"{sorted(state)}; load it into a controller like the one that saved it"
+                f"{sorted(state)}; load it into a regularizer like the one that saved it"
             )
         loaded: dict[str, Tensor] = {}
         for name in self.changing:

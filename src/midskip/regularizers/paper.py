@@ -1,4 +1,4 @@
-"""The gate regularisers of *Learning to Skip the Middle Layers of Transformers* (Lawson and Aitchison 2025, arXiv
+"""The gate regularizers of *Learning to Skip the Middle Layers of Transformers* (Lawson and Aitchison 2025, arXiv
 2506.21103), in three families: fixed coefficients, coefficients that follow an error, a distance from targets.
 
 Letters in tensor names: L layers, B sequences, T positions; 2 stands for (mean, variance), in that order.
@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from midskip.regularizers.base import Controller, floats, number
+from midskip.regularizers.base import Regularizer, floats, number
 
 SLOW_STEPS = 10  # time constant of the slow average of errors; that of the fast one is 1: the newest error
 
 
-class FixedController(Controller):
+class FixedRegularizer(Regularizer):
     """The same coefficients for every layer and step. None leaves a term out; without both the loss is 0."""
 
     def __init__(
@@ -34,7 +34,7 @@ class FixedController(Controller):
             self.variance_coefficients = floats([beta] * num_layers)
 
 
-class DistanceController(FixedController):
+class DistanceRegularizer(FixedRegularizer):
     """Pulls straight at the targets: a |means - targets| + b |variances - targets|, Euclidean over layers.
 
     Unlike a mean over layers this grows with their number, and pulls as hard near the targets as far from
@@ -67,7 +67,7 @@ class DistanceController(FixedController):
         return (coefficients_2.to(distances_2) * distances_2).sum()
 
 
-class FeedbackController(Controller):
+class FeedbackRegularizer(Regularizer):
     """Coefficients that start from 0, rise while a moment is above its target and fall while it is below.
 
     With error = measured - target, an update adds coef_update_multiplier * error (rule "sign": the sign of
@@ -107,7 +107,7 @@ class FeedbackController(Controller):
             self.changing += ("slow_errors", "started")
 
     def update(self, mean_L: Tensor, variance_L: Tensor, share_L: Tensor | None = None) -> None:
-        """As in `Controller`; the share is not used. ValueError if a statistic is not [L] or not finite."""
+        """As in `Regularizer`; the share is not used. ValueError if a statistic is not [L] or not finite."""
         for name, value_L in (("mean", mean_L), ("variance", variance_L)):
             if list(value_L.shape) != [self.num_layers] or not value_L.isfinite().all():
                 raise ValueError(f"{name}_L must be {self.num_layers} finite numbers, got {value_L.tolist()}")

@@ -1,4 +1,4 @@
-"""A controller that holds a share of work. L: layers."""
+"""A regularizer that holds a share of work. L: layers."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from midskip.policies.base import Policy
 from midskip.policies.middle_out import MiddleOut
-from midskip.regularizers.base import Controller, floats, number
+from midskip.regularizers.base import Regularizer, floats, number
 
 NUM_KNOTS = 9  # shares whose factor of the scores is tracked; between them it is straight in its logarithm
 FACTOR_GAIN = 2  # gain of a factor of the scores, as a multiple of `gain`: each hears of its own shares alone
@@ -16,15 +16,15 @@ LARGEST_LOG_FACTOR = 10.0
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, less their whole parts, spread evenly however many are taken
 
 
-class BudgetController(Controller):
+class TargetShare(Regularizer):
     """Holds the share of block-tokens that run, by moving the bias of each layer's score in `middle_out`.
 
-    The paper's regularisers push gates through the loss, where a gate that is flat at 0 no longer feels them. This one
-    adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each layer of
-    the first half, so that the policy decides which tokens leave and the controller how many. The gain of a layer grows
+    The paper's regularizers push gates through the loss, where a gate that is flat at 0 no longer feels them. This one
+    adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each layer of the
+    first half, so that the policy decides which tokens leave and the regularizer how many. The gain of a layer grows
     while its error keeps its sign, since nobody knows where the scores will lie. As trained, the first `outer` layers
-    and their mirrors run for every token. The targets of the others fall evenly by up to 2 d, d = spread *
-    min(m, 1 - m), around the mean m with which all layers together have target_share, and are approached from 1 over
+    and their mirrors run for every token. The targets of the others fall evenly by up to 2 d, d = spread * min(m, 1 -
+    m), around the mean m with which all layers together have target_share, and are approached from 1 over
     `ramp_steps`. The idea is that of load balancing without a loss (Wang et al. 2024, arXiv 2408.15664), there between
     experts.
 
@@ -90,14 +90,14 @@ class BudgetController(Controller):
 
     @property
     def score_factors(self) -> tuple[float, ...]:
-        """As in `Controller`: with `lowest_share` and after the ramp three."""
+        """As in `Regularizer`: with `lowest_share` and after the ramp three."""
         if self.lowest_share is None:
             return (1.0,)
         last = 1.0 if self.drawn_share is None else self._factor(self.drawn_share)
         return (last,) if self._ramp() < 1 else (0.0, self._factor(self.lowest_share), last)
 
     def update(self, mean_L: Tensor, variance_L: Tensor, share_L: Tensor | None = None) -> None:
-        """As in `Controller`; only the share is used, and must be given."""
+        """As in `Regularizer`; only the share is used, and must be given."""
         if share_L is None or list(share_L.shape) != [self.num_layers] or not share_L.isfinite().all():
             raise ValueError(f"share_L must be {self.num_layers} finite numbers, got {share_L}")
         share_L = share_L.detach().to("cpu", torch.float32)
@@ -135,7 +135,9 @@ class BudgetController(Controller):
     def steer(self, policy: Policy) -> None:
         """Sets the bias of a `MiddleOut`, which no optimizer then moves."""
         if not isinstance(policy, MiddleOut):
-            raise ValueError(f"the budget controller steers the policy 'middle_out', got {type(policy).__name__}")
+            raise ValueError(
+                f"the regularizer target_share steers the policy 'middle_out', got {type(policy).__name__}"
+            )
         if policy.num_layers != self.num_layers:
-            raise ValueError(f"the budget is for {self.num_layers} layers and the model has {policy.num_layers}")
+            raise ValueError(f"target_share is for {self.num_layers} layers and the model has {policy.num_layers}")
         policy.bias.requires_grad_(False).copy_(policy.open_bias + self.bias)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
-from midskip.regularizers import build_controller
+from midskip.regularizers import build_regularizer
 
 TOLERANCE = 1e-6  # of the largest number of a tensor; wide enough for a policy that works in float32
 NUM_COLUMNS = 7
-STEPS_OF_BUDGET = 30  # in which a controller brings about half of the tokens to leave
+STEPS_OF_BUDGET = 30  # in which a regularizer brings about half of the tokens to leave
 ROWS = "1111111 0011111 1111000 0111110 0001000 0000000 1100111"  # all, pads left, right, both, one token, none, a hole
 VALID_BT = torch.tensor([[digit == "1" for digit in row] for row in ROWS.split()])
 
@@ -66,20 +66,20 @@ class Trial:
 
 @torch.no_grad()
 def _move(model: MidskipForCausalLM, ids_BT: Tensor, generator: torch.Generator) -> None:
-    """Move what the policy has learnt at random; where a controller has to close gates, until about half are."""
+    """Move what the policy has learnt at random; where a regularizer has to close gates, until about half are."""
     policy = model.model.policy
     for parameter in policy.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter += noise.to(parameter) / policy.width**0.5
-    if policy.needs_budget:
+    if policy.needs_target_share:
         for buffer in policy.buffers():
             buffer += torch.rand(buffer.shape, generator=generator, dtype=torch.float64).to(buffer)
-        controller = build_controller("budget", policy.num_layers, target_share=0.5, ramp_steps=1)
+        regularizer = build_regularizer("target_share", policy.num_layers, target_share=0.5, ramp_steps=1)
         for _ in range(STEPS_OF_BUDGET):
-            controller.steer(policy)
+            regularizer.steer(policy)
             output = model(ids_BT, attention_mask=VALID_BT, use_cache=False)
             gates_LN, executed_LN = output.gates[:, VALID_BT], output.executed[:, VALID_BT]
-            controller.update(gates_LN.mean(1), gates_LN.var(1), executed_LN.float().mean(1))
+            regularizer.update(gates_LN.mean(1), gates_LN.var(1), executed_LN.float().mean(1))
 
 
 def by_token(output: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Training on transformers.Trainer: a recipe, an objective with a gate regulariser, a run folder."""
+"""Training on transformers.Trainer: a recipe, an objective with a gate regularizer, a run folder."""
 
 from midskip.train.recipe import Recipe, read_recipe
 from midskip.train.run import train

@@ -15,7 +15,7 @@ from typing import Any
 from midskip.runs import write_whole
 
 MARKER_FILE = "complete.json"  # in a checkpoint: written last, {"step", "files": {name: bytes}}
-CONTROLLER_FILE = "controller.json"  # in a checkpoint: the state of the controller
+REGULARIZER_FILE = "regularizer.json"  # in a checkpoint: the state of the regularizer
 HISTORY_FILE = "history.jsonl"  # in the run folder: a line a step
 PARTS = (
     "model*.safetensors",
@@ -23,7 +23,7 @@ PARTS = (
     "scheduler.pt",
     "trainer_state.json",
     "rng_state*.pth",
-    CONTROLLER_FILE,
+    REGULARIZER_FILE,
 )
 
 

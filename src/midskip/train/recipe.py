@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from midskip.model.config import MidskipConfig
-from midskip.regularizers import Controller, build_controller
+from midskip.regularizers import Regularizer, build_regularizer
 from midskip.runs import write_whole
 
 
@@ -80,11 +80,11 @@ class ModelSettings:
 
 
 @dataclass
-class ControllerSettings:
-    """The gate regulariser; see midskip.build_controller.
+class RegularizerSettings:
+    """The gate regularizer; see midskip.build_regularizer.
 
     Args:
-        name: "none", "budget", one of the paper's ("adaptive", "proportional", ...) or "package.module:Class".
+        name: "none", "target_share", one of the paper's ("adaptive", "proportional", ...) or "package.module:Class".
         settings: its settings, for budget {target_share: 0.5}.
     """
 
@@ -173,7 +173,7 @@ class Recipe:
         output: folder of the run, made if it does not exist.
         data: the text.
         model: the shape of the model.
-        controller: the gate regulariser.
+        regularizer: the gate regularizer.
         training: the optimisation.
         dense_layers: depths of dense models that are trained before, on the same text and for as long, and reported
             beside it: a gated model says nothing without a dense one of its FLOPs. Empty for none.
@@ -182,7 +182,7 @@ class Recipe:
     output: str = "runs/default"
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    controller: ControllerSettings = field(default_factory=ControllerSettings)
+    regularizer: RegularizerSettings = field(default_factory=RegularizerSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     dense_layers: list[int] = field(default_factory=list)
 
@@ -205,9 +205,9 @@ class Recipe:
             pad_token_id=end_of_text,
         )
 
-    def build_controller(self) -> Controller:
-        """The gate regulariser. Raises ValueError for settings that do not fit."""
-        return build_controller(self.controller.name, self.model.num_hidden_layers, **self.controller.settings)
+    def build_regularizer(self) -> Regularizer:
+        """The gate regularizer. Raises ValueError for settings that do not fit."""
+        return build_regularizer(self.regularizer.name, self.model.num_hidden_layers, **self.regularizer.settings)
 
     def save(self, path: Path) -> None:
         """Write it as YAML that `read_recipe` reads."""
@@ -239,7 +239,7 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     groups = {
         "data": DataSettings,
         "model": ModelSettings,
-        "controller": ControllerSettings,
+        "regularizer": RegularizerSettings,
         "training": TrainingSettings,
     }
     given = parsed.as_dict()
@@ -253,7 +253,7 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
 def changes(earlier: Recipe, now: Recipe) -> list[str]:
     """The settings that differ, as `group.name: old -> new`; the output folder may have moved, and is not looked at."""
     found = []
-    for group in ("data", "model", "controller", "training"):
+    for group in ("data", "model", "regularizer", "training"):
         old, new = asdict(getattr(earlier, group)), asdict(getattr(now, group))
         found += [f"{group}.{name}: {old[name]!r} -> {new[name]!r}" for name in old if old[name] != new[name]]
     if earlier.dense_layers != now.dense_layers:

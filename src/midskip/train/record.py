@@ -22,7 +22,7 @@ class StepRecord:
     several times, under different factors of the scores, the last of these passes is what is looked at.
 
     Attributes, after `reduce`:
-        cross_entropy, regulariser: means over the passes of all ranks.
+        cross_entropy, regularizer: means over the passes of all ranks.
         statistics: of the gates by layer; with a `Watch`, also of the norms of what went in and out of each block.
         num_tokens: valid tokens.
         flops: executed in all passes, forward and backward; 0 without a `Watch`.
@@ -31,16 +31,16 @@ class StepRecord:
     def __init__(self) -> None:
         self.statistics = LayerStatistics()
         self._losses: list[Tensor] = []
-        self.cross_entropy = self.regulariser = math.nan
+        self.cross_entropy = self.regularizer = math.nan
         self.num_tokens = 0
         self.flops = 0.0
 
     def add(
-        self, cross_entropy: Tensor, regulariser: Tensor, gates_LBT: Tensor, executed_LBT: Tensor,
+        self, cross_entropy: Tensor, regularizer: Tensor, gates_LBT: Tensor, executed_LBT: Tensor,
         valid_BT: Tensor | None,
     ) -> None:  # fmt: skip
         """Counts in one forward pass."""
-        self._losses.append(torch.stack([cross_entropy.detach(), regulariser.detach()]).double())
+        self._losses.append(torch.stack([cross_entropy.detach(), regularizer.detach()]).double())
         self.statistics.add_gates(gates_LBT.detach(), valid_BT=valid_BT)
         self.statistics.add("executed", executed_LBT, valid_BT)
 
@@ -52,8 +52,8 @@ class StepRecord:
         flat = torch.cat([part.double().to(device).flatten() for part in (*parts, *sums.values())])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat)
-        cross_entropy, regulariser, num_passes, self.flops, *values = flat.tolist()
-        self.cross_entropy, self.regulariser = cross_entropy / num_passes, regulariser / num_passes
+        cross_entropy, regularizer, num_passes, self.flops, *values = flat.tolist()
+        self.cross_entropy, self.regularizer = cross_entropy / num_passes, regularizer / num_passes
         self.statistics = LayerStatistics()
         rest = torch.tensor(values, dtype=torch.float64)
         for name, sums_3L in sums.items():

@@ -22,12 +22,12 @@ from midskip.data import DataError, TokenWindows, token_bytes
 from midskip.evaluate import depth_of_tokens, evaluate
 from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
-from midskip.regularizers import Controller
+from midskip.regularizers import Regularizer
 from midskip.report import write_page, write_picture
 from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json
 from midskip.train.checkpoints import (
-    CONTROLLER_FILE,
     HISTORY_FILE,
+    REGULARIZER_FILE,
     check_disk,
     history_until,
     newest_checkpoint,
@@ -65,8 +65,8 @@ def train(
         FloatingPointError: the loss, a gradient or a weight is no longer finite.
     """
     folder, settings = Path(recipe.output), recipe.training
-    controller = recipe.build_controller()
-    _count_parameters(recipe, controller)  # what is wrong with the model is found before the text is read
+    regularizer = recipe.build_regularizer()
+    _count_parameters(recipe, regularizer)  # what is wrong with the model is found before the text is read
     _check_reporters(settings.report_to)
     arguments = training_arguments(settings, folder)
     is_first = arguments.process_index == 0
@@ -86,13 +86,13 @@ def train(
         training, validation = cut_windows(text, recipe.data)
         training.require(settings.batch_size * settings.accumulation_steps * arguments.world_size)
         if is_first:
-            num_parameters = _count_parameters(recipe, controller, text.vocab_size)
+            num_parameters = _count_parameters(recipe, regularizer, text.vocab_size)
             num_checkpoints = settings.checkpoints_kept if settings.save_steps else 0
             check_disk(folder, num_parameters, num_checkpoints, best=bool(settings.evaluation_steps))
             begin(folder, recipe, text, arguments.world_size, accept_changes, console)
     dense = train_dense(recipe, resume, accept_changes, console)
     if checkpoint is not None:
-        controller.load_state_dict(json.loads((checkpoint / CONTROLLER_FILE).read_text(encoding="utf-8")))
+        regularizer.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     trained = checkpoint is not None and first_step >= settings.steps
     set_seed(settings.seed)
@@ -101,7 +101,7 @@ def train(
         if trained
         else MidskipForCausalLM(recipe.build_config(text.vocab_size, text.end_of_text))
     )
-    controller.steer(model.model.policy)
+    regularizer.steer(model.model.policy)
     if settings.gradient_checkpointing:
         # transformers 5.23 renamed it and warns of the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -115,7 +115,7 @@ def train(
     peak, peak_source = (settings.peak_flops, "the recipe") if settings.peak_flops else peak_flops(arguments)
     windows = {"train_dataset": training, "eval_dataset": validation}
     trainer = MidskipTrainer(
-        controller, settings, measure, text.tokenizer, peak, model=model, args=arguments, **windows
+        regularizer, settings, measure, text.tokenizer, peak, model=model, args=arguments, **windows
     )
     trainer.remove_callback(PrinterCallback)
     progress = ProgressBar(title, trainer.history, console)
@@ -145,7 +145,7 @@ def train(
 
 
 def dense_recipes(recipe: Recipe) -> list[Recipe]:
-    """Of the dense models that the recipe wants beside its own: the same but for policy, controller and layers."""
+    """Of the dense models that the recipe wants beside its own: the same but for policy, regularizer and layers."""
     return [
         Recipe(
             output=str(Path(recipe.output, f"dense-{num_layers}")),
@@ -265,11 +265,11 @@ def _first_goes_first(arguments: TrainingArguments) -> Iterator[None]:
             torch.distributed.broadcast_object_list(failure)
 
 
-def _count_parameters(recipe: Recipe, controller: Controller, vocab_size: int = 2) -> int:
-    """Of the model, without making it. Raises ValueError if shape, policy and controller do not fit."""
+def _count_parameters(recipe: Recipe, regularizer: Regularizer, vocab_size: int = 2) -> int:
+    """Of the model, without making it. Raises ValueError if shape, policy and regularizer do not fit."""
     with torch.device("meta"):
         model = MidskipForCausalLM(recipe.build_config(vocab_size))
-    controller.steer(model.model.policy)
+    regularizer.steer(model.model.policy)
     return model.num_parameters()
 
 

@@ -27,9 +27,9 @@ from transformers import (
 
 from midskip.data import TokenWindows, WindowOrder
 from midskip.model.modeling import MidskipForCausalLM
-from midskip.regularizers import Controller
+from midskip.regularizers import Regularizer
 from midskip.runs import write_whole
-from midskip.train.checkpoints import CONTROLLER_FILE, HISTORY_FILE, mark_complete, remove_old
+from midskip.train.checkpoints import HISTORY_FILE, REGULARIZER_FILE, mark_complete, remove_old
 from midskip.train.health import Health
 from midskip.train.optimizer import build_optimizer, build_scheduler, num_warmup_steps
 from midskip.train.recipe import TrainingSettings
@@ -39,10 +39,10 @@ BEST_FOLDER, BEST_FILE = "best", "evaluation.json"  # in the run folder: the mod
 
 
 class MidskipTrainer(Trainer):
-    """Cross-entropy plus the controller's term in training, cross-entropy alone in evaluation.
+    """Cross-entropy plus the regularizer's term in training, cross-entropy alone in evaluation.
 
     Args:
-        controller: the gate regulariser; it is updated after each optimizer step from the gates of the whole step.
+        regularizer: the gate regularizer; it is updated after each optimizer step from the gates of the whole step.
         settings: the optimisation.
         measure: called by `evaluate` on all ranks, gives the metrics of the model on all held-out text.
         tokenizer: saved beside the best model.
@@ -55,7 +55,7 @@ class MidskipTrainer(Trainer):
 
     def __init__(
         self,
-        controller: Controller,
+        regularizer: Regularizer,
         settings: TrainingSettings,
         measure: Callable[[MidskipForCausalLM], dict[str, Any]],
         tokenizer: PreTrainedTokenizerBase,
@@ -65,7 +65,7 @@ class MidskipTrainer(Trainer):
         self.settings = settings
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # `compute_loss` gives the mean of a pass
-        self.controller, self.measure, self.tokenizer, self.peak_flops = controller, measure, tokenizer, peak_flops
+        self.regularizer, self.measure, self.tokenizer, self.peak_flops = regularizer, measure, tokenizer, peak_flops
         self.step = StepRecord()
         self.history: list[dict[str, Any]] = []
         self._measured: tuple[int, dict[str, Any]] | None = None  # the step, and what was measured after it
@@ -78,8 +78,8 @@ class MidskipTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """A pass over the batch under each factor of the scores that the controller asks for, and their mean loss."""
-        factors, policy = self.controller.score_factors, self.bare_model.model.policy
+        """A pass over the batch under each factor of the scores that the regularizer asks for, and their mean loss."""
+        factors, policy = self.regularizer.score_factors, self.bare_model.model.policy
         self._num_passes, losses = len(factors), []
         try:
             for self._pass, factor in enumerate(factors):
@@ -100,10 +100,10 @@ class MidskipTrainer(Trainer):
         if not model.training:
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         valid_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-        regulariser = self.controller.loss(outputs.gates, valid_BT)
+        regularizer = self.regularizer.loss(outputs.gates, valid_BT)
         if self._pass == self._num_passes - 1:
-            self.step.add(outputs.loss, regulariser, outputs.gates, outputs.executed, valid_BT)
-        total = (outputs.loss + regulariser) / self._num_passes
+            self.step.add(outputs.loss, regularizer, outputs.gates, outputs.executed, valid_BT)
+        total = (outputs.loss + regularizer) / self._num_passes
         return (total, outputs) if return_outputs else total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -131,7 +131,7 @@ class MidskipTrainer(Trainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """The metrics of `measure` on all held-out text, the regulariser never among them."""
+        """The metrics of `measure` on all held-out text, the regularizer never among them."""
         result = self.metrics()
         self.keep_best(result["loss"])
         metrics = {f"{metric_key_prefix}_{name}": float(v) for name, v in result.items() if not isinstance(v, list)}
@@ -172,7 +172,7 @@ class MidskipTrainer(Trainer):
 
 
 class _AroundStep(TrainerCallback):
-    """Stops before a step that is not finite, updates the controller, keeps the history, completes checkpoints."""
+    """Stops before a step that is not finite, updates the regularizer, keeps the history, completes checkpoints."""
 
     def __init__(self, trainer: MidskipTrainer):
         self.trainer, self.folder = trainer, Path(str(trainer.args.output_dir))
@@ -207,10 +207,10 @@ class _AroundStep(TrainerCallback):
         parameters = self.trainer.model.parameters()  # pyright: ignore[reportOptionalMemberAccess]
         norm = nn.utils.clip_grad_norm_(parameters, self.trainer.settings.clip_norm or math.inf)
         self.gradient_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if not math.isfinite(step.cross_entropy + step.regulariser + self.gradient_norm):
+        if not math.isfinite(step.cross_entropy + step.regularizer + self.gradient_norm):
             raise FloatingPointError(
-                f"step {state.global_step + 1} is not finite (cross-entropy {step.cross_entropy:.4g}, regulariser "
-                f"{step.regulariser:.4g}, norm of the gradient {self.gradient_norm:.4g}), so it was not taken: lower "
+                f"step {state.global_step + 1} is not finite (cross-entropy {step.cross_entropy:.4g}, regularizer "
+                f"{step.regularizer:.4g}, norm of the gradient {self.gradient_norm:.4g}), so it was not taken: lower "
                 "the learning rate or clip; the last checkpoint is kept"
             )
 
@@ -219,16 +219,16 @@ class _AroundStep(TrainerCallback):
         step, trainer.step = trainer.step, StepRecord()
         share_L = step.share_by_layer()
         mean_L, variance_L = step.statistics.mean("gate"), step.statistics.variance("gate")
-        expected_share = trainer.controller.expected_share
+        expected_share = trainer.regularizer.expected_share
         trainer.bare_model.model.policy.absorb()
-        trainer.controller.update(mean_L.float(), variance_L.float(), share_L.float())
+        trainer.regularizer.update(mean_L.float(), variance_L.float(), share_L.float())
         self._steer()
         now_s = time.perf_counter()
         row = {
             "step": state.global_step,
             "cross_entropy": step.cross_entropy,
-            "regulariser": step.regulariser,
-            "total": step.cross_entropy + step.regulariser,
+            "regularizer": step.regularizer,
+            "total": step.cross_entropy + step.regularizer,
             "gradient_norm": self.gradient_norm,
             "executed_share": share_L.mean().item(),
             "share_by_layer": share_L.tolist(),
@@ -271,17 +271,17 @@ class _AroundStep(TrainerCallback):
         }
 
     def _curves(self, row: dict[str, Any]) -> dict[str, float]:
-        """A row as numbers by name, those by layer as `name/layer_00`, with the controller's beside them."""
+        """A row as numbers by name, those by layer as `name/layer_00`, with the regularizer's beside them."""
         rates = {
             f"learning_rate/{group['name']}": group["lr"]
             for group in self.trainer.lr_scheduler.optimizer.param_groups  # pyright: ignore[reportOptionalMemberAccess]
         }
         means = {
             name: sum(recent[name] for recent in self.rows) / len(self.rows)
-            for name in ("cross_entropy", "regulariser", "total", "executed_share", "gradient_norm", "step_seconds")
+            for name in ("cross_entropy", "regularizer", "total", "executed_share", "gradient_norm", "step_seconds")
         }
         by_layer = {name.removesuffix("_by_layer"): row[name] for name in row if name.endswith("_by_layer")}
-        by_layer |= {name: values_L.tolist() for name, values_L in self.trainer.controller.curves().items()}
+        by_layer |= {name: values_L.tolist() for name, values_L in self.trainer.regularizer.curves().items()}
         curves = {
             f"{name}/layer_{layer:02}": value
             for name, values in by_layer.items()
@@ -299,10 +299,10 @@ class _AroundStep(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # each rank wrote its random state
         if args.should_save:
             checkpoint = self.folder / f"checkpoint-{state.global_step}"
-            write_whole(checkpoint / CONTROLLER_FILE, json.dumps(self.trainer.controller.state_dict()))
+            write_whole(checkpoint / REGULARIZER_FILE, json.dumps(self.trainer.regularizer.state_dict()))
             mark_complete(checkpoint)
             remove_old(self.folder, self.trainer.settings.checkpoints_kept)
         self.resumed_s = time.perf_counter()
 
     def _steer(self) -> None:
-        self.trainer.controller.steer(self.trainer.bare_model.model.policy)
+        self.trainer.regularizer.steer(self.trainer.bare_model.model.policy)

@@ -1,4 +1,4 @@
-"""The gate regularisers: against numbers of the released code, and against their own definitions."""
+"""The gate regularizers: against numbers of the released code, and against their own definitions."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from midskip.regularizers import Controller, FeedbackController, build_controller, gate_targets
+from midskip.regularizers import FeedbackRegularizer, Regularizer, build_regularizer, gate_targets
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "controllers.json").read_text())
 TARGETS = {"mean_target_start": 1.0, "mean_target_end": 0.25}
@@ -22,7 +22,7 @@ EVERY: dict[str, dict[str, Any]] = {
 }
 
 
-class ShareController(Controller):
+class ShareRegularizer(Regularizer):
     """An outside author's: one coefficient, moved by the share of tokens present."""
 
     def __init__(self, num_layers: int, *, target: float) -> None:
@@ -36,16 +36,16 @@ class ShareController(Controller):
         self.mean_coefficients = self.mean_coefficients + (share_L.mean() - self.target)
 
 
-def make(name: str, num_layers: int) -> Controller:
-    """A controller of each kind with coefficients that are not all 0, if it has any."""
+def make(name: str, num_layers: int) -> Regularizer:
+    """A regularizer of each kind with coefficients that are not all 0, if it has any."""
     settings = EVERY[name]
     if num_layers <= 2 and settings:
         settings = {"mean_targets": [0.5]}
-    controller = build_controller(name, num_layers, **settings)
+    regularizer = build_regularizer(name, num_layers, **settings)
     generator = torch.Generator().manual_seed(num_layers)
     for _ in range(3):
-        controller.update(*torch.rand(2, num_layers, generator=generator))
-    return controller
+        regularizer.update(*torch.rand(2, num_layers, generator=generator))
+    return regularizer
 
 
 def random_gates(num_layers: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -55,16 +55,16 @@ def random_gates(num_layers: int, *shape: int, dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("case", REFERENCE["cases"], ids=lambda case: case["controller"])
 def test_agrees_with_the_released_code(case: dict[str, Any]) -> None:
     gates_LBT = torch.tensor(REFERENCE["gates"])
-    controller = build_controller(case["controller"], len(gates_LBT), **case["config"])
+    regularizer = build_regularizer(case["controller"], len(gates_LBT), **case["config"])
     assert len(case["steps"]) == len(REFERENCE["gates_mean"]) == 8
     for step, mean_L, variance_L in zip(case["steps"], REFERENCE["gates_mean"], REFERENCE["gates_var"], strict=True):
-        loss = controller.loss(gates_LBT)
+        loss = regularizer.loss(gates_LBT)
         assert loss.shape == () and loss.dtype == torch.float32
         assert loss.item() == pytest.approx(step["loss_before_update"], abs=1e-6)
-        controller.update(torch.tensor(mean_L), torch.tensor(variance_L))
+        regularizer.update(torch.tensor(mean_L), torch.tensor(variance_L))
         for got_L, expected_L in (
-            (controller.mean_coefficients, step["mean_coefs"]),
-            (controller.variance_coefficients, step["var_coefs"]),
+            (regularizer.mean_coefficients, step["mean_coefs"]),
+            (regularizer.variance_coefficients, step["var_coefs"]),
         ):
             assert got_L.dtype == torch.float32
             torch.testing.assert_close(got_L, torch.tensor(expected_L), atol=1e-6, rtol=0)
@@ -73,25 +73,25 @@ def test_agrees_with_the_released_code(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("num_layers", [1, 5, 6])
 @pytest.mark.parametrize("name", EVERY)
 def test_gradient_is_that_of_the_loss(name: str, num_layers: int) -> None:
-    controller = make(name, num_layers)
+    regularizer = make(name, num_layers)
     gates_LBT = random_gates(num_layers, 2, 3, dtype=torch.float64).requires_grad_()
     valid_BT = torch.tensor([[True, True, False], [True, True, True]])
-    assert controller.loss(gates_LBT).dtype == torch.float64
-    assert torch.autograd.gradcheck(controller.loss, (gates_LBT,))
-    assert torch.autograd.gradcheck(lambda gates_LBT: controller.loss(gates_LBT, valid_BT), (gates_LBT,))
+    assert regularizer.loss(gates_LBT).dtype == torch.float64
+    assert torch.autograd.gradcheck(regularizer.loss, (gates_LBT,))
+    assert torch.autograd.gradcheck(lambda gates_LBT: regularizer.loss(gates_LBT, valid_BT), (gates_LBT,))
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_tokens_that_are_not_valid_are_as_if_absent(name: str) -> None:
-    controller = make(name, 5)
+    regularizer = make(name, 5)
     gates_LBT = random_gates(5, 2, 7)
     valid_BT = torch.tensor([[False, True, True, True, False, True, False], [True] * 7])
     present_LBT = gates_LBT[:, valid_BT][:, None].requires_grad_()
-    expected = controller.loss(present_LBT)
+    expected = regularizer.loss(present_LBT)
     expected.backward()
     for junk in (1.0, torch.nan, torch.inf):
         padded_LBT = gates_LBT.where(valid_BT, junk).requires_grad_()
-        loss = controller.loss(padded_LBT, valid_BT)
+        loss = regularizer.loss(padded_LBT, valid_BT)
         loss.backward()
         torch.testing.assert_close(loss, expected)
         assert padded_LBT.grad is not None and present_LBT.grad is not None
@@ -101,15 +101,15 @@ def test_tokens_that_are_not_valid_are_as_if_absent(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_one_valid_token_has_no_variance_and_none_has_no_gradient(name: str) -> None:
-    controller = make(name, 3)
+    regularizer = make(name, 3)
     gates_LBT = random_gates(3, 2, 2).requires_grad_()
     one_BT = torch.tensor([[False, False], [False, True]])
-    mean_L, variance_L = controller.moments(gates_LBT, one_BT)
+    mean_L, variance_L = regularizer.moments(gates_LBT, one_BT)
     assert torch.equal(mean_L, gates_LBT[:, 1, 1]) and torch.equal(variance_L, torch.zeros(3))
-    torch.testing.assert_close(controller.loss(gates_LBT, one_BT), controller.loss(gates_LBT[:, 1:, 1:]))
+    torch.testing.assert_close(regularizer.loss(gates_LBT, one_BT), regularizer.loss(gates_LBT[:, 1:, 1:]))
     for valid_BT in (one_BT, torch.zeros_like(one_BT)):
         gates_LBT.grad = None
-        loss = controller.loss(gates_LBT, valid_BT)
+        loss = regularizer.loss(gates_LBT, valid_BT)
         loss.backward()
         assert gates_LBT.grad is not None
         assert loss.isfinite() and gates_LBT.grad.isfinite().all()
@@ -121,10 +121,10 @@ def test_losses_are_what_they_say() -> None:
     mean_L = gates_LBT.mean((1, 2))
     variance_L = gates_LBT.flatten(1).var(1)
     settings = {"mean_coefficient": 3.0, "variance_coefficient": -2.0}
-    loss = build_controller("sparsity_variance", 3, **settings).loss(gates_LBT)
+    loss = build_regularizer("sparsity_variance", 3, **settings).loss(gates_LBT)
     torch.testing.assert_close(loss, 3 * mean_L.mean() - 2 * variance_L.mean())
 
-    distance = build_controller("sparsity_variance_l2", 3, mean_targets=[0.8, 0.3], **settings)
+    distance = build_regularizer("sparsity_variance_l2", 3, mean_targets=[0.8, 0.3], **settings)
     targets = torch.tensor([0.8, 0.3, 0.8]), torch.tensor([0.16, 0.21, 0.16])
     expected = 3 * (mean_L - targets[0]).norm() - 2 * (variance_L - targets[1]).norm()
     torch.testing.assert_close(distance.loss(gates_LBT), expected)
@@ -133,28 +133,28 @@ def test_losses_are_what_they_say() -> None:
 def test_distance_of_zero_has_gradient_zero() -> None:
     gates_LBT = torch.tensor([[[0.0, 1.0, 0.0, 1.0]]], requires_grad=True)
     delta = (1 / 3) - 0.25  # unbiased variance of the four gates, less 0.5 * (1 - 0.5)
-    controller = build_controller("sparsity_variance_l2", 1, mean_targets=[0.5], var_target_delta=delta)
-    controller.loss(gates_LBT).backward()
+    regularizer = build_regularizer("sparsity_variance_l2", 1, mean_targets=[0.5], var_target_delta=delta)
+    regularizer.loss(gates_LBT).backward()
     assert gates_LBT.grad is not None and gates_LBT.grad.isfinite().all()
 
 
 def test_math_is_float32_even_under_autocast() -> None:
-    controller = make("proportional", 4)
+    regularizer = make("proportional", 4)
     gates_LBT = random_gates(4, 2, 9)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = controller.loss(gates_LBT)
-    assert torch.equal(loss, controller.loss(gates_LBT))
+        loss = regularizer.loss(gates_LBT)
+    assert torch.equal(loss, regularizer.loss(gates_LBT))
     low = gates_LBT.to(torch.bfloat16)
-    assert torch.equal(controller.loss(low), controller.loss(low.float()))
+    assert torch.equal(regularizer.loss(low), regularizer.loss(low.float()))
 
 
 def test_tensors_are_float32_whatever_the_default() -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        controller = make("proportional_derivative", 3)
+        regularizer = make("proportional_derivative", 3)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {getattr(controller, name).dtype for name in controller.changing} == {torch.float32}
+    assert {getattr(regularizer, name).dtype for name in regularizer.changing} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -179,45 +179,45 @@ def test_targets_are_linear_and_mirrored(num_layers: int, settings: dict[str, An
 
 
 def test_proportional_derivative_moves_only_while_the_error_grows() -> None:
-    controller = build_controller("proportional_derivative", 1, mean_targets=[0.5])
+    regularizer = build_regularizer("proportional_derivative", 1, mean_targets=[0.5])
     moves: list[float] = []
     for mean in (0.9, 0.8, 0.8, 0.95, 0.95, 0.05):
-        before = controller.mean_coefficients
-        controller.update(torch.tensor([mean]), torch.tensor([0.25]))
-        moves.append(round((controller.mean_coefficients - before).item(), 6))
+        before = regularizer.mean_coefficients
+        regularizer.update(torch.tensor([mean]), torch.tensor([0.25]))
+        moves.append(round((regularizer.mean_coefficients - before).item(), 6))
     # Not at the first error; not while it shrinks; while it is above its average; and on the far side of 0.
     assert moves == [0.0, 0.0, 0.0, 0.0045, 0.0045, -0.0045]
-    assert controller.variance_coefficients.item() == 0  # an error that stays 0
+    assert regularizer.variance_coefficients.item() == 0  # an error that stays 0
 
 
 def test_a_steady_error_does_not_count_as_growing() -> None:
-    controller = build_controller("proportional_derivative", 4, mean_targets=[0.1, 0.2])
+    regularizer = build_regularizer("proportional_derivative", 4, mean_targets=[0.1, 0.2])
     statistics = random_gates(2, 4)
     for _ in range(50):
-        controller.update(*statistics)
-    assert not controller.mean_coefficients.any() and not controller.variance_coefficients.any()
+        regularizer.update(*statistics)
+    assert not regularizer.mean_coefficients.any() and not regularizer.variance_coefficients.any()
 
 
 @pytest.mark.parametrize("name", FEEDBACK)
 def test_coefficients_are_clamped_and_small_errors_ignored(name: str) -> None:
     settings = {"mean_targets": [0.5], "coef_max": 0.02, "coef_min": -0.01, "delta_min": 0.1}
-    controller = build_controller(name, 2, coef_update_multiplier=1.0, **settings)
+    regularizer = build_regularizer(name, 2, coef_update_multiplier=1.0, **settings)
     for error in (0.05, 0.09, 0.3):
-        assert not controller.mean_coefficients.any()
-        controller.update(torch.tensor([0.5 + error, 0.5 - error]), torch.full((2,), 0.25))
-    torch.testing.assert_close(controller.mean_coefficients, torch.tensor([0.02, -0.01]))
-    assert not controller.variance_coefficients.any()
+        assert not regularizer.mean_coefficients.any()
+        regularizer.update(torch.tensor([0.5 + error, 0.5 - error]), torch.full((2,), 0.25))
+    torch.testing.assert_close(regularizer.mean_coefficients, torch.tensor([0.02, -0.01]))
+    assert not regularizer.variance_coefficients.any()
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_resumed_run_is_the_same_bit_for_bit(name: str) -> None:
     steps = random_gates(9, 2, 5)
     gates_LBT = random_gates(5, 2, 7)
-    whole = build_controller(name, 5, **EVERY[name])
+    whole = build_regularizer(name, 5, **EVERY[name])
     for stop in (0, 1, 4):
         for step in steps[:stop]:
             whole.update(*step)
-        resumed = build_controller(name, 5, **EVERY[name])
+        resumed = build_regularizer(name, 5, **EVERY[name])
         resumed.load_state_dict(json.loads(json.dumps(whole.state_dict(), allow_nan=False)))
         for step in steps[stop:]:
             whole.update(*step)
@@ -243,44 +243,44 @@ def test_resumed_run_is_the_same_bit_for_bit(name: str) -> None:
     ],
 )
 def test_a_state_of_another_shape_is_refused_and_changes_nothing(broken: dict[str, Any]) -> None:
-    controller = build_controller("adaptive", 2, mean_targets=[0.5])
-    before = controller.state_dict()
+    regularizer = build_regularizer("adaptive", 2, mean_targets=[0.5])
+    before = regularizer.state_dict()
     with pytest.raises(ValueError, match=r"keys .* got|must be finite numbers of shape \[2\], got"):
-        controller.load_state_dict(broken)
-    assert controller.state_dict() == before
+        regularizer.load_state_dict(broken)
+    assert regularizer.state_dict() == before
 
 
 def test_a_state_of_another_rule_is_refused() -> None:
-    state = build_controller("proportional", 4, **TARGETS).state_dict()
+    state = build_regularizer("proportional", 4, **TARGETS).state_dict()
     with pytest.raises(ValueError, match="slow_errors"):
-        build_controller("proportional_derivative", 4, **TARGETS).load_state_dict(state)
+        build_regularizer("proportional_derivative", 4, **TARGETS).load_state_dict(state)
     with pytest.raises(ValueError, match="like the one that saved it"):
-        build_controller("none", 4).load_state_dict(state)
+        build_regularizer("none", 4).load_state_dict(state)
 
 
 def test_an_outside_class_is_built_by_import_path() -> None:
-    controller = build_controller(f"{__name__}:ShareController", 3, target=0.5)
-    assert isinstance(controller, ShareController)
+    regularizer = build_regularizer(f"{__name__}:ShareRegularizer", 3, target=0.5)
+    assert isinstance(regularizer, ShareRegularizer)
     share_L = torch.tensor([1.0, 0.5, 0.75])
-    controller.update(torch.zeros(3), torch.zeros(3), share_L)
-    assert controller.loss(torch.ones(3, 1, 2)).item() == pytest.approx(0.25)
-    copy = build_controller(f"{__name__}:ShareController", 3, target=0.5)
-    copy.load_state_dict(controller.state_dict())
-    assert torch.equal(copy.mean_coefficients, controller.mean_coefficients)
+    regularizer.update(torch.zeros(3), torch.zeros(3), share_L)
+    assert regularizer.loss(torch.ones(3, 1, 2)).item() == pytest.approx(0.25)
+    copy = build_regularizer(f"{__name__}:ShareRegularizer", 3, target=0.5)
+    copy.load_state_dict(regularizer.state_dict())
+    assert torch.equal(copy.mean_coefficients, regularizer.mean_coefficients)
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "match"),
     [
-        ("sparse", {}, "unknown controller 'sparse'.*'none', 'sparsity', .*package.module:Class"),
-        ("", {}, "unknown controller ''"),
-        ("midskip.regularizers:", {}, "unknown controller"),
+        ("sparse", {}, "unknown regularizer 'sparse'.*'none', 'sparsity', .*package.module:Class"),
+        ("", {}, "unknown regularizer ''"),
+        ("midskip.regularizers:", {}, "unknown regularizer"),
         ("midskip.no_such_module:Thing", {}, "cannot be loaded: No module named"),
         ("midskip.regularizers:Thing", {}, "cannot be loaded: .*Thing"),
-        ("midskip.regularizers:build_controller", {}, "is <function.*expected a subclass of .*Controller"),
+        ("midskip.regularizers:build_regularizer", {}, "is <function.*expected a subclass of .*Regularizer"),
         ("json:JSONDecoder", {}, "expected a subclass"),
-        (f"{__name__}:ShareController", {"aim": 1}, "settings are: target"),
-        (f"{__name__}:ShareController", {}, "missing a required argument: 'target'"),
+        (f"{__name__}:ShareRegularizer", {"aim": 1}, "settings are: target"),
+        (f"{__name__}:ShareRegularizer", {}, "missing a required argument: 'target'"),
         ("none", {"mean_coefficient": 1.0}, "mean_coefficient cannot be set; its settings are: none"),
         ("sparsity", {"variance_coefficient": 1.0}, "variance_coefficient cannot be set"),
         ("sparsity", {"mean_target_start": 1.0}, "unexpected.*settings are: mean_coefficient$"),
@@ -315,46 +315,46 @@ def test_an_outside_class_is_built_by_import_path() -> None:
 )
 def test_names_and_settings_that_are_not_known_are_refused(name: str, settings: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        build_controller(name, 4, **settings)
+        build_regularizer(name, 4, **settings)
 
 
 @pytest.mark.parametrize("num_layers", [0, -1, 2.0, True, "4", None])
 def test_a_number_of_layers_that_is_none_is_refused(num_layers: Any) -> None:
     with pytest.raises(ValueError, match="num_layers must be a whole number of at least 1, got"):
-        build_controller("none", num_layers)
+        build_regularizer("none", num_layers)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_an_end_that_would_change_nothing_is_refused(num_layers: int) -> None:
     with pytest.raises(ValueError, match=r"room for one mean target.* must be equal, got 1.0 and 0.25"):
-        build_controller("adaptive", num_layers, **TARGETS)
+        build_regularizer("adaptive", num_layers, **TARGETS)
 
 
 def test_a_rule_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rule must be 'sign', 'error' or 'growing', got 'errors'"):
-        FeedbackController(2, rule="errors", coef_update_multiplier=1.0, mean_targets=[1])  # pyright: ignore[reportArgumentType]
+        FeedbackRegularizer(2, rule="errors", coef_update_multiplier=1.0, mean_targets=[1])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_gates_of_another_shape_are_refused(name: str) -> None:
-    controller = make(name, 4)
+    regularizer = make(name, 4)
     gates_LBT = torch.zeros(4, 2, 3)
     for wrong in (gates_LBT[0], gates_LBT[:3], gates_LBT.bool()):
         with pytest.raises(ValueError, match=r"gates must be floating point \[4 layers, sequences, positions\], got"):
-            controller.loss(wrong)
+            regularizer.loss(wrong)
     for wrong in (torch.ones(3, 2).bool(), torch.ones(2, 3).long(), torch.ones(2, 1).bool()):
         with pytest.raises(ValueError, match=r"valid must be torch.bool \[2, 3\].* got"):
-            controller.loss(gates_LBT, wrong)
+            regularizer.loss(gates_LBT, wrong)
 
 
 @pytest.mark.parametrize("name", FEEDBACK)
 def test_statistics_of_another_shape_or_not_finite_are_refused(name: str) -> None:
-    controller = make(name, 2)
-    before = controller.state_dict()
+    regularizer = make(name, 2)
+    before = regularizer.state_dict()
     right_L = torch.full((2,), 0.2)
     for wrong_L in (right_L[:1], right_L[None], torch.tensor([0.1, torch.nan])):
         with pytest.raises(ValueError, match="mean_L must be 2 finite numbers, got"):
-            controller.update(wrong_L, right_L)
+            regularizer.update(wrong_L, right_L)
         with pytest.raises(ValueError, match="variance_L must be 2 finite numbers, got"):
-            controller.update(right_L, wrong_L)
-    assert controller.state_dict() == before
+            regularizer.update(right_L, wrong_L)
+    assert regularizer.state_dict() == before

@@ -1,4 +1,4 @@
-"""The controller that holds a compute target: its targets, its steps, its state, and that it arrives."""
+"""The regularizer that holds a compute target: its targets, its steps, its state, and that it arrives."""
 
 import json
 import math
@@ -11,20 +11,20 @@ from torch import Tensor
 from midskip.model.packing import Layout
 from midskip.policies.dense import Dense
 from midskip.policies.middle_out import SCORES, MiddleOut
-from midskip.regularizers import BudgetController, build_controller
+from midskip.regularizers import TargetShare, build_regularizer
 
 DEPTHS = (1, 2, 3, 4, 5, 8, 9, 12)
 
 
-def make(num_layers: int, **settings: Any) -> BudgetController:
-    controller = build_controller("budget", num_layers, **settings)
-    assert isinstance(controller, BudgetController)
-    return controller
+def make(num_layers: int, **settings: Any) -> TargetShare:
+    regularizer = build_regularizer("target_share", num_layers, **settings)
+    assert isinstance(regularizer, TargetShare)
+    return regularizer
 
 
-def give(controller: BudgetController, share_L: Tensor | None) -> None:
-    nothing_L = torch.zeros(controller.num_layers)
-    controller.update(nothing_L, nothing_L, share_L)
+def give(regularizer: TargetShare, share_L: Tensor | None) -> None:
+    nothing_L = torch.zeros(regularizer.num_layers)
+    regularizer.update(nothing_L, nothing_L, share_L)
 
 
 def over_all_layers(half: Tensor, num_layers: int) -> Tensor:
@@ -77,34 +77,34 @@ def test_no_spread_is_the_same_target_for_every_layer() -> None:
 
 @pytest.mark.parametrize("num_layers", [5, 8])
 def test_the_bias_moves_by_the_error_and_the_targets_come_down_slowly(num_layers: int) -> None:
-    controller = make(num_layers, target_share=0.4, spread=0.5, gain=0.25, ramp_steps=4)
+    regularizer = make(num_layers, target_share=0.4, spread=0.5, gain=0.25, ramp_steps=4)
     generator = torch.Generator().manual_seed(1)
     num_gates = (num_layers + 1) // 2
     bias, gains, before = torch.zeros(num_gates), torch.ones(num_gates), torch.zeros(num_gates)
     for step in range(1, 8):
         share_L = torch.rand(num_layers, generator=generator)
-        target = 1 - (1 - controller.targets) * min(1.0, step / 4)
-        assert controller.expected_share == pytest.approx(1 - 0.6 * min(1.0, step / 4))
-        give(controller, share_L)
+        target = 1 - (1 - regularizer.targets) * min(1.0, step / 4)
+        assert regularizer.expected_share == pytest.approx(1 - 0.6 * min(1.0, step / 4))
+        give(regularizer, share_L)
         error = share_L[:num_gates] - target
         gains = (gains * torch.where(error * before > 0, 1.2, 0.6)).clamp(0.2, 20)
         bias, before = bias + 0.25 * gains * error, error
-        torch.testing.assert_close(controller.bias, bias)
-    torch.testing.assert_close(target, controller.targets)
+        torch.testing.assert_close(regularizer.bias, bias)
+    torch.testing.assert_close(target, regularizer.targets)
 
 
 def test_at_the_target_it_rests() -> None:
-    controller = make(4, target_share=0.5, ramp_steps=1)
-    before = controller.bias
-    give(controller, over_all_layers(controller.targets, 4))
-    torch.testing.assert_close(controller.bias, before, atol=1e-7, rtol=0)
+    regularizer = make(4, target_share=0.5, ramp_steps=1)
+    before = regularizer.bias
+    give(regularizer, over_all_layers(regularizer.targets, 4))
+    torch.testing.assert_close(regularizer.bias, before, atol=1e-7, rtol=0)
 
 
 def test_it_adds_nothing_to_the_loss() -> None:
-    controller = make(3, target_share=0.5)
-    give(controller, torch.ones(3))
+    regularizer = make(3, target_share=0.5)
+    give(regularizer, torch.ones(3))
     gates_LBT = torch.rand(3, 2, 5, requires_grad=True)
-    loss = controller.loss(gates_LBT)
+    loss = regularizer.loss(gates_LBT)
     loss.backward()
     assert loss.item() == 0 and gates_LBT.grad is not None and not gates_LBT.grad.any()
 
@@ -113,27 +113,27 @@ def test_it_adds_nothing_to_the_loss() -> None:
     "share_L", [None, torch.ones(3), torch.ones(1, 4), torch.tensor([0.1, 0.2, math.nan, 0.1])], ids=str
 )
 def test_an_update_needs_the_share_of_every_layer(share_L: Tensor | None) -> None:
-    controller = make(4, target_share=0.5)
-    before = controller.state_dict()
+    regularizer = make(4, target_share=0.5)
+    before = regularizer.state_dict()
     with pytest.raises(ValueError, match=r"share_L must be 4 finite numbers, got"):
-        give(controller, share_L)
-    assert controller.state_dict() == before
+        give(regularizer, share_L)
+    assert regularizer.state_dict() == before
 
 
 def test_its_state_survives_json_and_goes_on_bit_for_bit() -> None:
     settings = {"target_share": 0.3, "ramp_steps": 6}
-    controller, other = make(5, **settings), make(5, **settings)
+    regularizer, other = make(5, **settings), make(5, **settings)
     shares = torch.rand(8, 5, generator=torch.Generator().manual_seed(2))
     for share_L in shares[:4]:
-        give(controller, share_L)
-    other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+        give(regularizer, share_L)
+    other.load_state_dict(json.loads(json.dumps(regularizer.state_dict())))
     assert not torch.equal(other.bias, make(5, **settings).bias)
     for share_L in shares[4:]:
-        give(controller, share_L)
+        give(regularizer, share_L)
         give(other, share_L)
-        assert torch.equal(controller.bias, other.bias)
+        assert torch.equal(regularizer.bias, other.bias)
     with pytest.raises(ValueError, match=r"state 'bias' must be finite numbers of shape \[4\]"):
-        make(8, **settings).load_state_dict(controller.state_dict())
+        make(8, **settings).load_state_dict(regularizer.state_dict())
     with pytest.raises(ValueError, match=r"has the keys \['bias', 'errors', 'gains', 'num_updates'\], got \['bias'\]"):
         other.load_state_dict({"bias": [0.0] * 3})
 
@@ -144,14 +144,14 @@ def test_its_state_survives_json_and_goes_on_bit_for_bit() -> None:
 def test_steering_sets_the_bias_and_no_optimizer_moves_it() -> None:
     policy = MiddleOut(6, 4, start="spread")
     policy.reset_parameters()
-    controller = make(6, target_share=0.5, ramp_steps=1)
+    regularizer = make(6, target_share=0.5, ramp_steps=1)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.5)
-    controller.steer(policy)
+    regularizer.steer(policy)
     for share in (1.0, 0.7, 0.2):
-        give(controller, torch.full((6,), share))
-        controller.steer(policy)
+        give(regularizer, torch.full((6,), share))
+        regularizer.steer(policy)
         bias = policy.bias.clone()
-        assert torch.equal(bias, policy.open_bias + controller.bias)
+        assert torch.equal(bias, policy.open_bias + regularizer.bias)
         h_ND = torch.randn(9, 4)
         decision = policy.decide(0, h_ND, {}, Layout.from_rectangle(torch.ones(1, 9, dtype=torch.bool)))
         before = policy.weight.detach().clone()
@@ -173,11 +173,11 @@ def test_taking_an_open_policy_over_changes_nothing(gates: str) -> None:
 
 
 def test_other_policies_are_refused() -> None:
-    with pytest.raises(ValueError, match="the budget controller steers the policy 'middle_out', got Dense"):
+    with pytest.raises(ValueError, match="the regularizer target_share steers the policy 'middle_out', got Dense"):
         make(4, target_share=0.5).steer(Dense(4, 8))
 
 
-def shares_over(controller: BudgetController, policy: MiddleOut, steps: int) -> tuple[Tensor, list[float]]:
+def shares_over(regularizer: TargetShare, policy: MiddleOut, steps: int) -> tuple[Tensor, list[float]]:
     """Shares [steps, L] of a policy steered on hidden states that drift, as they do in training; and those expected."""
     generator = torch.Generator().manual_seed(0)
     if policy.weight is not None:
@@ -186,9 +186,9 @@ def shares_over(controller: BudgetController, policy: MiddleOut, steps: int) -> 
     layout = Layout.from_rectangle(torch.ones(4, 128, dtype=torch.bool))
     shares, expected = [], []
     for step in range(steps):
-        controller.steer(policy)
+        regularizer.steer(policy)
         if policy.adjustable:
-            policy.set_effort(controller.score_factors[-1])
+            policy.set_effort(regularizer.score_factors[-1])
         h_ND = torch.randn(512, policy.width, generator=generator) * (1 + step / 300) + step * drift_D
         layout.token_N = torch.randint(200, (512,), generator=generator)
         layout.__dict__.pop("previous_token_N", None)  # of the step before
@@ -199,8 +199,8 @@ def shares_over(controller: BudgetController, policy: MiddleOut, steps: int) -> 
         state: dict[str, Any] = {}
         keeps = [policy(layer, h_ND, state, layout).keep_N for layer in range(policy.num_layers)]
         shares.append(torch.stack([keep_N.float().mean() for keep_N in keeps if keep_N is not None]))
-        expected.append(controller.expected_share)
-        give(controller, shares[-1])
+        expected.append(regularizer.expected_share)
+        give(regularizer, shares[-1])
     return torch.stack(shares), expected
 
 
@@ -211,14 +211,14 @@ def shares_over(controller: BudgetController, policy: MiddleOut, steps: int) -> 
 def test_the_share_arrives_at_its_target_and_stays(num_layers: int, target: float, settings: dict[str, str]) -> None:
     policy = MiddleOut(num_layers, 16, **settings)
     policy.reset_parameters()
-    controller = make(num_layers, target_share=target)
-    shares_SL, _ = shares_over(controller, policy, 300)
+    regularizer = make(num_layers, target_share=target)
+    shares_SL, _ = shares_over(regularizer, policy, 300)
     assert shares_SL[0].mean() > 0.95, "it starts with everything running"
     # half-way down the ramp it is half-way down, about
     assert abs(shares_SL[20:30].mean().item() - (1 + target) / 2) < 0.15
     assert abs(shares_SL[100:200].mean().item() - target) < 0.02
     assert abs(shares_SL[200:].mean().item() - target) < 0.02
-    by_layer = over_all_layers(controller.targets, num_layers)
+    by_layer = over_all_layers(regularizer.targets, num_layers)
     torch.testing.assert_close(shares_SL[200:].mean(0), by_layer, atol=0.05, rtol=0)
 
 
@@ -226,15 +226,15 @@ def test_the_share_arrives_at_its_target_and_stays(num_layers: int, target: floa
 def test_shares_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
     policy = MiddleOut(8, 16, gates="hard")
     policy.reset_parameters()
-    controller = make(8, target_share=0.5, lowest_share=0.3)
-    shares_SL, expected = shares_over(controller, policy, 600)
+    regularizer = make(8, target_share=0.5, lowest_share=0.3)
+    shares_SL, expected = shares_over(regularizer, policy, 600)
     drawn = expected[100::2]
     assert set(expected[101::2]) == {0.5}
     assert min(drawn) < 0.31 and max(drawn) > 0.98 and abs(sum(drawn) / len(drawn) - 0.65) < 0.01
     errors = shares_SL.mean(1) - torch.tensor(expected)
     assert abs(errors[300::2].mean()) < 0.02 and abs(errors[301::2].mean()) < 0.02
     assert errors[300:].abs().mean() < 0.06
-    all_of_it, lowest, _ = controller.score_factors
+    all_of_it, lowest, _ = regularizer.score_factors
     policy.set_effort(lowest)
     layout = Layout.from_rectangle(torch.ones(4, 128, dtype=torch.bool))
     layout.token_N, state, h_ND = torch.randint(200, (512,)), {}, torch.zeros(512, 16)
@@ -245,8 +245,8 @@ def test_shares_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
     assert make(8, target_share=0.5).score_factors == (1.0,)
     # the state goes on with the same draws
     other = make(8, target_share=0.5, lowest_share=0.3)
-    other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
-    assert (other.drawn_share, other.score_factors) == (controller.drawn_share, controller.score_factors)
+    other.load_state_dict(json.loads(json.dumps(regularizer.state_dict())))
+    assert (other.drawn_share, other.score_factors) == (regularizer.drawn_share, regularizer.score_factors)
 
 
 # Settings
@@ -255,7 +255,10 @@ def test_shares_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "controller 'budget' got .*: missing a required argument: 'target_share'; its settings are: target_share"),
+        (
+            {},
+            "regularizer 'target_share' got .*: missing a required argument: 'target_share'; its settings are: target",
+        ),
         ({"target_share": 0.5, "targets": 3}, "targets.*; its settings are: target_share, lowest_share, outer, spread"),
         ({"target_share": -0.1}, r"target_share must be a number from 0 to 1, got -0\.1"),
         ({"target_share": 1.1}, r"target_share must be a number from 0 to 1, got 1\.1"),
@@ -279,4 +282,4 @@ def test_shares_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_controller("budget", 4, **settings)
+        build_regularizer("target_share", 4, **settings)
