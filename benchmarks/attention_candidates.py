@@ -109,8 +109,8 @@ def _places(layout: Layout) -> tuple[Tensor, int]:
     """int64 [N], where each token goes in the flat rectangle of sequences padded to the longest; and that length."""
     longest, sequence_N = max(layout.lengths), layout.sequence_N
     starts_S = _starts(layout, torch.int64)[:-1]
-    rank_N = torch.arange(layout.num_tokens, device=sequence_N.device) - starts_S[sequence_N]
-    return sequence_N * longest + rank_N, longest
+    index_in_sequence_N = torch.arange(layout.num_tokens, device=sequence_N.device) - starts_S[sequence_N]
+    return sequence_N * longest + index_in_sequence_N, longest
 
 
 def _starts(layout: Layout, dtype: torch.dtype) -> Tensor:

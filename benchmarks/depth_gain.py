@@ -28,7 +28,7 @@ from midskip.model.packing import Layout
 from midskip.policies import Decision
 from midskip.policies.difficulty import NUM_KINDS, drawn, kinds
 from midskip.policies.middle_out import MiddleOut
-from midskip.runs import RECIPE_FILE, load_run, write_whole
+from midskip.runs import RECIPE_FILE, load_run, write_atomically
 from midskip.train import read_recipe
 from midskip.train.run import cut_windows, open_text
 
@@ -186,7 +186,7 @@ def main() -> None:
         del row["settings"]  # of the second with a path of this machine
     found = {"machine": machine(), "gain": describe(bits_MG, token_M, previous_M), "rows": rows}
     if options.output:
-        write_whole(options.output, json.dumps(found).replace('{"run"', '\n{"run"') + "\n")
+        write_atomically(options.output, json.dumps(found).replace('{"run"', '\n{"run"') + "\n")
     for row in rows:
         print({what: row[what] for what in ("run", "seed", "steps", "bits_per_byte", "executed_share")})
     print(found["gain"]["bits_by_gates_run"], found["gain"]["gain_told_on_other_tokens_by"])

@@ -23,7 +23,7 @@ from midskip.budget.calibrate import calibrate, thinned
 from midskip.data import prepare, token_bytes
 from midskip.evaluate import batch_of, evaluate
 from midskip.regularizers.target_share import TargetShare
-from midskip.runs import load_run, write_whole
+from midskip.runs import load_run, write_atomically
 from midskip.train import read_recipe, train
 from midskip.train.run import cut_windows, open_text
 
@@ -143,7 +143,7 @@ def run_one(name: str, seed: int, steps: int, text: Path, folder: Path) -> dict[
     row["gradients"] = gradients(output, recipe)
     if name in UNDER_BUDGETS:
         row["budgets"] = under_budgets(output, recipe)
-    write_whole(output / ROW_FILE, json.dumps(row))
+    write_atomically(output / ROW_FILE, json.dumps(row))
     return row
 
 
@@ -217,7 +217,7 @@ def collect(folder: Path, file: Path) -> None:
     rows = {(row["run"], row["steps"], row["seed"]): row for row in [*earlier, *found]}
     names = list(RUNS)  # without those of `depth_gain.py`
     kept = sorted((key for key in rows if key[0] in names), key=lambda key: (names.index(key[0]), *key[1:]))
-    write_whole(file, json.dumps({"rows": [rows[key] for key in kept]}).replace('{"run"', '\n{"run"') + "\n")
+    write_atomically(file, json.dumps({"rows": [rows[key] for key in kept]}).replace('{"run"', '\n{"run"') + "\n")
     print(f"{len(kept)} rows in {file}")
 
 

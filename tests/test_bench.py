@@ -1,4 +1,4 @@
-"""`midskip bench`: what it times agrees with the plain twin, what it says is what was measured, and no more."""
+"""`midskip bench`: what it times agrees with the reference, what it says is what was measured, and no more."""
 
 import json
 from collections.abc import Callable
@@ -199,11 +199,11 @@ def test_a_trained_model_under_a_budget(
     given = run_settings(model, "mine", tasks=("prefill", "decode"), batch_sizes=(2,), repeats=1)
     model.set_budget(0.3, 3, on_drift="error")
     report = bench_run(given, model, windows, tmp_path, Console(file=StringIO()))
-    assert report["effort"] == {"factor": pytest.approx(3.6), "ceiling": 3} and model.watch is not None
+    assert report["effort"] == {"factor": pytest.approx(3.6), "ceiling": 3} and model.monitor is not None
     shares = {row["side"]: row["work"]["executed_share"] for row in report["rows"] if row["task"] == "prefill"}
     with pytest.raises(BudgetDriftError):
         model(windows[0]["input_ids"][None])
-    model.watch = None
+    model.monitor = None
     gates_LBT = model(windows[0]["input_ids"][None]).gates
     assert shares["dense twin"] == 1 and shares["trained"] == pytest.approx((gates_LBT > 0).double().mean().item())
     for effort in ({"ceiling": 3}, {"budget": 0.5}):

@@ -1,4 +1,4 @@
-"""What `midskip bench` refuses to time: what does not compute what the plain twin does."""
+"""What `midskip bench` refuses to time: what does not compute what the reference implementation does."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from midskip import MidskipForCausalLM
 from midskip.bench import DisagreementError, bench
-from midskip.bench.agree import _before_a_flip, _largest, _largest_flip, _Truth, bound, check_llama, check_ours
+from midskip.bench.agree import _before_a_flip, _largest, _largest_flip, _Reference, bound, check_llama, check_ours
 from midskip.bench.models import Side, build_llama
 from midskip.bench.settings import CHECKED_COLUMNS
 from midskip.cli import main
@@ -116,24 +116,24 @@ def test_learned_gates_are_compared_up_to_the_first_that_rounds_over(
 
 def test_only_the_first_of_the_gates_that_moved_has_to_be_near() -> None:
     gates_LBT = torch.full((3, 1, 4), 0.5, dtype=torch.float64)
-    truth = _Truth(gates_LBT, gates_LBT, 1 - gates_LBT, 1.0, 1.0, settings().config())
-    assert _largest_flip(gates_LBT * 0.9, truth) == 0  # all on the right side
-    truth.gates[0, 0, 1], truth.depth_scores[0, 0, 1] = 1e-6, 1 - 1e-6
-    got_LBT = truth.gates.clone()
+    reference = _Reference(gates_LBT, gates_LBT, 1 - gates_LBT, 1.0, 1.0, settings().config())
+    assert _largest_flip(gates_LBT * 0.9, reference) == 0  # all on the right side
+    reference.gates[0, 0, 1], reference.depth_scores[0, 0, 1] = 1e-6, 1 - 1e-6
+    got_LBT = reference.gates.clone()
     got_LBT[0, 0, 1] = 0
     got_LBT[1:, 0, 1:] = 0  # it has moved the layers after, of itself and of the tokens that see it
-    assert _largest_flip(got_LBT, truth) == pytest.approx(1e-6)
+    assert _largest_flip(got_LBT, reference) == pytest.approx(1e-6)
     got_LBT[0, 0, 3] = 0  # but not the same layer of another
-    assert _largest_flip(got_LBT, truth) == 0.5
+    assert _largest_flip(got_LBT, reference) == 0.5
     got_LBT[0, 0, 3] = 0.5
     got_LBT[2, 0, 0] = 0  # nor a token before it
-    assert _largest_flip(got_LBT, truth) == 0.5
+    assert _largest_flip(got_LBT, reference) == 0.5
     # of one that should have left: both the score and the gate have to be near
-    truth.gates[:] = got_LBT[:] = 0.0
+    reference.gates[:] = got_LBT[:] = 0.0
     got_LBT[0, 0, 0] = 1e-6
     for score, expected in ((1.25, 0.25), (1.0, 1e-6)):
-        truth.depth_scores[:] = score
-        assert _largest_flip(got_LBT, truth) == pytest.approx(expected)
+        reference.depth_scores[:] = score
+        assert _largest_flip(got_LBT, reference) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("moved", [0.5, -0.5])

@@ -80,7 +80,7 @@ def test_budgets_that_cannot_be_used_are_one_line(
         (["evaluate", *here, "--budgets", "0.5", "--picture", str(tmp_path / "no" / "a.png")], "there is no folder"),
         (["generate", str(run), "--prompt", "a", "--budget", "0.5"], "has no calibration"),
         (["generate", str(run), "--prompt", "a", "--ceiling", "9"], "ceiling is 9"),
-        (["generate", str(run), "--prompt", "a", "--on_drift", "error"], "no budget whose drift to watch"),
+        (["generate", str(run), "--prompt", "a", "--on_drift", "error"], "no budget whose drift to monitor"),
         (["generate", str(run), "--prompt", "a", "--on_drift", "panic"], "invalid choice: 'panic'"),
     ):
         assert main(arguments) == 2

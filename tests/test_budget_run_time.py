@@ -22,7 +22,9 @@ def test_no_budget_is_the_model_as_trained(calibrated: MidskipForCausalLM, ragge
     calibrated.set_budget()
     after = calibrated(*ragged)
     assert (
-        torch.equal(after.logits, before.logits) and torch.equal(after.gates, before.gates) and calibrated.watch is None
+        torch.equal(after.logits, before.logits)
+        and torch.equal(after.gates, before.gates)
+        and calibrated.monitor is None
     )
 
 
@@ -36,16 +38,16 @@ def test_no_budget_is_the_model_as_trained(calibrated: MidskipForCausalLM, ragge
         ({"ceiling": 5}, "ceiling is 5"),
         ({"budget": 0.5, "ceiling": 5}, "ceiling is 5"),
         ({"budget": 0.5, "on_drift": "panic"}, "on_drift is 'panic'; expected one of 'keep', 'as_trained', 'error'"),
-        ({"on_drift": "error"}, "on_drift is 'error' and there is no budget whose drift to watch"),
-        ({"ceiling": 2, "on_drift": "as_trained"}, "there is no budget whose drift to watch"),
+        ({"on_drift": "error"}, "on_drift is 'error' and there is no budget whose drift to monitor"),
+        ({"ceiling": 2, "on_drift": "as_trained"}, "there is no budget whose drift to monitor"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused(calibrated: MidskipForCausalLM, arguments: Any, message: str) -> None:
     calibrated.set_budget(0.9, 2)
-    policy, watch = calibrated.model.policy, calibrated.watch
+    policy, watch = calibrated.model.policy, calibrated.monitor
     with pytest.raises(ValueError, match=message):
         calibrated.set_budget(**arguments)
-    assert (policy.factor, policy.ceiling) == (pytest.approx(0.5), 2) and calibrated.watch is watch, (
+    assert (policy.factor, policy.ceiling) == (pytest.approx(0.5), 2) and calibrated.monitor is watch, (
         "what was set stays"
     )
 

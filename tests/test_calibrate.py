@@ -259,7 +259,7 @@ def test_loss_by_budget_stands_beside_the_calibrations(
     assert (
         calibrated.model.policy.factor == pytest.approx(0.5)
         and calibrated.model.policy.ceiling == 4
-        and calibrated.watch
+        and calibrated.monitor
     )
     assert [row["factor"] for row in rows] == pytest.approx([3.6, 1.5, 0.0])
     for row, expected in zip(rows, ((0.3, 2.9), (0.65, 2.3), (1.0, 2.0)), strict=True):

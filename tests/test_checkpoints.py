@@ -318,7 +318,7 @@ def test_another_number_of_processes_is_noticed(stopped: Path) -> None:
     "writer",
     [
         "midskip.train.recipe.Recipe.save",
-        "midskip.train.folder.write_whole",
+        "midskip.train.folder.write_atomically",
         "transformers.PreTrainedTokenizerBase.save_pretrained",
     ],
 )

@@ -14,7 +14,7 @@ from midskip import MidskipForCausalLM
 from midskip.model import attention
 from midskip.model.cache import SkipCache
 from midskip.model.layers import compile_blocks
-from midskip.testing import naive_forward
+from midskip.testing import reference_forward
 
 Make = Callable[..., MidskipForCausalLM]
 FIXED = "midskip.policies.controls:FixedDepths"
@@ -98,7 +98,7 @@ def test_steps_give_what_one_pass_gives(make_model: Make, kind: str, skipped_kv:
     model = make_model(**MODELS[kind], skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = text(padding)
     full = by_column(model(ids_BT, attention_mask=mask_BT, output_hidden_states=True))
-    close(by_column(naive_forward(model, ids_BT, mask_BT)), full, 1e-7 if kind.startswith("fixed") else 1e-12)
+    close(by_column(reference_forward(model, ids_BT, mask_BT)), full, 1e-7 if kind.startswith("fixed") else 1e-12)
     ran_LBT = full["gates"].squeeze(-1) > 0
     for number, chunks in enumerate(CHUNKS.values()):
         got, cache = in_chunks(model, ids_BT, mask_BT, chunks, hidden=number % 2 == 1)
@@ -118,14 +118,14 @@ def test_steps_in_lower_precision(make_model: Make, kind: str, skipped_kv: str, 
     exact = make_model(**MODELS[kind], skipped_kv=skipped_kv).eval()
     exact.load_state_dict({name: x.double() for name, x in model.state_dict().items()})
     ids_BT, mask_BT = text("left")
-    truth = exact(ids_BT, attention_mask=mask_BT).logits
+    reference = exact(ids_BT, attention_mask=mask_BT).logits
     full = model(ids_BT, attention_mask=mask_BT).logits.double()
-    scale, eps = truth.abs().max(), torch.finfo(dtype).eps
+    scale, eps = reference.abs().max(), torch.finfo(dtype).eps
     for chunks in CHUNKS.values():
         got, _ = in_chunks(model, ids_BT, mask_BT, chunks)
-        error = (got["logits"].double() - truth).abs()
+        error = (got["logits"].double() - reference).abs()
         assert error.max() <= 16 * eps * scale  # a few roundings in each of four layers
-        assert error.square().mean().sqrt() <= 1.5 * (full - truth).square().mean().sqrt()
+        assert error.square().mean().sqrt() <= 1.5 * (full - reference).square().mean().sqrt()
 
 
 @pytest.mark.parametrize("padding", ["left", "holes", "right"])

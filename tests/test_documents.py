@@ -9,7 +9,7 @@ from torch import Tensor
 
 from midskip import MidskipForCausalLM
 from midskip.model.packing import Layout
-from midskip.testing import naive_forward
+from midskip.testing import reference_forward
 
 Make = Callable[..., MidskipForCausalLM]
 # what each row holds: one document; three, one of one token; pads on both sides; pads within and between documents;
@@ -92,7 +92,7 @@ def test_keeping_some_keeps_their_documents(packed: tuple[Tensor, Tensor, Tensor
 @pytest.mark.parametrize("norms", ["sandwich", "pre"])
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_documents_equal_naive(
+def test_documents_equal_the_reference(
     make_model: Make, packed: tuple[Tensor, Tensor, Tensor], policy: str, skipped_kv: str, norms: str
 ) -> None:
     model = make_model(**POLICIES[policy], skipped_kv=skipped_kv, norms=norms, num_hidden_layers=5)
@@ -166,7 +166,7 @@ def test_documents_in_less_precision(
 ) -> None:
     model = make_model(**POLICIES[policy], skipped_kv=skipped_kv, num_hidden_layers=2)
     ids_BT, mask_BT, position_BT = packed
-    expected_BTV = naive_forward(model, ids_BT, mask_BT, position_ids=position_BT).logits.detach()
+    expected_BTV = reference_forward(model, ids_BT, mask_BT, position_ids=position_BT).logits.detach()
     for mode in (True, False):
         model.to(dtype).train(mode)
         got_BTV = model(ids_BT, attention_mask=mask_BT, position_ids=position_BT).logits

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from midskip import MidskipForCausalLM
 from midskip.budget.calibrate import calibrate
-from midskip.budget.calibration import Calibration, _scored_rows
-from midskip.budget.monitor import SCORED_ROWS, BudgetDriftError, DriftWatch
+from midskip.budget.calibration import Calibration
+from midskip.budget.monitor import SCORED_ROWS, BudgetDriftError, DriftMonitor, _scored_rows
 from midskip.cost import Meter
 from midskip.evaluate import evaluate
 
@@ -42,13 +42,13 @@ class Seen:
 
     def __init__(self, on_drift: str = "keep", factor: float = 2.0, ceiling: int | None = None) -> None:
         self.fallen_back = 0
-        self.watch = DriftWatch(Calibration.from_dict(CURVE), factor, ceiling, on_drift, self.fall_back)
+        self.monitor = DriftMonitor(Calibration.from_dict(CURVE), factor, ceiling, on_drift, self.fall_back)
         self.num_heads = 0
 
     def fall_back(self) -> None:
         self.fallen_back += 1
 
-    def see(self, share: float, loss: float = 2.0, lengths: tuple[int, ...] = (9,)) -> None:
+    def update(self, share: float, loss: float = 2.0, lengths: tuple[int, ...] = (9,)) -> None:
         """Logits of two tokens, the right one of which is less likely by so much."""
 
         def head(h_RD: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Seen:
             return torch.stack((torch.zeros(len(h_RD)), h_RD[:, 0]), 1)
 
         h_ND = torch.full((sum(lengths), 1), math.log(math.expm1(loss)))
-        self.watch.see(list(lengths), share, h_ND, torch.zeros(sum(lengths), dtype=torch.int64), head)
+        self.monitor.update(list(lengths), share, h_ND, torch.zeros(sum(lengths), dtype=torch.int64), head)
 
 
 @pytest.mark.parametrize(
@@ -75,56 +75,56 @@ class Seen:
 def test_drift_is_what_leaves_the_band(share: float, loss: float, message: str) -> None:
     seen = Seen("error")
     if not message:
-        return seen.see(share, loss)
+        return seen.update(share, loss)
     message = rf"live prompts have left the band of the calibration on 'news': .*{message}.*; calibrate on text like"
     for _ in range(2):
         with pytest.raises(BudgetDriftError, match=message):
-            seen.see(share, loss)
-        seen.see(0.5)  # the next block is a new one
+            seen.update(share, loss)
+        seen.update(0.5)  # the next block is a new one
 
 
 def test_keep_warns_once_and_goes_on() -> None:
     seen = Seen("keep")
     with pytest.warns(UserWarning, match=r"expected 0\.380 to 0\.620; the budget stays"):
-        seen.see(0.2)
+        seen.update(0.2)
     before = seen.num_heads
-    seen.see(0.2, 9.0)  # a second warning would be an error
+    seen.update(0.2, 9.0)  # a second warning would be an error
     assert seen.fallen_back == 0 and seen.num_heads == before, "and costs nothing any more"
 
 
 def test_as_trained_warns_once_and_drops_the_budget() -> None:
     seen = Seen("as_trained")
     with pytest.warns(UserWarning, match=r"from now on the gates are those of training, without a budget"):
-        seen.see(0.5, 9.0)
-    seen.see(0.2)
+        seen.update(0.5, 9.0)
+    seen.update(0.2)
     assert seen.fallen_back == 1
 
 
 def test_prompts_are_judged_a_block_at_a_time() -> None:
     seen = Seen("error")
-    seen.see(0.2, lengths=(5,))
-    seen.see(0.2, lengths=(2,))  # 7 tokens, 5 of them scored
+    seen.update(0.2, lengths=(5,))
+    seen.update(0.2, lengths=(2,))  # 7 tokens, 5 of them scored
     with pytest.raises(BudgetDriftError, match=r"0\.200 of the blocks ran on the last 10 tokens"):
-        seen.see(0.2, lengths=(2, 0, 1))
+        seen.update(0.2, lengths=(2, 0, 1))
     with pytest.raises(BudgetDriftError, match=r"the loss of 8 of the last tokens was 5\.000 nats") as error:
-        seen.see(0.5, 14.0, lengths=(2, 2))  # 6 of 2 nats and 2 of 14
+        seen.update(0.5, 14.0, lengths=(2, 2))  # 6 of 2 nats and 2 of 14
     assert "blocks ran" not in str(error.value)
 
 
 def test_steps_of_generation_are_no_prompts() -> None:
     seen = Seen("error")
     for _ in range(99):
-        seen.see(0.0, 99.0, lengths=(1, 1))
-    seen.see(0.5, lengths=(6, 4))
+        seen.update(0.0, 99.0, lengths=(1, 1))
+    seen.update(0.5, lengths=(6, 4))
     for step in range(1, 9):
-        seen.see(0.0, 99.0, lengths=(6 + step, 4 + step))
+        seen.update(0.0, 99.0, lengths=(6 + step, 4 + step))
     with pytest.raises(BudgetDriftError):
-        seen.see(0.0, lengths=(14, 12))
+        seen.update(0.0, lengths=(14, 12))
     # under a ceiling a low share is no drift
     seen = Seen("error", ceiling=2)
-    seen.see(0.0)
+    seen.update(0.0)
     with pytest.raises(BudgetDriftError):
-        seen.see(0.9)
+        seen.update(0.9)
 
 
 def test_ids_that_are_not_known_leave_the_share(calibrated: MidskipForCausalLM) -> None:
@@ -135,14 +135,14 @@ def test_ids_that_are_not_known_leave_the_share(calibrated: MidskipForCausalLM) 
 
 
 @torch.no_grad()
-def test_the_model_shows_its_prompts_to_the_watch(
+def test_the_model_shows_its_prompts_to_the_monitor(
     calibrated: MidskipForCausalLM, ragged: tuple[Tensor, Tensor]
 ) -> None:
     ids_BT, valid_BT = ragged
     calibrated.set_budget(0.65)
     seen: list[tuple[Any, ...]] = []
-    assert calibrated.watch
-    calibrated.watch.see = lambda *arguments: seen.append(arguments)  # pyright: ignore[reportAttributeAccessIssue]
+    assert calibrated.monitor
+    calibrated.monitor.update = lambda *arguments: seen.append(arguments)  # pyright: ignore[reportAttributeAccessIssue]
     output = calibrated(ids_BT, attention_mask=valid_BT, logits_to_keep=1)
     (lengths, share, h_ND, ids_N, head), *more = seen
     assert not more and lengths == valid_BT.sum(1).tolist()
@@ -152,7 +152,7 @@ def test_the_model_shows_its_prompts_to_the_watch(
     torch.testing.assert_close(head(h_ND), full, rtol=0, atol=1e-12)
     seen.clear()
     evaluate(calibrated, [{"input_ids": ids_BT[0], "labels": ids_BT[0]}])
-    assert seen == [] and calibrated.watch is not None, "measuring is not live"
+    assert seen == [] and calibrated.monitor is not None, "measuring is not live"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A policy under an effort: against its equations, the plain twin and the dense model; and what may not be set."""
+"""A policy under an effort: against its equations, the reference and the dense model; and what may not be set."""
 
 from collections.abc import Callable
 from itertools import product
@@ -14,7 +14,7 @@ from midskip.model.packing import Layout
 from midskip.policies import Decision, Policy
 from midskip.policies.dense import Dense
 from midskip.policies.middle_out import MiddleOut
-from midskip.testing import check_policy, naive_forward
+from midskip.testing import check_policy, reference_forward
 from midskip.testing.effort import effort
 
 Make = Callable[..., MidskipForCausalLM]
@@ -76,7 +76,7 @@ def test_factor_0_is_the_dense_model(
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("num_layers", [4, 5])
 @pytest.mark.parametrize(("factor", "ceiling"), [(0.4, None), (2.5, None), (1.0, 2), (0.4, 3), (0.0, 2)])
-def test_packed_is_naive_under_an_effort(
+def test_packed_is_reference_under_an_effort(
     make_model: Make,
     ragged: tuple[Tensor, Tensor],
     num_layers: int,
@@ -89,9 +89,14 @@ def test_packed_is_naive_under_an_effort(
     with effort(model.model.policy, factor, ceiling):
         got = outputs(model, *ragged)
         with torch.no_grad():
-            naive = naive_forward(model, ragged[0], ragged[1], labels=ragged[0])
-    expected = {"loss": naive.loss, "logits": naive.logits, "gates": naive.gates, "hidden": naive.hidden_states}
-    expected["depth_scores"] = naive.depth_scores.clamp(max=1)
+            reference = reference_forward(model, ragged[0], ragged[1], labels=ragged[0])
+    expected = {
+        "loss": reference.loss,
+        "logits": reference.logits,
+        "gates": reference.gates,
+        "hidden": reference.hidden_states,
+    }
+    expected["depth_scores"] = reference.depth_scores.clamp(max=1)
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-12, msg=name)
     assert not torch.equal(got["gates"], as_trained["gates"]), "the effort did something"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from midskip import MidskipForCausalLM
-from midskip.testing import naive_forward
+from midskip.testing import reference_forward
 
 GATES = ("kept", "open", "mixed", "one", "late", "gone")
 FIXED = "midskip.policies.controls:FixedDepths"
@@ -49,28 +49,28 @@ def gradients(model: MidskipForCausalLM, found: dict[str, Tensor]) -> dict[str, 
 def check_equal(
     model: MidskipForCausalLM, ids_BT: Tensor, mask_BT: Tensor, position_BT: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Packed in training = naive, with gradients; packed in evaluation = naive."""
+    """Packed in training = reference, with gradients; packed in evaluation = reference."""
     labels_BT = torch.where(torch.arange(ids_BT.shape[1]) % 4 == 2, -100, ids_BT)
-    naive = outputs(naive_forward(model, ids_BT, mask_BT, labels_BT, position_BT))
-    naive_gradients = gradients(model, naive)
+    reference = outputs(reference_forward(model, ids_BT, mask_BT, labels_BT, position_BT))
+    reference_gradients = gradients(model, reference)
     model.train()
     given = {"attention_mask": mask_BT, "position_ids": position_BT, "labels": labels_BT}
     packed = outputs(model(ids_BT, **given, output_hidden_states=True))
     packed_gradients = gradients(model, packed)
-    assert packed.keys() == naive.keys()
+    assert packed.keys() == reference.keys()
     for name in packed:
-        same(packed[name], naive[name], name)
+        same(packed[name], reference[name], name)
     found = {}
     for name, got in packed_gradients.items():
         assert got is not None, f"{name} has no gradient"
-        expected = naive_gradients[name]
+        expected = reference_gradients[name]
         same(got, torch.zeros_like(got) if expected is None else expected, f"gradient of {name}")
         found[name] = got
     model.eval()
     with torch.no_grad():
         quick = model(ids_BT, **given)
     for name in ("loss", "logits", "gates"):
-        same(getattr(quick, name), naive[name].detach(), f"{name} in evaluation")
+        same(getattr(quick, name), reference[name].detach(), f"{name} in evaluation")
     return packed, found
 
 
@@ -85,7 +85,7 @@ def norm(found: dict[str, Tensor], *parts: str) -> float:
 @pytest.mark.parametrize("norms", ["sandwich", "pre"])
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("gates", GATES)
-def test_middle_out_equals_naive(
+def test_middle_out_equals_the_reference(
     make_model: Callable[..., MidskipForCausalLM], ragged: tuple[Tensor, Tensor],
     gates: str, skipped_kv: str, norms: str, num_layers: int,
 ) -> None:  # fmt: skip
@@ -123,7 +123,7 @@ def test_middle_out_equals_naive(
 @pytest.mark.parametrize("skip_share", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("num_layers", [4, 5])
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
-def test_fixed_depths_equal_naive(
+def test_fixed_depths_equal_the_reference(
     make_model: Callable[..., MidskipForCausalLM], ragged: tuple[Tensor, Tensor],
     skipped_kv: str, num_layers: int, skip_share: float, fractional: bool,
 ) -> None:  # fmt: skip
@@ -138,13 +138,15 @@ def test_fixed_depths_equal_naive(
 
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("length", [1, 7, 63])
-def test_odd_sizes_equal_naive(make_model: Callable[..., MidskipForCausalLM], skipped_kv: str, length: int) -> None:
+def test_odd_sizes_equal_the_reference(
+    make_model: Callable[..., MidskipForCausalLM], skipped_kv: str, length: int
+) -> None:
     model = make_model(skipped_kv=skipped_kv, num_hidden_layers=3, tie_word_embeddings=True, num_key_value_heads=1)
     ids_BT = torch.randint(31, (1, length))
     check_equal(model, ids_BT, torch.ones_like(ids_BT))
 
 
-def test_llama3_rope_and_wide_heads_equal_naive(
+def test_llama3_rope_and_wide_heads_equal_the_reference(
     make_model: Callable[..., MidskipForCausalLM], ragged: tuple[Tensor, Tensor]
 ) -> None:
     rope = {
@@ -161,7 +163,7 @@ def test_gate_dtype_does_not_round_the_keys(make_model: Callable[..., MidskipFor
     # FixedDepths draws float32 gates; their logarithm must be as exact as the rest
     model = make_model(policy=FIXED, policy_settings={"skip_share": 0.0, "fractional": True})
     ids_BT = torch.randint(31, (2, 8))
-    same(model(ids_BT).logits, naive_forward(model, ids_BT).logits, "logits")
+    same(model(ids_BT).logits, reference_forward(model, ids_BT).logits, "logits")
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -298,7 +298,7 @@ class LooksBack(MiddleOut):
     looks_back = True
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
-        before_ND = torch.where(layout.rank_N[:, None] > 0, h_ND.roll(1, 0), 0)
+        before_ND = torch.where(layout.index_in_sequence_N[:, None] > 0, h_ND.roll(1, 0), 0)
         return super().decide(layer, h_ND + before_ND, state, layout)
 
 

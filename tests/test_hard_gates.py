@@ -176,7 +176,7 @@ def test_a_model_in_training_learns_what_is_hard(make_model: Make) -> None:
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("gates", ["kept", "mixed", "late", "gone"])
 @pytest.mark.parametrize("scores", SCORES)
-def test_packed_is_naive(
+def test_packed_is_reference(
     make_model: Make,
     ragged: tuple[Tensor, Tensor],
     scores: str,
@@ -199,7 +199,7 @@ def test_packed_is_naive(
 
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("factor", [0.0, 0.4, 2.5])
-def test_training_under_a_budget_is_naive_too(
+def test_training_under_a_budget_is_reference_too(
     make_model: Make, ragged: tuple[Tensor, Tensor], factor: float, scores: str
 ) -> None:
     model = make_model("mixed", num_hidden_layers=5, policy_settings={"gates": "hard", "scores": scores})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from midskip import MidskipConfig, MidskipForCausalLM, MidskipModel
-from midskip.testing import naive_forward
+from midskip.testing import reference_forward
 
 Make = Callable[..., MidskipForCausalLM]
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -46,7 +46,7 @@ def test_grouped_heads(make_model: Make, skipped_kv: str, heads: int, key_heads:
         num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=head_dim, skipped_kv=skipped_kv
     )
     ids_BT = prompt(2, 7)
-    torch.testing.assert_close(model(ids_BT).logits, naive_forward(model, ids_BT).logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(ids_BT).logits, reference_forward(model, ids_BT).logits, rtol=1e-10, atol=1e-10)
     width = model.config.head_dim
     assert model.model.layers[0].self_attn.k_proj.weight.shape == (key_heads * width, 16)
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (heads * width, 16)
@@ -344,9 +344,9 @@ def test_loads_as_bfloat16(make_model: Make, tmp_path: Path) -> None:
 
 def test_rotary_angles_are_never_rounded(make_model: Make) -> None:
     model = make_model(dtype=torch.float32, hidden_size=64)
-    exact = model.model.rotary.inverse_wavelength.clone()
+    exact = model.model.rotary.inv_freq.clone()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert torch.equal(model.to(dtype).model.rotary.inverse_wavelength, exact)
+        assert torch.equal(model.to(dtype).model.rotary.inv_freq, exact)
 
 
 def test_start_of_the_weights(tiny: Callable[..., MidskipConfig]) -> None:

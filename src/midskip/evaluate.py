@@ -44,15 +44,15 @@ def joined_ranks() -> Iterator[int]:
 
 @contextmanager
 def effort_kept(model: MidskipForCausalLM) -> Iterator[None]:
-    """What is run within is not live: no watch sees it, and afterwards the effort is that of before."""
+    """What is run within is not live: no monitor sees it, and afterwards the effort is that of before."""
     policy = model.model.policy
-    before, watch = (policy.factor, policy.ceiling), model.watch
-    model.watch = None
+    before, monitor = (policy.factor, policy.ceiling), model.monitor
+    model.monitor = None
     try:
         yield
     finally:
         policy.set_effort(*before)
-        model.watch = watch
+        model.monitor = monitor
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def evaluate(
     each: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Loss and work on every window, without any regularizer, under the budget in force if there is one. This is no
-    live prompt: a watch over those does not see it.
+    live prompt: a monitor of those does not see it.
 
     Where `torch.distributed` is initialised every rank has to call this, with the same windows: the batches are dealt
     out among the ranks, and each returns the numbers of them all. Weights may be copies or sharded.
@@ -227,7 +227,7 @@ def depth_of_tokens(
     positions: Sequence[int] | None = None,
 ) -> list[TokenDepth]:
     """Text, blocks run, gates and loss (of predicting it, in nats) of every token of one sequence, or of the documents
-    that `positions` tell apart. A watch over live prompts does not see it."""
+    that `positions` tell apart. A monitor of live prompts does not see it."""
     ids_1T = torch.tensor([list(ids)], device=model.device)
     position_1T = None if positions is None else torch.tensor([list(positions)], device=model.device)
     with effort_kept(model):

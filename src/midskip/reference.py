@@ -1,4 +1,4 @@
-"""The plain twin: the model's equations on full rectangles, gates multiplied in, nothing skipped. It is the truth.
+"""The reference implementation: the model's equations on full rectangles, gates multiplied in, nothing skipped.
 
 One row at a time: T valid tokens, D width, H query heads, G key heads, K head width, V vocabulary, L layers.
 """
@@ -20,7 +20,7 @@ from midskip.policies.middle_out import LARGEST_EXPONENT, MiddleOut
 
 
 @dataclass
-class NaiveOutput:
+class ReferenceOutput:
     """The fields of the model's own output, 0 at pads."""
 
     loss: Tensor | None
@@ -30,10 +30,10 @@ class NaiveOutput:
     hidden_states: Tensor  # [L + 1, B, T, D], the last one after the last norm
 
 
-def naive_forward(
+def reference_forward(
     model: MidskipForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
     position_ids: Tensor | None = None,
-) -> NaiveOutput:  # fmt: skip
+) -> ReferenceOutput:  # fmt: skip
     """The results of `model(input_ids, attention_mask, position_ids, labels=labels)` and its gradients, the slow way.
 
     The policy `middle_out` is written out here again; any other is asked through `decide`, one document at a time.
@@ -67,17 +67,17 @@ def naive_forward(
                     row = run.logits[int((columns == here).nonzero())]
                     losses.append(torch.logsumexp(row, 0) - row[labels[b, after]])
     loss = None if labels is None else (torch.stack(losses).mean() if losses else logits.sum() * 0)
-    return NaiveOutput(loss, logits, gates, torch.stack(scores).sum(0) if scores else None, hidden)
+    return ReferenceOutput(loss, logits, gates, torch.stack(scores).sum(0) if scores else None, hidden)
 
 
-def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> NaiveOutput:
+def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> ReferenceOutput:
     config, body = model.config, model.model
     x_TD = body.embed_tokens.weight[ids_T]
     if isinstance(body.embed_layernorm, RMSNorm):
         x_TD = _rms_norm(x_TD, body.embed_layernorm)
     turn_TK = torch.polar(
         torch.ones(len(ids_T), config.head_dim // 2, dtype=x_TD.dtype),
-        position_T[:, None].to(x_TD.dtype) * body.rotary.inverse_wavelength.to(x_TD.dtype),
+        position_T[:, None].to(x_TD.dtype) * body.rotary.inv_freq.to(x_TD.dtype),
     )
     documents = _documents(position_T)
     sees_TT = torch.zeros(len(ids_T), len(ids_T), dtype=torch.bool)
@@ -111,7 +111,7 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Na
     hidden[-1] = _rms_norm(x_TD, body.norm)
     logits_TV = hidden[-1] @ model.lm_head.weight.T
     depth_scores = torch.stack(scores) if scores else None
-    return NaiveOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden))
+    return ReferenceOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden))
 
 
 def _documents(position_T: Tensor) -> list[list[int]]:

@@ -20,7 +20,7 @@ def to_json(values: Any) -> str:
     return re.sub(lists, lambda numbers: "[" + " ".join(numbers[0].strip("[]").split()) + "]", text)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file that others see whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")

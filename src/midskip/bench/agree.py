@@ -1,12 +1,12 @@
-"""Nothing is timed whose results are wrong: every side is held to the plain twin first, and so is Llama.
+"""Nothing is timed whose results are wrong: every side is held to the reference implementation first, and so is Llama.
 
-Each of our sides is compared twice. Its float64 copy with `naive_forward`: there a wrong gate, key or position has
-nowhere to hide. Then the model as it is timed, in its own dtype on its own device, with the same float64 truth, up to
-what rounding does. Both without a cache, with one (a prefix, then steps in which it grows), and where training is
-timed, in the loss and every gradient (float64). Llama is held to the truth of our model with its weights and norms,
+Each of our sides is compared twice. Its float64 copy with `reference_forward`: there a wrong gate, key or position has
+nowhere to hide. Then the model as it is timed, in its own dtype on its own device, with the same float64 reference, up
+to what rounding does. Both without a cache, with one (a prefix, then steps in which it grows), and where training is
+timed, in the loss and every gradient (float64). Llama is held to the reference of our model with its weights and norms,
 nothing skipped.
 
-The bound on rounding is derived and not tuned. How strongly this model passes errors on is measured: the truth is
+The bound on rounding is derived and not tuned. How strongly this model passes errors on is measured: the reference is
 taken again with every weight moved at random by a share of itself, which is one rounding of every product. A result
 goes through about 16 roundings a layer (norms, products, turn, gates, sums), and if a product is summed in its own
 dtype (half precision is summed in float32), through one for each term; independent errors add up by squares (Higham and
@@ -35,7 +35,7 @@ from midskip.bench.models import Side, llama_with_our_equations, placed, positio
 from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS, CHECKED_STEPS
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
-from midskip.testing import NaiveOutput, naive_forward
+from midskip.testing import ReferenceOutput, reference_forward
 
 ROUNDINGS = 16  # a layer
 MOVED = 2.0**-26  # small enough for float64 to be linear, large enough to be seen
@@ -61,7 +61,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class _Truth:
+class _Reference:
     """What is right, in float64: logits [B, T, V], gates and depth scores [L, B, T] (1 - gate where a policy has none);
     and how strongly errors are passed on to logits and to depth scores."""
 
@@ -87,7 +87,7 @@ def bound(dtype: torch.dtype, config: MidskipConfig, condition: float) -> float:
 
 @torch.no_grad()
 def check_ours(side: Side, ids_BT: Tensor, gradients: bool = False) -> list[Agreement]:
-    """Hold one of our sides to the plain twin, on some tokens.
+    """Hold one of our sides to the reference implementation, on some tokens.
 
     Raises:
         DisagreementError: they differ by more than rounding.
@@ -100,24 +100,24 @@ def check_ours(side: Side, ids_BT: Tensor, gradients: bool = False) -> list[Agre
     ]
     packed = _gradients(exact.model, lambda: exact.call(ids_cpu_BT, labels=ids_cpu_BT).loss) if gradients else {}
     position_BT = positions(ids_cpu_BT, side.stretch) if side.stretch else None
-    truth, naive, moved = _truth(exact.model, ids_cpu_BT, position_BT, gradients)
-    found = [_compare(one, what, got, truth) for one, what, got in results]
+    reference, expected, moved = _reference(exact.model, ids_cpu_BT, position_BT, gradients)
+    found = [_compare(one, what, got, reference) for one, what, got in results]
     if gradients:
-        found.append(_compare_gradients(exact, packed, naive, moved, ids_BT.numel()))
+        found.append(_compare_gradients(exact, packed, expected, moved, ids_BT.numel()))
     return found
 
 
 @torch.no_grad()
 def check_llama(side: Side, config: MidskipConfig, ids_BT: Tensor) -> list[Agreement]:
-    """Hold Llama, and ours with Llama's weights and norms, to the plain twin of that.
+    """Hold Llama, and ours with Llama's weights and norms, to the reference implementation of that.
 
     Raises:
         DisagreementError: they differ by more than rounding.
     """
     ids_BT = ids_BT[:CHECKED_ROWS, :CHECKED_COLUMNS]
     ours = Side("ours with Llama's weights", llama_with_our_equations(side.model, config))
-    truth, *_ = _truth(_exact(ours.model), ids_BT.cpu(), None, gradients=False)
-    return [_compare(one, what, run(one, ids_BT), truth) for one in (side, ours) for what, run in RUNS.items()]
+    reference, *_ = _reference(_exact(ours.model), ids_BT.cpu(), None, gradients=False)
+    return [_compare(one, what, run(one, ids_BT), reference) for one in (side, ours) for what, run in RUNS.items()]
 
 
 def _exact(model: MidskipForCausalLM) -> MidskipForCausalLM:
@@ -147,31 +147,31 @@ RUNS: dict[str, Callable[[Side, Tensor], tuple[Tensor, Tensor | None]]] = {"whol
 Gradients = dict[str, Tensor]
 
 
-def _truth(
+def _reference(
     exact: MidskipForCausalLM, ids_BT: Tensor, position_BT: Tensor | None, gradients: bool
-) -> tuple[_Truth, Gradients, Gradients]:
+) -> tuple[_Reference, Gradients, Gradients]:
     """What is right, with its gradients, and the gradients of the model with its weights moved, as it is afterwards."""
 
     def loss() -> Tensor | None:
-        return naive_forward(exact, ids_BT, labels=ids_BT, position_ids=position_BT).loss
+        return reference_forward(exact, ids_BT, labels=ids_BT, position_ids=position_BT).loss
 
-    right = naive_forward(exact, ids_BT, position_ids=position_BT)
-    naive = _gradients(exact, loss) if gradients else {}
+    right = reference_forward(exact, ids_BT, position_ids=position_BT)
+    expected = _gradients(exact, loss) if gradients else {}
     generator = torch.Generator().manual_seed(0)
     for parameter in exact.parameters():
         share = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.mul_(1 + MOVED * (2 * share - 1))
-    away = naive_forward(exact, ids_BT, position_ids=position_BT)
+    away = reference_forward(exact, ids_BT, position_ids=position_BT)
     depth_scores_LBT, same_BT = _depth_scores(right), _before_a_flip(away.gates, right.gates)
     change, _ = _largest(away.logits, right.logits, same_BT)
     depth_change_LBT = (_depth_scores(away) - depth_scores_LBT).abs() / depth_scores_LBT.clamp(min=1)
     depth_change = depth_change_LBT[:, same_BT].max().item() if same_BT.any() else math.inf
     moved = _gradients(exact, loss) if gradients else {}
     conditions = change / MOVED, depth_change / MOVED
-    return _Truth(right.logits, right.gates, depth_scores_LBT, *conditions, exact.config), naive, moved
+    return _Reference(right.logits, right.gates, depth_scores_LBT, *conditions, exact.config), expected, moved
 
 
-def _depth_scores(output: NaiveOutput) -> Tensor:
+def _depth_scores(output: ReferenceOutput) -> Tensor:
     """[L, B, T], of the mirrored layers too."""
     if output.depth_scores is None:
         return 1 - output.gates
@@ -185,13 +185,13 @@ def _before_a_flip(gates_LBT: Tensor, true_gates_LBT: Tensor) -> Tensor:
     return ((gates_LBT > 0) == (true_gates_LBT > 0)).all(0).long().cummin(1).values.bool()
 
 
-def _largest_flip(gates_LBT: Tensor, truth: _Truth) -> float:
+def _largest_flip(gates_LBT: Tensor, reference: _Reference) -> float:
     """How far a token is from where it leaves or comes back, at most, whose gate is on the wrong side of 0. A gate that
     another such gate has moved, of the same token or an earlier one in a layer before, is not looked at."""
-    flips_LBT = (gates_LBT > 0) != (truth.gates > 0)
+    flips_LBT = (gates_LBT > 0) != (reference.gates > 0)
     seen_LBT = flips_LBT.long().cummax(2).values
     first_LBT = flips_LBT & (seen_LBT.cumsum(0) == seen_LBT)
-    far_LBT = (gates_LBT - truth.gates).abs().maximum((truth.depth_scores - 1).abs())
+    far_LBT = (gates_LBT - reference.gates).abs().maximum((reference.depth_scores - 1).abs())
     return far_LBT[first_LBT].max().item() if first_LBT.any() else 0.0
 
 
@@ -203,17 +203,17 @@ def _largest(got_BTV: Tensor, expected_BTV: Tensor, compared_BT: Tensor | None =
     return (difference_BT.max().item() if difference_BT.numel() else math.inf), difference_BT.numel()
 
 
-def _compare(side: Side, what: str, got: tuple[Tensor, Tensor | None], truth: _Truth) -> Agreement:
+def _compare(side: Side, what: str, got: tuple[Tensor, Tensor | None], reference: _Reference) -> Agreement:
     logits_BTV, gates_LBT = got
     dtype, compared_BT = logits_BTV.dtype, None
     if gates_LBT is not None and dtype != torch.float64:  # there nothing rounds over
         gates_LBT = gates_LBT.cpu().double()
-        far, allowed = _largest_flip(gates_LBT, truth), bound(dtype, truth.config, truth.depth_condition)
+        far, allowed = _largest_flip(gates_LBT, reference), bound(dtype, reference.config, reference.depth_condition)
         found = f"a token is present or not that is {far:.2e} away from where that changes"
         _demand(side, what, dtype, found, far, allowed)
-        compared_BT = _before_a_flip(gates_LBT, truth.gates)
-    largest, num_tokens = _largest(logits_BTV, truth.logits, compared_BT)
-    allowed = bound(dtype, truth.config, truth.condition)
+        compared_BT = _before_a_flip(gates_LBT, reference.gates)
+    largest, num_tokens = _largest(logits_BTV, reference.logits, compared_BT)
+    allowed = bound(dtype, reference.config, reference.condition)
     _demand(side, what, dtype, f"its logits differ by {largest:.2e} of their size", largest, allowed)
     return Agreement(side.name, what, _name(dtype), largest, allowed, num_tokens)
 
@@ -234,12 +234,14 @@ def _gradients(model: MidskipForCausalLM, loss: Callable[[], Tensor | None]) -> 
     return gradients
 
 
-def _compare_gradients(side: Side, packed: Gradients, naive: Gradients, moved: Gradients, num_tokens: int) -> Agreement:
+def _compare_gradients(
+    side: Side, packed: Gradients, expected: Gradients, moved: Gradients, num_tokens: int
+) -> Agreement:
     """The comparison that comes closest to its bound."""
     found = []
-    for name, expected in naive.items():
-        norm = expected.norm().item() or 1.0
-        difference, change = ((got[name] - expected).norm().item() / norm for got in (packed, moved))
+    for name, right in expected.items():
+        norm = right.norm().item() or 1.0
+        difference, change = ((got[name] - right).norm().item() / norm for got in (packed, moved))
         # a gradient goes back through the roundings of results that went through as many
         allowed = 2**0.5 * bound(torch.float64, side.model.config, change / MOVED)
         what = f"its gradient of {name} differs by {difference:.2e} of its size"

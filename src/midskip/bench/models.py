@@ -158,5 +158,5 @@ def llama_with_our_equations(llama: LlamaForCausalLM, config: MidskipConfig) -> 
         for name, tensor in llama.state_dict().items()
     }
     ours.load_state_dict(weights, assign=True)
-    ours.model.rotary.inverse_wavelength = ours.model.rotary.compute().to(llama.device)
+    ours.model.rotary.inv_freq = ours.model.rotary.compute().to(llama.device)
     return ours.eval()

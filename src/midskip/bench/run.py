@@ -56,8 +56,8 @@ def bench(settings: BenchSettings, output: str | Path = "runs/bench", console: C
     """Time models whose tokens skip an imposed share of layers against transformers' Llama of the same shape.
 
     Returns:
-        what `bench.json` holds: machine, settings, agreement (each comparison with the plain twin), energy (counters,
-        or why there are none), and a row for each side of each case.
+        what `bench.json` holds: machine, settings, agreement (each comparison with the reference implementation),
+        energy (counters, or why there are none), and a row for each side of each case.
 
     Raises:
         ValueError: the output cannot be written, or the models do not fit in memory.
@@ -78,7 +78,7 @@ def bench_run(
 ) -> dict[str, Any]:  # fmt: skip
     """The same with the learned gates of a trained model, on text: against the model with nothing skipped, and Llama.
 
-    Under a budget or a ceiling (`set_budget`) the model is timed as it then runs, without the watch over live prompts,
+    Under a budget or a ceiling (`set_budget`) the model is timed as it then runs, without the monitor of prompts,
     and `effort` in what is returned says which.
 
     Args:
@@ -132,7 +132,7 @@ def _trained_groups(settings: BenchSettings, model: MidskipForCausalLM) -> Itera
     for name in settings.dtypes:
         dtype = getattr(torch, name)
         trained = placed(copy.deepcopy(model), dtype, settings.device)
-        trained.watch = None  # a benchmark is no live use
+        trained.monitor = None  # a benchmark is no live use
         twin = with_policy(trained, "dense", {})
         ours = [Side("dense twin", twin), Side("trained", trained)]
         yield _Group(name, "learned", twin.config, _llamas(settings, twin.config, dtype), ours)

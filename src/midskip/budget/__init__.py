@@ -1,1 +1,1 @@
-"""How much may be computed at run time: what a budget costs, measured, and a watch over live prompts."""
+"""How much may be computed at run time: what a budget costs, measured, and a monitor of live prompts."""

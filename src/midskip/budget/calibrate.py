@@ -19,7 +19,7 @@ from midskip.budget.calibration import Calibration, calibration_in
 from midskip.data import TokenWindows
 from midskip.evaluate import effort_kept, evaluate
 from midskip.model.modeling import MidskipForCausalLM
-from midskip.runs import write_whole
+from midskip.runs import write_atomically
 
 GAP = 0.05  # the most that the shares of two neighbouring points should differ by
 CLOSE = 0.01  # factors that differ by no more than this part of them are not told apart
@@ -98,7 +98,7 @@ def save_calibration(folder: str | Path, calibration: Calibration) -> None:
     """Writes the calibration into the config.json of a folder, in which nothing else changes; whole or not at all."""
     file = Path(folder, "config.json")
     values = json.loads(file.read_text(encoding="utf-8")) | {"calibration": calibration.to_dict()}
-    write_whole(file, json.dumps(values, indent=2) + "\n")
+    write_atomically(file, json.dumps(values, indent=2) + "\n")
 
 
 def thinned(windows: TokenWindows, max_tokens: int) -> Windows:

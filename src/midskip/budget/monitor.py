@@ -1,4 +1,4 @@
-"""A watch over live prompts: do they cost and say what the calibration of a budget expects?
+"""A monitor of live prompts: do they cost and say what the calibration of a budget expects?
 
 N packed tokens, D width, R of the tokens, V vocabulary.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from midskip.budget.calibration import Calibration
 
 ON_DRIFT = ("keep", "as_trained", "error")
-SCORED_ROWS = 64  # the most tokens of a pass whose loss the watch works out
+SCORED_ROWS = 64  # the most tokens of a pass whose loss the monitor works out
 
 
 class BudgetDriftError(RuntimeError):
@@ -30,10 +30,10 @@ def check_on_drift(on_drift: str, budget: float | None) -> None:
     if on_drift not in ON_DRIFT:
         raise ValueError(f"on_drift is {on_drift!r}; expected one of {', '.join(map(repr, ON_DRIFT))}")
     if budget is None and on_drift != "keep":
-        raise ValueError(f"on_drift is {on_drift!r} and there is no budget whose drift to watch: give a budget too")
+        raise ValueError(f"on_drift is {on_drift!r} and there is no budget whose drift to monitor: give a budget too")
 
 
-class DriftWatch:
+class DriftMonitor:
     """Compares live prompts with the calibration, `block_tokens` of them at a time, and acts when they leave its band.
 
     The model shows it passes without a cache or into an empty one: what comes later are tokens generated, or proposed
@@ -66,7 +66,7 @@ class DriftWatch:
         self._ran, self._nats = 0.0, torch.zeros(())
 
     @torch.no_grad()
-    def see(
+    def update(
         self, lengths: list[int], share: float, h_ND: Tensor, ids_N: Tensor | None, head: Callable[[Tensor], Tensor]
     ) -> None:
         """Look at a pass. One in which no sequence has two tokens is a step of generation and not looked at; so is

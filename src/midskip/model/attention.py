@@ -143,7 +143,7 @@ def attend_past(q_NHK: Tensor, queries: Layout, past: LayerCache) -> Tensor:
     if _alone_is_cheaper(q_NHK.device):
         return torch.cat(_attend_past_each(q_NHK, column_N, queries, past))
     # one launch for all, with queries in the places of those that do not ask
-    place_N = queries.sequence_N * max(queries.lengths) + queries.rank_N
+    place_N = queries.sequence_N * max(queries.lengths) + queries.index_in_sequence_N
     shape = queries.batch_size, max(queries.lengths)
     q_BTHK = q_NHK.new_zeros(shape[0] * shape[1], *q_NHK.shape[1:]).index_copy_(0, place_N, q_NHK).unflatten(0, shape)
     column_BT = None

@@ -139,7 +139,7 @@ class LayerCache:
         if self._length_B is None:  # zeros need no copy from the host, for which a GPU is waited
             zeros_B = row_M.new_zeros(len(before))
             self._length_B = torch.tensor(before, device=row_M.device) if any(before) else zeros_B
-        slot_M = row_M * self.columns.shape[1] + self._length_B.index_select(0, row_M) + new.rank_N
+        slot_M = row_M * self.columns.shape[1] + self._length_B.index_select(0, row_M) + new.index_in_sequence_N
         self._length_B = self._length_B.index_add(0, row_M, torch.ones_like(row_M))
         return slot_M
 

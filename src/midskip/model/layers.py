@@ -55,7 +55,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, width: int, rope: dict):
         super().__init__()
         self.width, self.rope = width, rope
-        self.inverse_wavelength = nn.Buffer(self.compute(), persistent=False)
+        self.inv_freq = nn.Buffer(self.compute(), persistent=False)
 
     def compute(self) -> Tensor:
         """float32 [K/2], radians a position."""
@@ -70,13 +70,13 @@ class RotaryEmbedding(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self.inverse_wavelength = self.compute().to(self.inverse_wavelength.device)  # never rounded to half precision
+        self.inv_freq = self.compute().to(self.inv_freq.device)  # never rounded to half precision
         return self
 
     def forward(self, position_N: Tensor, dtype: torch.dtype) -> Rotary:
         """Cosines [N, 1, K], one for each feature, and sines [N, 1, K/2], one for each pair."""
         wide = torch.promote_types(dtype, torch.float32)
-        angle = position_N.to(wide)[:, None, None] * self.inverse_wavelength.to(wide)
+        angle = position_N.to(wide)[:, None, None] * self.inv_freq.to(wide)
         return angle.cos().to(dtype).repeat(1, 1, 2), angle.sin().to(dtype)
 
 

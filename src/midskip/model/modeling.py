@@ -17,7 +17,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from midskip.budget.calibration import calibration_in
-from midskip.budget.monitor import DriftWatch, check_on_drift
+from midskip.budget.monitor import DriftMonitor, check_on_drift
 from midskip.model.cache import SkipCache, unchanged_if_broken_off
 from midskip.model.config import MidskipConfig
 from midskip.model.generation import CachedGeneration
@@ -47,7 +47,7 @@ class MidskipPreTrainedModel(PreTrainedModel):
         if isinstance(module, Policy):
             module.reset_parameters(initialization)
         elif isinstance(module, RotaryEmbedding):
-            initialization.copy_(module.inverse_wavelength, module.compute())
+            initialization.copy_(module.inv_freq, module.compute())
         else:
             super()._init_weights(module)
 
@@ -198,7 +198,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         super().__init__(config)
         self.model = MidskipModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.watch: DriftWatch | None = None  # of the budget in force
+        self.monitor: DriftMonitor | None = None  # of the budget in force
         self._warned_of_range = False
         self.post_init()
 
@@ -214,8 +214,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
                 with a warning, once.
             ceiling: the most blocks that one token may run, 1 to L, for a latency that is known beforehand.
             on_drift: what to do when the share or the loss on live prompts leaves the band of the calibration (see
-                `DriftWatch`): `"keep"`: warn once; `"as_trained"`: warn once, and drop budget and ceiling both from the
-                next pass on; `"error"`: raise `BudgetDriftError`.
+                `DriftMonitor`): `"keep"`: warn once; `"as_trained"`: warn once, and drop budget and ceiling both from
+                the next pass on; `"error"`: raise `BudgetDriftError`.
 
         Raises:
             ValueError: a value out of range, a budget without calibration, or a policy that has no budget.
@@ -224,12 +224,12 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         check_on_drift(on_drift, budget)
         if budget is None:
             policy.set_effort(1.0, ceiling)
-            self.watch = None
+            self.monitor = None
             return
         calibration = calibration_in(self.config.calibration, policy.adjustable)
         factor = calibration.factor_for(budget)
         policy.set_effort(factor, ceiling)
-        self.watch = DriftWatch(calibration, factor, ceiling, on_drift, policy.set_effort)
+        self.monitor = DriftMonitor(calibration, factor, ceiling, on_drift, policy.set_effort)
         if budget < calibration.share[-1] and not self._warned_of_range:
             self._warned_of_range = True
             lowest = f"{calibration.share[-1]:.3f}"
@@ -273,9 +273,9 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
                 input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
             )
             layout = packed.layout
-            if self.watch is not None and not (self.training or layout.first_column):
+            if self.monitor is not None and not (self.training or layout.first_column):
                 ids_N = None if input_ids is None else layout.pack(input_ids)
-                self.watch.see(layout.lengths, packed.executed_share, packed.h_ND, ids_N, self.lm_head)
+                self.monitor.update(layout.lengths, packed.executed_share, packed.h_ND, ids_N, self.lm_head)
             if labels is not None:
                 logits, loss = self._logits_and_loss(packed, labels, logits_to_keep, num_items_in_batch)
             else:

@@ -95,7 +95,7 @@ class Layout:
         return (self.column_N % self.num_columns + self.first_column).int()
 
     @cached_property
-    def rank_N(self) -> Tensor:
+    def index_in_sequence_N(self) -> Tensor:
         """int64 [N], tokens of its sequence in this layout that stand before each token."""
         if max(self.lengths, default=0) <= 1:
             return torch.zeros_like(self.column_N)
@@ -110,7 +110,7 @@ class Layout:
         assert self.token_N is not None, "the model was given no ids"
         before_N = torch.nn.functional.pad(self.token_N[:-1], (1, 0), value=-1)
         first_N = -1 if self.past_token_B is None else self.past_token_B.index_select(0, self.sequence_N)
-        return torch.where(self.rank_N == 0, first_N, before_N)
+        return torch.where(self.index_in_sequence_N == 0, first_N, before_N)
 
     @property
     def is_even(self) -> bool:

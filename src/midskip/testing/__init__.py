@@ -1,6 +1,6 @@
 """For tests of midskip and of policies written outside it."""
 
-from midskip.reference import NaiveOutput, naive_forward
+from midskip.reference import ReferenceOutput, reference_forward
 from midskip.testing.contract import check_policy
 
-__all__ = ["NaiveOutput", "check_policy", "naive_forward"]
+__all__ = ["ReferenceOutput", "check_policy", "reference_forward"]

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from midskip.model.config import SKIPPED_KV
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import Decision
-from midskip.reference import naive_forward
+from midskip.reference import reference_forward
 from midskip.testing.decode import in_steps
 from midskip.testing.effort import broken_effort, effort
 from midskip.testing.trial import NUM_COLUMNS, VALID_BT, Trial, by_token, distance_of
@@ -47,11 +47,11 @@ def check_policy(
     - *decode*: a sequence fed in steps, with a cache, gives what it gives at once; not of a policy that `looks_back`,
       which runs without one;
     - *finite gradients*: in training every parameter gets a gradient, and a finite one;
-    - *packed = naive*: the same values and gradients as `naive_forward`, which asks the policy about one sequence at
-      a time and multiplies gates in;
+    - *packed = reference*: the same values and gradients as `reference_forward`, which asks the policy about one
+      sequence at a time and multiplies gates in;
     - *state*: a saved and loaded model gives the same outputs;
     - *budget*, of a policy that is `adjustable`: what `Policy.set_effort` says, and the checks from *no future leak* to
-      *packed = naive* under a factor and a ceiling.
+      *packed = reference* under a factor and a ceiling.
 
     Args:
         policy, settings: as `policy` and `policy_settings` in `MidskipConfig`.
@@ -69,7 +69,7 @@ def check_policy(
                 trial = Trial.make(policy, dict(settings or {}), layers, kv, moved, seed)
                 for check in (
                     _gates, _repeatable, _untouched, _no_future_leak, _batch, _prefix, _decode, _finite,
-                    _packed_is_naive, _state, _budget,
+                    _packed_is_reference, _state, _budget,
                 ):  # fmt: skip
                     check(trial)
 
@@ -236,19 +236,19 @@ def _finite(trial: Trial) -> None:
             raise trial.failed("finite gradients", f"{name} gets a gradient that is not finite in training")
 
 
-def _packed_is_naive(trial: Trial) -> None:
+def _packed_is_reference(trial: Trial) -> None:
     # in evaluation: in training a policy may draw at random
     packed, packed_gradients = _gradients(trial, _packed(trial))
-    naive, naive_gradients = _gradients(
-        trial, lambda ids_BT: naive_forward(trial.model, ids_BT, VALID_BT, labels=ids_BT)
+    reference, reference_gradients = _gradients(
+        trial, lambda ids_BT: reference_forward(trial.model, ids_BT, VALID_BT, labels=ids_BT)
     )
-    trial.same("packed = naive", packed, naive, "the packed pass and the plain one")
-    for name, expected in naive_gradients.items():
+    trial.same("packed = reference", packed, reference, "the packed pass and the plain one")
+    for name, expected in reference_gradients.items():
         got = packed_gradients[name]
         got, expected = (torch.zeros(()) if x is None else x for x in (got, expected))
         if distance := distance_of(got, expected):
             raise trial.failed(
-                "packed = naive",
+                "packed = reference",
                 f"the gradients of {name} in the packed pass and in the plain one differ by {distance}",
             )
 
@@ -262,7 +262,7 @@ def _budget(trial: Trial) -> None:
     for factor, ceiling in ((3.0, None), (0.5, max(1, policy.num_layers - 2))):
         limited = replace(trial, where=f"{trial.where}, factor {factor}, ceiling {ceiling}")
         with effort(policy, factor, ceiling):
-            for check in (_no_future_leak, _batch, _prefix, _decode, _packed_is_naive):
+            for check in (_no_future_leak, _batch, _prefix, _decode, _packed_is_reference):
                 check(limited)
 
 

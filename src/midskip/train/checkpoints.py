@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from midskip.runs import write_whole
+from midskip.runs import write_atomically
 
 MARKER_FILE = "complete.json"  # in a checkpoint: written last, {"step", "files": {name: bytes}}
 REGULARIZER_FILE = "regularizer.json"  # in a checkpoint: the state of the regularizer
@@ -34,7 +34,7 @@ def mark_complete(checkpoint: Path) -> None:
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file() and file.name != MARKER_FILE
     }
-    write_whole(checkpoint / MARKER_FILE, json.dumps({"step": step_of(checkpoint), "files": files}, indent=1))
+    write_atomically(checkpoint / MARKER_FILE, json.dumps({"step": step_of(checkpoint), "files": files}, indent=1))
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -119,5 +119,5 @@ def history_until(path: Path, step: int) -> list[dict[str, Any]]:
             break  # cut short when the run was killed
         if row["step"] <= step:
             rows.append(row)
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

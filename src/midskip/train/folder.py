@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from midskip.data.prepared import Prepared
-from midskip.runs import PAGE_FILE, RECIPE_FILE, write_whole
+from midskip.runs import PAGE_FILE, RECIPE_FILE, write_atomically
 from midskip.train.recipe import Recipe, changes, read_recipe
 from midskip.train.text import TEXT_FOLDER
 
@@ -49,7 +49,7 @@ def begin(
             raise ValueError(f"this run did not begin like that ({'; '.join(changed)}): {OUTDATED}")
     folder.mkdir(parents=True, exist_ok=True)
     recipe.save(folder / RECIPE_FILE)  # first: it makes the folder that of a run
-    write_whole(folder / START_FILE, json.dumps(start, indent=1))
+    write_atomically(folder / START_FILE, json.dumps(start, indent=1))
     text.tokenizer.save_pretrained(folder)
 
 

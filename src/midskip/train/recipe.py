@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from midskip.model.config import MidskipConfig
 from midskip.regularizers import Regularizer, build_regularizer
-from midskip.runs import write_whole
+from midskip.runs import write_atomically
 
 
 @dataclass
@@ -211,7 +211,7 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write it as YAML that `read_recipe` reads."""
-        write_whole(path, yaml.safe_dump(asdict(self), sort_keys=False))
+        write_atomically(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
 def recipe_parser() -> ArgumentParser:

@@ -28,7 +28,7 @@ from transformers import (
 from midskip.data import TokenWindows, WindowOrder
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
-from midskip.runs import write_whole
+from midskip.runs import write_atomically
 from midskip.train.checkpoints import HISTORY_FILE, REGULARIZER_FILE, mark_complete, remove_old
 from midskip.train.health import Health
 from midskip.train.optimizer import build_optimizer, build_scheduler, num_warmup_steps
@@ -160,7 +160,7 @@ class MidskipTrainer(Trainer):
             for file in part.iterdir():
                 file.replace(best / file.name)
             part.rmdir()
-            write_whole(best / BEST_FILE, json.dumps({"step": self.state.global_step, "loss": loss}))
+            write_atomically(best / BEST_FILE, json.dumps({"step": self.state.global_step, "loss": loss}))
 
     def check_weights(self) -> None:
         """FloatingPointError if a weight is not finite."""
@@ -176,7 +176,7 @@ class _AroundStep(TrainerCallback):
 
     def __init__(self, trainer: MidskipTrainer):
         self.trainer, self.folder = trainer, Path(str(trainer.args.output_dir))
-        self.watch: Watch | None = None
+        self.monitor: Watch | None = None
         self.gradient_norm = math.nan
 
     def on_train_begin(
@@ -193,16 +193,16 @@ class _AroundStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if (state.global_step + 1) % args.logging_steps == 0:
-            self.watch = Watch(self.trainer.bare_model).__enter__()
+            self.monitor = Watch(self.trainer.bare_model).__enter__()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = self.trainer.step
-        if self.watch is not None:
-            self.watch.__exit__()
-            self.watch.give(step)
-            self.watch = None
+        if self.monitor is not None:
+            self.monitor.__exit__()
+            self.monitor.give(step)
+            self.monitor = None
         step.reduce()
         parameters = self.trainer.model.parameters()  # pyright: ignore[reportOptionalMemberAccess]
         norm = nn.utils.clip_grad_norm_(parameters, self.trainer.settings.clip_norm or math.inf)
@@ -299,7 +299,7 @@ class _AroundStep(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # each rank wrote its random state
         if args.should_save:
             checkpoint = self.folder / f"checkpoint-{state.global_step}"
-            write_whole(checkpoint / REGULARIZER_FILE, json.dumps(self.trainer.regularizer.state_dict()))
+            write_atomically(checkpoint / REGULARIZER_FILE, json.dumps(self.trainer.regularizer.state_dict()))
             mark_complete(checkpoint)
             remove_old(self.folder, self.trainer.settings.checkpoints_kept)
         self.resumed_s = time.perf_counter()
