@@ -243,13 +243,13 @@ def _train(bench: Bench, name: str, text: Path, steps: int | None, compiled: boo
     recipe = read_recipe(RECIPES / f"{name}.yaml")
     data = recipe.data
     recipe.data = DataSettings(str(text), length=data.length, separate_documents=data.separate_documents)
-    changes: dict[str, Any] = {"save_steps": 0, "report_to": [], "compile": compiled}
+    changes: dict[str, Any] = {"save_steps": 0, "report_to": [], "torch_compile": compiled}
     if steps is not None:
-        changes |= {"steps": steps, "evaluation_steps": 0}
+        changes |= {"steps": steps, "eval_steps": 0}
     if bench.tiny:
         shape = {key: value for key, value in bench.shape(WIKI_SMALL).items() if key != "vocab_size"}
         recipe.model, recipe.data.length = replace(recipe.model, **shape), 16
-        changes |= {"steps": 4, "batch_size": 2, "log_steps": 1, "evaluation_steps": 0}
+        changes |= {"steps": 4, "batch_size": 2, "logging_steps": 1, "eval_steps": 0}
     recipe.training = replace(recipe.training, **changes)
     with tempfile.TemporaryDirectory() as folder:
         recipe.output = str(Path(folder, "run"))

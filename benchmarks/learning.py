@@ -121,7 +121,7 @@ def run_one(name: str, seed: int, steps: int, text: Path, folder: Path) -> dict[
         return json.loads((output / ROW_FILE).read_text(encoding="utf-8"))
     common = [
         f"--output={output}", f"--data.source={text}", f"--training.seed={seed}", f"--training.steps={steps}",
-        f"--training.evaluation_steps={steps // 5}", "--training.save_steps=250", "--training.report_to=[]",
+        f"--training.eval_steps={steps // 5}", "--training.save_steps=250", "--training.report_to=[]",
         "--dense_layers=[]",
     ]  # fmt: skip
     recipe = read_recipe(RECIPE, [*common, *RUNS[name]])

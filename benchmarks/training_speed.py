@@ -66,7 +66,7 @@ def turn(
         if isinstance(model, MidskipForCausalLM):
             trainer: Trainer = MidskipTrainer(regularizer, recipe.training, lambda module: {}, tokenizer, 1.0, **common)
         else:
-            arguments.max_grad_norm = recipe.training.clip_norm
+            arguments.max_grad_norm = recipe.training.max_grad_norm
             trainer = Trainer(optimizers=(build_optimizer(model, recipe.training), None), **common)
         times = StepTimes()
         trainer.remove_callback(PrinterCallback)
@@ -143,8 +143,8 @@ def main() -> None:
     for recipe in recipes.values():
         # steady: no warm-up, next to no change, one logged step a turn
         recipe.training = replace(
-            recipe.training, steps=arguments.steps, warmup_share=0.0, learning_rate=1e-6, evaluation_steps=0,
-            save_steps=0, log_steps=arguments.steps, report_to=[],
+            recipe.training, steps=arguments.steps, warmup_ratio=0.0, learning_rate=1e-6, eval_steps=0,
+            save_steps=0, logging_steps=arguments.steps, report_to=[],
         )  # fmt: skip
     text = open_text(recipes["gated"].data, arguments.gated, Console(stderr=True))
     apart, _ = cut_windows(text, recipes["gated"].data)
@@ -179,7 +179,7 @@ def main() -> None:
         for name in rows if "llama" in rows else ():
             rows[name]["time_of_llama"] = rows[name]["step_seconds"] / rows["llama"]["step_seconds"]
         loading_s = loader_seconds(windows, sandwich.training.batch_size)
-        twin["loader_share"] = loading_s * sandwich.training.accumulation_steps / twin["step_seconds"]
+        twin["loader_share"] = loading_s * sandwich.training.gradient_accumulation_steps / twin["step_seconds"]
         print(kind, json.dumps(rows, indent=1), flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -79,7 +79,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     settings: dict[str, Any],
     family: type[Regularizer],
 ) -> None:
-    common = {"steps": 8, "save_steps": 2, "evaluation_steps": 3, "log_steps": 3, "batch_size": 7}  # 1.3 epochs
+    common = {"steps": 8, "save_steps": 2, "eval_steps": 3, "logging_steps": 3, "batch_size": 7}  # 1.3 epochs
     whole, recipe = (
         make_recipe(regularizer, settings, output=f"{name}/run", **common) for name in ("whole", "stopped")
     )
@@ -112,7 +112,13 @@ def place(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
         for name in ("whole", "stopped"):
-            more = {"steps": 6, "save_steps": 2, "checkpoints_kept": 3, "evaluation_steps": 5, "accumulation_steps": 2}
+            more = {
+                "steps": 6,
+                "save_steps": 2,
+                "save_total_limit": 3,
+                "eval_steps": 5,
+                "gradient_accumulation_steps": 2,
+            }
             recipe = tiny_recipe(prepared, place / name / "run", *TARGET_SHARE[:2], **more)
             if name == "whole":
                 train(recipe, console=QUIET)
@@ -182,7 +188,7 @@ def test_a_whole_checkpoint_is_used_without_a_word(place: Path, stopped: Path) -
 
 def test_the_newest_checkpoints_are_kept(make_recipe: MakeRecipe) -> None:
     for kept, expected in ((1, {"checkpoint-5"}), (3, {"checkpoint-3", "checkpoint-4", "checkpoint-5"})):
-        recipe = make_recipe(output=f"{kept}", steps=5, save_steps=1, checkpoints_kept=kept)
+        recipe = make_recipe(output=f"{kept}", steps=5, save_steps=1, save_total_limit=kept)
         train(recipe, console=QUIET)
         assert {path.name for path in Path(recipe.output).glob("checkpoint-*")} == expected
         assert all(fault_of(path) is None for path in Path(recipe.output).glob("checkpoint-*"))
@@ -197,7 +203,7 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_whole(
             assert fault_of(folder / "checkpoint-2") is None, "not yet"
             raise Stop
 
-    recipe = make_recipe(steps=3, save_steps=1, checkpoints_kept=1)
+    recipe = make_recipe(steps=3, save_steps=1, save_total_limit=1)
     monkeypatch.setattr("midskip.train.trainer.remove_old", dying)
     with pytest.raises(Stop):
         train(recipe, console=QUIET)
@@ -205,7 +211,7 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_whole(
 
 
 def test_the_end_is_reached_once(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(*TARGET_SHARE[:2], steps=4, save_steps=2, evaluation_steps=9)
+    recipe = make_recipe(*TARGET_SHARE[:2], steps=4, save_steps=2, eval_steps=9)
     report = train(recipe, console=QUIET)
     folder, rows = Path(recipe.output), history(recipe)
     found = everything(folder)
@@ -242,11 +248,11 @@ def test_a_changed_recipe_is_named_and_needs_a_flag(place: Path, stopped: Path) 
     changed = replace(
         recipe,
         data=replace(recipe.data, separate_documents=False),
-        training=replace(recipe.training, learning_rate=1e-4, clip_norm=0.0),
+        training=replace(recipe.training, learning_rate=1e-4, max_grad_norm=0.0),
     )
     names = (
         r"data\.separate_documents: True -> False; training\.learning_rate: 0\.003 -> 0\.0001; "
-        r"training\.clip_norm: 1\.0 -> 0\.0"
+        r"training\.max_grad_norm: 1\.0 -> 0\.0"
     )
     before = everything(stopped)
     with pytest.raises(ValueError, match=rf"not the one this run began with \({names}\): .*--accept_changes"):

@@ -26,7 +26,7 @@ RECIPE = """
 data: {vocab_size: 300, length: 32, validation_share: 0.2}
 model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 5, num_attention_heads: 2}
 regularizer: {name: target_share, settings: {target_share: 0.5, ramp_steps: 2}}
-training: {steps: 4, batch_size: 2, save_steps: 2, log_steps: 1, evaluation_steps: 2, report_to: []}
+training: {steps: 4, batch_size: 2, save_steps: 2, logging_steps: 1, eval_steps: 2, report_to: []}
 """
 
 
@@ -329,7 +329,7 @@ def test_numbers_that_cannot_be_written_are_printed_all_the_same(
 def test_a_run_that_fails_has_a_status_of_its_own(
     place: Path, tmp_path: Path, error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = (f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--training.clip_norm=0")
+    options = (f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--training.max_grad_norm=0")
     message = error("train", place / "recipe.yaml", *options, "--training.learning_rate=1e30", status=1)
     assert message.startswith("step 2 is not finite (cross-entropy ") and message.endswith(
         "the last checkpoint is kept"

@@ -193,8 +193,8 @@ def test_training_in_bfloat16_plain_and_compiled(make_recipe: Callable[..., Any]
         torch._dynamo.reset()
         recipe = make_recipe(
             "target_share", {"target_share": 0.6}, output=f"run-{compiled}", steps=30, batch_size=4, learning_rate=0.01,
-            model={"skipped_kv": skipped_kv, "policy_settings": {"start": "spread"}}, bf16=True, compile=compiled,
-            gradient_checkpointing=compiled, evaluation_steps=15, save_steps=15,
+            model={"skipped_kv": skipped_kv, "policy_settings": {"start": "spread"}}, bf16=True, torch_compile=compiled,
+            gradient_checkpointing=compiled, eval_steps=15, save_steps=15,
         )  # fmt: skip
         report = train(recipe, console=Console(quiet=True))
         rows = [json.loads(line) for line in Path(recipe.output, "history.jsonl").read_text().splitlines()]

@@ -46,7 +46,7 @@ def test_a_step_learns_from_the_mean_of_its_passes(
 
     monkeypatch.setattr(TargetShare, "score_factors", factors)
     monkeypatch.setattr(MidskipTrainer, "compute_loss", look)
-    given = {"steps": 1, "batch_size": 4 // batches, "accumulation_steps": batches}
+    given = {"steps": 1, "batch_size": 4 // batches, "gradient_accumulation_steps": batches}
     recipe = make_recipe("target_share", {"target_share": 0.5}, model={"policy_settings": {"start": "spread"}}, **given)
     train(recipe, console=QUIET)
     assert [factor for factor, _ in seen] == [*factors] * batches
@@ -64,7 +64,7 @@ def test_a_step_learns_from_the_mean_of_its_passes(
 
 
 def test_a_run_is_evaluated_and_kept_as_trained_whatever_budget_is_drawn(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(*BUDGET, steps=8, evaluation_steps=3, **HARD)
+    recipe = make_recipe(*BUDGET, steps=8, eval_steps=3, **HARD)
     report = train(recipe, console=QUIET)
     rows = history(recipe)
     assert {row["expected_share"] for row in rows[3::2]} == {0.5}
@@ -79,7 +79,7 @@ def test_two_passes_of_two_learn_what_one_pass_of_four_learns(make_recipe: MakeR
     for passes in (1, 2):
         recipe = make_recipe(
             "target_share", {"target_share": 1.0}, output=f"{passes}", steps=1, batch_size=4 // passes,
-            accumulation_steps=passes, **HARD,
+            gradient_accumulation_steps=passes, **HARD,
         )  # fmt: skip
         train(recipe, console=QUIET)
         found.append(weights(recipe)["model.policy.difficulty.seen"])

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 
 
 def test_parameters_are_in_three_groups(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(weight_decay=0.1, gate_learning_rate_scale=0.25, beta1=0.7, beta2=0.8, epsilon=1e-5)
+    recipe = make_recipe(
+        weight_decay=0.1, gate_learning_rate_scale=0.25, adam_beta1=0.7, adam_beta2=0.8, adam_epsilon=1e-5
+    )
     model = starting_model(recipe)
     groups = {group["name"]: group for group in build_optimizer(model, recipe.training).param_groups}
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -44,34 +46,36 @@ def test_the_scale_of_the_gates_learning_rate_reaches_the_weights(make_recipe: M
     assert moved == [[False, True], [True, True]]
 
 
-@pytest.mark.parametrize(("warmup_share", "warmup_start"), [(0.25, 0.0), (0.25, 0.1), (0.0, 0.1)])
-def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine(warmup_share: float, warmup_start: float) -> None:
-    settings = TrainingSettings(steps=20, warmup_share=warmup_share, warmup_start=warmup_start)
+@pytest.mark.parametrize(("warmup_ratio", "warmup_start"), [(0.25, 0.0), (0.25, 0.1), (0.0, 0.1)])
+def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine(warmup_ratio: float, warmup_start: float) -> None:
+    settings = TrainingSettings(steps=20, warmup_ratio=warmup_ratio, warmup_start=warmup_start)
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
     scheduler, found = build_scheduler(optimizer, settings), []
     for _ in range(21):
         found.append(optimizer.param_groups[0]["lr"] / settings.learning_rate)
         optimizer.step()
         scheduler.step()
-    rise = [warmup_start + (1 - warmup_start) * step / 5 for step in range(5)] if warmup_share else []
+    rise = [warmup_start + (1 - warmup_start) * step / 5 for step in range(5)] if warmup_ratio else []
     fall = [(1 + math.cos(math.pi * step / (20 - len(rise)))) / 2 for step in range(21 - len(rise))]
     assert found == pytest.approx(rise + fall, abs=1e-12)
     assert max(found) == 1 and found[-1] == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("clip_norm", [0.01, 0.0])
-def test_the_gradient_is_clipped_for_the_step_and_told_unclipped(make_recipe: MakeRecipe, clip_norm: float) -> None:
-    recipe = make_recipe(steps=1, save_steps=1, clip_norm=clip_norm, beta1=0.75)
+@pytest.mark.parametrize("max_grad_norm", [0.01, 0.0])
+def test_the_gradient_is_clipped_for_the_step_and_told_unclipped(make_recipe: MakeRecipe, max_grad_norm: float) -> None:
+    recipe = make_recipe(steps=1, save_steps=1, max_grad_norm=max_grad_norm, adam_beta1=0.75)
     train(recipe, console=QUIET)
     (row,) = history(recipe)
     assert row["gradient_norm"] > 0.1
     state = torch.load(Path(recipe.output, "checkpoint-1", "optimizer.pt"), weights_only=True)["state"]
     taken = math.sqrt(sum(moments["exp_avg"].square().sum().item() for moments in state.values())) / (1 - 0.75)
-    assert taken == pytest.approx(clip_norm or row["gradient_norm"], rel=1e-3)
+    assert taken == pytest.approx(max_grad_norm or row["gradient_norm"], rel=1e-3)
 
 
 def test_gradient_checkpointing_changes_no_weight(make_recipe: MakeRecipe, trainers: list[MidskipTrainer]) -> None:
-    recipes = [make_recipe("sparsity", output=f"{on}", gradient_checkpointing=on, log_steps=2) for on in (False, True)]
+    recipes = [
+        make_recipe("sparsity", output=f"{on}", gradient_checkpointing=on, logging_steps=2) for on in (False, True)
+    ]
     for recipe in recipes:
         train(recipe, console=QUIET)
     assert [trainer.bare_model.model.gradient_checkpointing for trainer in trainers] == [False, True]

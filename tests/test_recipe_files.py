@@ -55,13 +55,15 @@ def test_a_recipe_runs_as_it_is_but_for_its_size(path: Path) -> None:
         overrides.append("--data.source=corpus/wiki-train-0.txt.xz")
     if given.data.vocab_size is not None:
         overrides.append("--data.vocab_size=300")
-    if given.training.accumulation_steps > 2:
-        overrides.append("--training.accumulation_steps=2")
+    if given.training.gradient_accumulation_steps > 2:
+        overrides.append("--training.gradient_accumulation_steps=2")
     recipe = read_recipe(path, overrides)
     report = train(recipe, console=QUIET)
     assert report["training"]["steps"] == 2
     for row in history(recipe):
-        assert row["num_tokens"] == 32 * 2 * recipe.training.accumulation_steps and 4 < row["cross_entropy"] < 8
+        assert (
+            row["num_tokens"] == 32 * 2 * recipe.training.gradient_accumulation_steps and 4 < row["cross_entropy"] < 8
+        )
     model, _ = load_run(recipe.output)
     assert model.config.num_hidden_layers == given.model.num_hidden_layers
     assert model.config.policy == given.model.policy
@@ -124,7 +126,12 @@ def test_the_papers_baselines_have_its_sizes(num_layers: int, millions: float) -
 
 @pytest.mark.usefixtures("workplace", "no_pictures", "on_the_cpu")
 def test_a_paper_baseline_of_two_layers_runs_by_one_setting() -> None:
-    overrides = [*SMALL, "--training.accumulation_steps=2", "--training.report_to=[]", "--training.peak_flops=1e12"]
+    overrides = [
+        *SMALL,
+        "--training.gradient_accumulation_steps=2",
+        "--training.report_to=[]",
+        "--training.peak_flops=1e12",
+    ]
     report = train(read_recipe(FOLDER / "paper-dense.yaml", [*overrides, "--model.num_hidden_layers=2"]), console=QUIET)
     assert report["validation"]["share_by_layer"] == [1, 1] and report["training"]["steps"] == 2
 
@@ -148,11 +155,11 @@ def test_the_papers_gated_model_has_its_shape() -> None:
 def test_the_papers_optimisation(path: Path) -> None:
     recipe = read_recipe(path)
     training = recipe.training
-    tokens_per_step = training.batch_size * training.accumulation_steps * recipe.data.length
+    tokens_per_step = training.batch_size * training.gradient_accumulation_steps * recipe.data.length
     assert tokens_per_step == 512 * 1024 and 9.9e9 < tokens_per_step * training.steps < 10.5e9
     assert not recipe.data.separate_documents and training.bf16
-    assert (training.beta1, training.beta2, training.epsilon) == (0.8, 0.95, 1e-10)
-    assert training.weight_decay == training.clip_norm == 0
+    assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.8, 0.95, 1e-10)
+    assert training.weight_decay == training.max_grad_norm == 0
 
     with torch.device("meta"):
         model = MidskipForCausalLM(read_recipe(path, SMALL[:4]).build_config(300))

@@ -90,13 +90,13 @@ def test_held_out_text_too_small_for_a_window(
 
 def test_text_too_small_for_a_step(make_recipe: MakeRecipe, prepared: Path, trainers: list[MidskipTrainer]) -> None:
     num_windows = open_prepared(prepared).summary["training"]["num_tokens"] // 16
-    recipe = make_recipe(batch_size=num_windows // 2, accumulation_steps=3)
+    recipe = make_recipe(batch_size=num_windows // 2, gradient_accumulation_steps=3)
     message = (
         rf"There are \d+ tokens \(.*shards/train_000000\.bin\), which make {num_windows} windows of 16 tokens\. "
         rf"Expected {num_windows // 2 * 3} windows or more; give more text, or choose a shorter length or a smaller "
     )
     refused(recipe, message, trainers)
-    train(replace(recipe, training=replace(recipe.training, accumulation_steps=2, steps=1)), console=QUIET)
+    train(replace(recipe, training=replace(recipe.training, gradient_accumulation_steps=2, steps=1)), console=QUIET)
 
 
 def test_text_that_is_not_there(make_recipe: MakeRecipe, trainers: list[MidskipTrainer], tmp_path: Path) -> None:
@@ -168,10 +168,10 @@ def test_a_disk_without_room(
     make_recipe: MakeRecipe, trainers: list[MidskipTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**5, 10**5))
-    recipe = make_recipe(save_steps=1, checkpoints_kept=50)
+    recipe = make_recipe(save_steps=1, save_total_limit=50)
     message = (
         rf"would write up to 0\.1 GiB to '{re.escape(recipe.output)}' and its disk has 0\.0 GiB free: make room, give "
-        r"an --output on another disk, or keep fewer checkpoints \(training\.checkpoints_kept, training\.save_steps=0"
+        r"an --output on another disk, or keep fewer checkpoints \(training\.save_total_limit, training\.save_steps=0"
     )
     refused(recipe, message, trainers)
     monkeypatch.undo()

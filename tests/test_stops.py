@@ -53,7 +53,12 @@ def test_a_step_that_is_not_finite_is_not_taken(
     make_recipe: MakeRecipe, trainers: list[MidskipTrainer], kind: str, passes: int
 ) -> None:
     recipe = make_recipe(
-        f"{__name__}:Poison", {"kind": kind}, steps=6, save_steps=1, batch_size=2 // passes, accumulation_steps=passes
+        f"{__name__}:Poison",
+        {"kind": kind},
+        steps=6,
+        save_steps=1,
+        batch_size=2 // passes,
+        gradient_accumulation_steps=passes,
     )
     message = r"step 4 is not finite \(cross-entropy 5\.\d+, regularizer .*, norm of the gradient .*\), so it was not"
     for resume in (False, True):
@@ -106,11 +111,9 @@ class Runaway(Regularizer):
         policy.bias.fill_(self.bias)
 
 
-@pytest.mark.parametrize(("save_steps", "evaluation_steps"), [(0, 0), (1, 0), (0, 1)])
-def test_weights_that_are_not_finite_are_not_kept(
-    make_recipe: MakeRecipe, save_steps: int, evaluation_steps: int
-) -> None:
-    recipe = make_recipe(f"{__name__}:Runaway", steps=1, save_steps=save_steps, evaluation_steps=evaluation_steps)
+@pytest.mark.parametrize(("save_steps", "eval_steps"), [(0, 0), (1, 0), (0, 1)])
+def test_weights_that_are_not_finite_are_not_kept(make_recipe: MakeRecipe, save_steps: int, eval_steps: int) -> None:
+    recipe = make_recipe(f"{__name__}:Runaway", steps=1, save_steps=save_steps, eval_steps=eval_steps)
     with pytest.raises(FloatingPointError, match=r"a weight is no longer finite after step 1: lower the learning rate"):
         train(recipe, console=QUIET)
     assert history(recipe)[0]["total"] > 5

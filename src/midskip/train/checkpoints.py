@@ -104,7 +104,7 @@ def check_disk(folder: Path, num_parameters: int, num_checkpoints: int, best: bo
         raise ValueError(
             f"the run would write up to {math.ceil(needed / gigabytes * 10) / 10:g} GiB to {str(folder)!r} and its "
             f"disk has {free / gigabytes:.1f} GiB free: make room, give an --output on another disk, or keep fewer "
-            "checkpoints (training.checkpoints_kept, training.save_steps=0 for none)"
+            "checkpoints (training.save_total_limit, training.save_steps=0 for none)"
         )
 
 

@@ -13,7 +13,7 @@ NORM_RISE = 5.0  # times the lowest gradient norm of a window before
 SMALLEST_GATE = 0.1  # of the tokens that run
 SHARE_ERROR = 0.1  # between the share of block-tokens that runs and the one the regularizer wants
 
-REMEDY = "a lower training.learning_rate, a longer training.warmup_share, or training.clip_norm"
+REMEDY = "a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm"
 REMEDY_OF_SOFT_GATES = (
     "hard gates, which have no size to lose (--model.policy_settings='{gates: hard}' with the regularizer "
     "target_share); with soft gates, start: open and the paper's proportional regularizer, or a lower "

@@ -25,14 +25,14 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
             for name, parameters in groups.items()
             if parameters
         ],
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
         fused=next(model.parameters()).is_cuda,  # one pass over memory instead of many
     )
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> LambdaLR:
-    """From `warmup_start` of the peak to the peak over the first `warmup_share` of the steps, then a cosine to 0."""
+    """From `warmup_start` of the peak to the peak over the first `warmup_ratio` of the steps, then a cosine to 0."""
     num_warmup = num_warmup_steps(settings)
 
     def share_of_peak(step: int) -> float:
@@ -45,4 +45,4 @@ def build_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings
 
 def num_warmup_steps(settings: TrainingSettings) -> int:
     """Steps in which the learning rate rises."""
-    return int(settings.warmup_share * settings.steps)
+    return int(settings.warmup_ratio * settings.steps)

@@ -99,25 +99,25 @@ class TrainingSettings:
     Args:
         steps: optimizer steps.
         batch_size: windows in a forward pass of one device.
-        accumulation_steps: forward passes in an optimizer step.
+        gradient_accumulation_steps: forward passes in an optimizer step.
         learning_rate: its peak.
         gate_learning_rate_scale: the policy's own learning rate, as a factor of the others'.
-        warmup_share: share of the steps in which it rises to the peak; then it falls to 0 on a cosine.
+        warmup_ratio: share of the steps in which it rises to the peak; then it falls to 0 on a cosine.
         warmup_start: where it rises from, as a share of the peak.
-        beta1: AdamW's.
-        beta2: AdamW's.
-        epsilon: AdamW's.
+        adam_beta1: AdamW's.
+        adam_beta2: AdamW's.
+        adam_epsilon: AdamW's.
         weight_decay: AdamW's, on matrices.
-        clip_norm: largest norm of the gradient; 0 for no clipping.
+        max_grad_norm: largest norm of the gradient; 0 for no clipping.
         seed: of the weights and of the order of the windows.
-        log_steps: steps between two points of the curves by layer, of throughput and of utilisation.
-        evaluation_steps: steps between two evaluations on all held-out text, of which the best model is kept; 0 for
+        logging_steps: steps between two points of the curves by layer, of throughput and of utilisation.
+        eval_steps: steps between two evaluations on all held-out text, of which the best model is kept; 0 for
             one at the end.
         save_steps: steps between two checkpoints; 0 for none but the model at the end.
-        checkpoints_kept: how many of the newest stay.
+        save_total_limit: how many of the newest stay.
         gradient_checkpointing: work activations out again in the backward pass, to save memory.
         bf16: autocast to bfloat16.
-        compile: compile the blocks with torch.compile.
+        torch_compile: compile the blocks with torch.compile.
         peak_flops: FLOP/s of one device, for utilisation; null for what its maker says, or what a matrix product
             reaches on a device that is not known.
         report_to: where else to log, by transformers' names: "tensorboard", "wandb", ...
@@ -125,40 +125,40 @@ class TrainingSettings:
 
     steps: int = 400
     batch_size: int = 8
-    accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 3e-3
     gate_learning_rate_scale: float = 0.1
-    warmup_share: float = 0.1
+    warmup_ratio: float = 0.1
     warmup_start: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
     weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     seed: int = 0
-    log_steps: int = 10
-    evaluation_steps: int = 0
+    logging_steps: int = 10
+    eval_steps: int = 0
     save_steps: int = 200
-    checkpoints_kept: int = 2
+    save_total_limit: int = 2
     gradient_checkpointing: bool = False
     bf16: bool = False
-    compile: bool = False
+    torch_compile: bool = False
     peak_flops: float | None = None
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation_steps", "log_steps", "checkpoints_kept"):
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("evaluation_steps", "save_steps", "gate_learning_rate_scale", "weight_decay", "clip_norm"):
+        for name in ("eval_steps", "save_steps", "gate_learning_rate_scale", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:  # false for NaN too
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.warmup_start <= 1:
             raise ValueError(f"training.warmup_start is {self.warmup_start}; expected from 0 to 1")
-        for name in ("warmup_share", "beta1", "beta2"):
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected from 0 to below 1")
-        for name in ("learning_rate", "epsilon", "peak_flops"):
+        for name in ("learning_rate", "adam_epsilon", "peak_flops"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected above 0")
         if not 0 <= self.seed < 2**32:

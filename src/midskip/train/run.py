@@ -81,14 +81,14 @@ def train(
         tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         checkpoint = newest_checkpoint(folder, tell) if resume else None
         if is_first and checkpoint is not None:
-            remove_old(folder, settings.checkpoints_kept)  # one that was half removed
+            remove_old(folder, settings.save_total_limit)  # one that was half removed
         text = open_text(recipe.data, folder, console)
         training, validation = cut_windows(text, recipe.data)
-        training.require(settings.batch_size * settings.accumulation_steps * arguments.world_size)
+        training.require(settings.batch_size * settings.gradient_accumulation_steps * arguments.world_size)
         if is_first:
             num_parameters = _count_parameters(recipe, regularizer, text.vocab_size)
-            num_checkpoints = settings.checkpoints_kept if settings.save_steps else 0
-            check_disk(folder, num_parameters, num_checkpoints, best=bool(settings.evaluation_steps))
+            num_checkpoints = settings.save_total_limit if settings.save_steps else 0
+            check_disk(folder, num_parameters, num_checkpoints, best=bool(settings.eval_steps))
             begin(folder, recipe, text, arguments.world_size, accept_changes, console)
     dense = train_dense(recipe, resume, accept_changes, console)
     if checkpoint is not None:
@@ -105,7 +105,7 @@ def train(
     if settings.gradient_checkpointing:
         # transformers 5.23 renamed it and warns of the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if settings.compile:
+    if settings.torch_compile:
         compile_blocks(model.model.layers)
     num_bytes = _token_bytes(text.tokenizer)
 
@@ -130,7 +130,7 @@ def train(
             progress.bar.stop()
         trainer.check_weights()
     metrics = trainer.metrics()
-    if settings.evaluation_steps:
+    if settings.eval_steps:
         trainer.keep_best(metrics["loss"])
     if not is_first:
         return {}
@@ -303,7 +303,7 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation_steps,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         max_grad_norm=0.0,  # clipped by the trainer's callback, which looks at the norm anyway
         seed=settings.seed,
         bf16=settings.bf16,
@@ -312,10 +312,10 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
         ddp_find_unused_parameters=False,  # a block that no token reaches has gradients of 0, not none
         ddp_timeout=7200,  # the others wait while the first prepares text
         logging_strategy="no",
-        logging_steps=settings.log_steps,
+        logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if settings.evaluation_steps else "no",
-        eval_steps=settings.evaluation_steps or None,
+        eval_strategy="steps" if settings.eval_steps else "no",
+        eval_steps=settings.eval_steps or None,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         report_to=settings.report_to,

@@ -123,7 +123,7 @@ class MidskipTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> WindowOrder:
         windows: Any = self.train_dataset
         assert isinstance(windows, TokenWindows)
-        per_step = self.settings.batch_size * self.settings.accumulation_steps * self.args.world_size
+        per_step = self.settings.batch_size * self.settings.gradient_accumulation_steps * self.args.world_size
         return WindowOrder(len(windows), self.settings.steps * per_step, self.settings.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -205,7 +205,7 @@ class _AroundStep(TrainerCallback):
             self.monitor = None
         step.reduce()
         parameters = self.trainer.model.parameters()  # pyright: ignore[reportOptionalMemberAccess]
-        norm = nn.utils.clip_grad_norm_(parameters, self.trainer.settings.clip_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(parameters, self.trainer.settings.max_grad_norm or math.inf)
         self.gradient_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if not math.isfinite(step.cross_entropy + step.regularizer + self.gradient_norm):
             raise FloatingPointError(
@@ -301,7 +301,7 @@ class _AroundStep(TrainerCallback):
             checkpoint = self.folder / f"checkpoint-{state.global_step}"
             write_atomically(checkpoint / REGULARIZER_FILE, json.dumps(self.trainer.regularizer.state_dict()))
             mark_complete(checkpoint)
-            remove_old(self.folder, self.trainer.settings.checkpoints_kept)
+            remove_old(self.folder, self.trainer.settings.save_total_limit)
         self.resumed_s = time.perf_counter()
 
     def _steer(self) -> None:
