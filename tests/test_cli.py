@@ -338,7 +338,7 @@ def test_a_run_that_fails_has_a_status_of_its_own(
     def interrupted(arguments: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_train", interrupted)
+    monkeypatch.setattr("midskip.commands.train.run", interrupted)
     assert error("train", status=130) == "interrupted"
 
 

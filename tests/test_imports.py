@@ -23,6 +23,7 @@ ORDER = (
     ("evaluate", "budget.calibrate", "generate", "bench"),
     ("train",),  # a run ends with its own evaluation and report
     ("demo",),
+    ("commands",),
     ("cli", "__main__"),
 )
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

@@ -1,0 +1,53 @@
+"""`midskip bench`: its options, and what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from midskip.commands.parser import Parser, at_least_one, counts, numbers, text_of, words
+
+SHAPE = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"
+)  # fmt: skip
+
+
+def run(arguments: list[str]) -> None:
+    parser = Parser("bench")
+    add = parser.add_argument
+    add("--shape", help="paper (12 layers, d 768), small or tiny; also sets sizes and repeats (default: paper)")
+    for name in SHAPE:
+        add(f"--{name}", type=at_least_one, help="instead of the shape's")
+    add("--run", help="time the model of this run folder, with its own gates, against itself with nothing skipped")
+    add("--data", help="with --run: text, as `midskip prepare` takes it (default: the run's held-out text)")
+    add("--tasks", type=words, help="default: prefill,decode,training")
+    add("--batch_sizes", type=counts, help="sequences decoded at once (default: 1,8,32)")
+    add("--shares", type=numbers, help="of block-tokens skipped (default: 0,0.25,0.5,0.75)")
+    add("--dtypes", type=words, help="default: float32,bfloat16; with --run float32")
+    add("--gates", type=words, help="fixed at 1, fractional, or hard ones by tokens (default: fixed,fractional)")
+    add("--norms", help="sandwich or pre (default: sandwich)")
+    add("--prompt_tokens", type=at_least_one, help="prefilled (default: 1024)")
+    add("--context_tokens", type=at_least_one, help="before decoding, and of a training sequence (default: 512)")
+    add("--new_tokens", type=at_least_one, help="decoded in a stretch (default: 32)")
+    add("--prompt_batch_size", type=at_least_one, help="prompts prefilled at once (default: 1)")
+    add("--training_batch_size", type=at_least_one, help="sequences of a training step (default: 2)")
+    add("--repeats", type=at_least_one, help="of everything, in turns (default: 9)")
+    add("--seed", type=int, help="of weights, tokens, depths and turns (default: 0)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--output", default="runs/bench", help="folder for the numbers and the picture (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    from midskip.bench import BenchSettings, bench, bench_run, run_settings
+    from midskip.runs import load_run
+
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    output, run, data = given.pop("output"), given.pop("run", None), given.pop("data", None)
+    if run is None:
+        if data is not None:
+            raise ValueError("--data is text for a trained model: give its run folder by --run")
+        shape = {name: given.pop(name) for name in SHAPE if name in given}
+        bench(BenchSettings.of(given.pop("shape", "paper"), shape, **given), output)
+        return
+    model, tokenizer = load_run(run)
+    settings = run_settings(model, Path(run).resolve().name, **given)
+    bench_run(settings, model, text_of(options, model, tokenizer, Console(stderr=True)), output)

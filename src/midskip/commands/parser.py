@@ -1,0 +1,84 @@
+"""What the commands share: their list, how they read their arguments, and text given by --data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:  # else `--help` would wait for them
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from midskip.data import TokenWindows
+    from midskip.model.modeling import MidskipForCausalLM
+
+COMMANDS = {
+    "demo": "train a gated model, and a dense one of its FLOPs, in minutes, and compare them",
+    "prepare": "turn text into shards of tokens",
+    "train": "train a model from a recipe",
+    "evaluate": "loss and work of a trained model on text",
+    "calibrate": "measure what a budget at run time costs, and save it with the model",
+    "generate": "go on with a prompt, coloured by the depth each token used",
+    "bench": "time prefill, decode and training against Llama of the same shape, with the work that really ran",
+}
+
+HELD_OUT = "held-out text of the run"
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command; what it cannot read is a ValueError."""
+
+    def __init__(self, command: str, **more: object):
+        super().__init__(f"midskip {command}", description=COMMANDS[command], allow_abbrev=False, **more)  # pyright: ignore[reportArgumentType]
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `{self.prog} --help` tells more")
+
+
+def add_text(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument("run", help="run folder")
+    parser.add_argument(
+        "--data",
+        help=f"text, as `midskip prepare` takes it, all of it used; by default the run's own held-out text{more}",
+    )
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows a pass (default: %(default)s)")
+
+
+def text_of(
+    options: argparse.Namespace, model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> TokenWindows:
+    """The text that the options of `add_text` name."""
+    from midskip.data import TokenWindows, encode_source, end_of_text_id
+    from midskip.runs import RECIPE_FILE
+    from midskip.train.recipe import DataSettings, read_recipe
+    from midskip.train.text import cut_windows, open_text
+
+    recipe_file = Path(options.run) / RECIPE_FILE
+    if options.data is None and not recipe_file.is_file():
+        raise ValueError(f"{options.run!r} has no {RECIPE_FILE} that names its held-out text: give text by --data")
+    settings = read_recipe(recipe_file).data if recipe_file.is_file() else DataSettings()
+    if options.data is None:
+        return cut_windows(open_text(settings, Path(options.run), console), settings)[1]
+    ids = encode_source(tokenizer, options.data, console=console)
+    end_of_text = end_of_text_id(tokenizer) if settings.separate_documents else None
+    return TokenWindows(ids, model.config.max_position_embeddings, drop_last=False, end_of_text=end_of_text)
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def counts(text: str) -> tuple[int, ...]:
+    return tuple(at_least_one(part) for part in text.split(","))
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
