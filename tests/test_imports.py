@@ -13,7 +13,7 @@ import midskip
 PACKAGE = Path(midskip.__file__).parent
 CORE = tuple(f"model.{name}" for name in ("packing", "ops", "layer_cache", "attention", "layers"))
 ORDER = (
-    (*CORE, "model.config", "budget.calibration", "budget.monitor", "plugins", "layer_statistics"),
+    (*CORE, "model.config", "budget.calibration", "budget.monitor", "distributed", "plugins", "layer_statistics"),
     ("policies", "regularizers", "model.cache"),
     ("model.outputs", "model.generation"),
     ("model.inputs",),

@@ -6,13 +6,11 @@ B windows, T columns, N = B * T places in them, V vocabulary, L layers.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -20,26 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from midskip.cost import Meter
 from midskip.data import TokenWindows
 from midskip.data.progress import progress_bar
+from midskip.distributed import rank_and_world_size, sum_over_ranks
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import TokenDepth
 
 CHUNK_LOGITS = 2**24  # logits whose loss is worked out at a time
-
-
-@contextmanager
-def joined_ranks() -> Iterator[int]:
-    """Joins the other processes that `torchrun` started, if it started this one, and takes a GPU of its own; gives the
-    number of this process, 0 if it is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager
@@ -97,9 +80,7 @@ def evaluate(
     """
     if not len(windows):
         raise ValueError("there is no window to evaluate on: give more text")
-    rank, world_size = 0, 1
-    if dist.is_available() and dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = rank_and_world_size()
     batches = range(0, len(windows), batch_size)
     own = batches[rank::world_size]
     sums = _Sums(model, token_bytes, each)
@@ -177,8 +158,7 @@ class _Sums:
         flops, dense_flops = meter.flops().total, meter.dense_flops().total
         metered = [meter.num_tokens, sum(meter.query_rows_L), flops, dense_flops]
         self.parts["metered"].copy_(torch.tensor(metered, dtype=torch.float64))
-        if world_size > 1:
-            dist.all_reduce(self.all)
+        sum_over_ranks(self.all)
         sums = dict(zip(self.parts, self.all.cpu().split([len(part) for part in self.parts.values()]), strict=True))
         nats, num_bytes = sums["text"].tolist()
         num_tokens, query_rows, flops, dense_flops = sums["metered"].tolist()

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from midskip.budget.calibration import Calibration, calibration_in
 from midskip.data import TokenWindows
+from midskip.distributed import rank_and_world_size
 from midskip.evaluate import effort_kept, evaluate
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.runs import write_atomically
@@ -90,7 +90,7 @@ def check_settings(model: MidskipForCausalLM, lowest: float = 0.1, block_tokens:
         raise ValueError(f"lowest is {lowest!r}; expected a share of the blocks between 0 and 1")
     if block_tokens < 1:
         raise ValueError(f"block_tokens is {block_tokens!r}; expected at least 1")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if rank_and_world_size()[1] > 1:
         raise ValueError("calibration runs in one process, and there are several: start it without torchrun")
 
 

@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> None:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     from midskip.budget.calibrate import calibrate, check_settings, save_calibration, thinned
-    from midskip.evaluate import joined_ranks
+    from midskip.distributed import joined_ranks
     from midskip.report import calibration_table
     from midskip.runs import load_run, to_json
 

@@ -28,7 +28,8 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"there is no folder {str(options.picture.parent)!r} to draw the picture into: make it first")
     from midskip.budget.calibrate import factors_for, loss_by_budget
     from midskip.data import DataError, token_bytes
-    from midskip.evaluate import evaluate, joined_ranks
+    from midskip.distributed import joined_ranks
+    from midskip.evaluate import evaluate
     from midskip.report import budget_table, write_curves
     from midskip.runs import load_run, to_json
 

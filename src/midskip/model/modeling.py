@@ -9,7 +9,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
@@ -18,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from midskip.budget.calibration import calibration_in
 from midskip.budget.monitor import DriftMonitor, check_on_drift
+from midskip.distributed import is_initialized
 from midskip.model.cache import SkipCache, unchanged_if_broken_off
 from midskip.model.config import MidskipConfig
 from midskip.model.generation import CachedGeneration
@@ -27,11 +27,6 @@ from midskip.model.layers import Block, RMSNorm, RotaryEmbedding
 from midskip.model.outputs import MidskipCausalLMOutput, MidskipModelOutput, Packed
 from midskip.model.packing import Layout
 from midskip.policies import Decision, Policy, build_policy
-
-
-def _has_ranks() -> bool:
-    """Whether other processes may hold a part of the weights: a block then has to be called on all of them or none."""
-    return dist.is_available() and dist.is_initialized()
 
 
 class MidskipPreTrainedModel(PreTrainedModel):
@@ -170,7 +165,7 @@ class MidskipModel(MidskipPreTrainedModel):
         rows_N = present.rows_N
         gated = self.config.skipped_kv == "drop"
         for_others = not gated and past is not None  # keys and values of all tokens are wanted later
-        if not (present.num_tokens or for_others or self.training or _has_ranks()):
+        if not (present.num_tokens or for_others or self.training or is_initialized()):
             return h_ND
         x_ND = h_ND if rows_N is None else h_ND.index_select(0, rows_N)
         output_gate_N, key_gate_N = (

@@ -6,8 +6,9 @@ N packed tokens, K kinds.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from midskip.distributed import sum_over_ranks
 
 NUM_KINDS = 2**14  # tokens, and pairs of tokens, are told apart by a hash into so many kinds
 PRIOR = 20.0  # tokens' worth of what is known of the wider kind
@@ -60,8 +61,7 @@ class Difficulty(nn.Module):
         """Take in what all ranks have noted since the last time."""
         if self._new is None:
             return
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self._new)
+        sum_over_ranks(self._new)
         nats_K, count_K = self._new.unbind(1)
         nats_K -= count_K * (nats_K.sum(1, keepdim=True) / count_K.sum(1, keepdim=True).clamp(min=1))
         self.seen.mul_(MEMORY).add_(self._new)

@@ -9,10 +9,10 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from midskip.cost import Meter, is_backward
+from midskip.distributed import sum_over_ranks
 from midskip.layer_statistics import LayerStatistics
 from midskip.model.modeling import MidskipForCausalLM
 
@@ -50,8 +50,7 @@ class StepRecord:
         device = self._losses[0].device
         parts = [torch.stack(self._losses).sum(0), torch.tensor([len(self._losses), self.flops], device=device)]
         flat = torch.cat([part.double().to(device).flatten() for part in (*parts, *sums.values())])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(flat)
+        sum_over_ranks(flat)
         cross_entropy, regularizer, num_passes, self.flops, *values = flat.tolist()
         self.cross_entropy, self.regularizer = cross_entropy / num_passes, regularizer / num_passes
         self.statistics = LayerStatistics()

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from midskip.data import DataError, TokenWindows, token_bytes
+from midskip.distributed import num_launched
 from midskip.evaluate import depth_of_tokens, evaluate
 from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
@@ -298,7 +299,7 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
             "accelerate was told to use FSDP, with which `midskip train` has not been tested (without a GPU it would "
             "be DDP, and not say so): use plain data parallelism, as `torchrun -m midskip.cli train ...` does"
         )
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    num_processes = num_launched()
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
