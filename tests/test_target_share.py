@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -34,21 +35,18 @@ def over_all_layers(half: Tensor, num_layers: int) -> Tensor:
 # Targets
 
 
-@pytest.mark.parametrize("num_layers", DEPTHS)
-@pytest.mark.parametrize("spread", [0.0, 0.3, 0.8, 1.0])
-@pytest.mark.parametrize("target", [0.0, 0.05, 0.4, 0.5, 0.6, 0.8, 1.0])
-def test_the_mean_of_the_targets_is_the_target(num_layers: int, spread: float, target: float) -> None:
-    half = make(num_layers, target_share=target, spread=spread).targets
-    targets_L = over_all_layers(half, num_layers)
-    assert len(targets_L) == num_layers
-    assert targets_L.double().mean().item() == pytest.approx(target, abs=1e-7)
-    assert ((targets_L >= 0) & (targets_L <= 1)).all()
-    assert (half.diff() <= 0).all(), "deeper layers run for fewer"
+def test_the_mean_of_the_targets_is_the_target() -> None:
+    for num_layers, spread, target in product(DEPTHS, (0.0, 0.3, 1.0), (0.0, 0.05, 0.5, 0.8, 1.0)):
+        half = make(num_layers, target_share=target, spread=spread).targets
+        targets_L = over_all_layers(half, num_layers)
+        assert len(targets_L) == num_layers
+        assert targets_L.double().mean().item() == pytest.approx(target, abs=1e-7)
+        assert ((targets_L >= 0) & (targets_L <= 1)).all()
+        assert (half.diff() <= 0).all(), "deeper layers run for fewer"
 
 
-@pytest.mark.parametrize("num_layers", DEPTHS)
-def test_the_targets_fall_evenly(num_layers: int) -> None:
-    for target, d in ((0.5, 0.5), (0.3, 0.3), (0.9, 0.1)):
+def test_the_targets_fall_evenly() -> None:
+    for num_layers, (target, d) in product(DEPTHS, ((0.5, 0.5), (0.3, 0.3), (0.9, 0.1))):
         half = make(num_layers, target_share=target, spread=1.0).targets.double()
         if len(half) == 1:
             assert half.item() == pytest.approx(target)
@@ -60,12 +58,11 @@ def test_the_targets_fall_evenly(num_layers: int) -> None:
         torch.testing.assert_close(half.diff(), half.diff().mean().expand(len(half) - 1), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("num_layers", [5, 8, 9, 12])
-@pytest.mark.parametrize("target", [0.5, 0.75, 1.0])
-def test_outer_layers_run_for_all_and_the_mean_is_still_the_target(num_layers: int, target: float) -> None:
-    half = make(num_layers, target_share=target, outer=1).targets
-    assert half[0] == 1 and (half.diff() <= 0).all() and half[-1] > 0
-    assert over_all_layers(half, num_layers).mean().item() == pytest.approx(target, abs=1e-6)
+def test_outer_layers_run_for_all_and_the_mean_is_still_the_target() -> None:
+    for num_layers, target in product((5, 8, 9, 12), (0.5, 0.75, 1.0)):
+        half = make(num_layers, target_share=target, outer=1).targets
+        assert half[0] == 1 and (half.diff() <= 0).all() and half[-1] > 0
+        assert over_all_layers(half, num_layers).mean().item() == pytest.approx(target, abs=1e-6)
 
 
 def test_no_spread_is_the_same_target_for_every_layer() -> None:
@@ -204,8 +201,7 @@ def shares_over(regularizer: TargetShare, policy: MiddleOut, steps: int) -> tupl
     return torch.stack(shares), expected
 
 
-@pytest.mark.parametrize("num_layers", [5, 8])
-@pytest.mark.parametrize("target", [0.4, 0.6, 0.8])
+@pytest.mark.parametrize(("num_layers", "target"), [(5, 0.4), (8, 0.8)])
 @pytest.mark.parametrize("settings", [{}, *({"gates": "hard", "scores": scores} for scores in SCORES)], ids=str)
 @torch.no_grad()
 def test_the_share_arrives_at_its_target_and_stays(num_layers: int, target: float, settings: dict[str, str]) -> None:
