@@ -96,7 +96,7 @@ def losses(bench: Bench) -> dict[str, Callable[[Any, Tensor], Tensor]]:
         return F.pad(ids_BT[:, 1:], (0, 1), value=-100).flatten()
 
     def library(model: Any, ids_BT: Tensor) -> Tensor:
-        return model(input_ids=ids_BT, labels=ids_BT).loss
+        return model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
 
     def compiled(model: Any, ids_BT: Tensor) -> Tensor:
         return compiled_loss(model.lm_head(model.model.run(ids_BT).h_ND), shifted(ids_BT))
@@ -193,7 +193,7 @@ def skipping(bench: Bench) -> None:
 
     def prefill(model: Any) -> None:
         with torch.no_grad(), bench.autocast():
-            model.eval()(**given, logits_to_keep=1)
+            model.eval()(**given, logits_to_keep=1, use_cache=False)
 
     for compiled, fractional in itertools.product((False, True), (True, False)):
         models: dict[float, Any] = {}

@@ -324,6 +324,8 @@ def test_blocks_are_counted_as_the_text_is_made(
         whole = model.generate(ids_1T, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=use_cache)  # pyright: ignore[reportAttributeAccessIssue]
     expected = [token.blocks for token in depth_of_tokens(model, tokenizer, whole[0].tolist())]
     assert blocks == expected[:-1] and len(set(blocks)) > 1
+    with pytest.raises(ValueError, match="blocks are counted of one sequence, and a pass has 2"), blocks_counted(model):
+        model(ids_1T.expand(2, -1))
 
 
 def test_a_prompt_of_the_greatest_length_is_taken(

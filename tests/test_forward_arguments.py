@@ -65,6 +65,17 @@ def test_when_a_pass_makes_a_cache_unless_told(make_model: Make) -> None:
         assert make_model(use_cache=False).eval()(ids_BT).past_key_values is None
 
 
+@torch.no_grad()
+def test_shapes_that_do_not_fit_are_refused_by_name(make_model: Make) -> None:
+    model, ids_BT = make_model().eval(), prompt(2, 6)
+    for position_ids in (torch.arange(6), torch.tensor(3), torch.zeros(3, 6).long(), torch.zeros(3, 2, 6).long()):
+        with pytest.raises(ValueError, match="position_ids has the shape"):
+            model(ids_BT, position_ids=position_ids)
+    for attention_mask in (torch.ones(3, 6), torch.ones(2, 5), torch.ones(6)):
+        with pytest.raises(ValueError, match="attention_mask has the shape"):
+            model(ids_BT, attention_mask=attention_mask, position_ids=torch.arange(6).expand(2, 6))
+
+
 def test_what_llama_makes_no_use_of_may_be_given(make_model: Make) -> None:
     model, ids_BT = make_model().eval(), prompt(2, 6)
     expected = model(ids_BT, labels=ids_BT)

@@ -87,6 +87,18 @@ def test_two_passes_of_two_learn_what_one_pass_of_four_learns(make_recipe: MakeR
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
+def test_several_passes_over_a_batch_are_observed_once(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for factors in ((1.0,), (0.0, 30.0, 1.0)):
+        monkeypatch.setattr(TargetShare, "score_factors", factors)
+        recipe = make_recipe("target_share", {"target_share": 1.0}, output=f"{len(factors)}", steps=1, **HARD)
+        train(recipe, console=QUIET)
+        found.append(weights(recipe)["model.policy.difficulty.seen"])
+    assert found[0][:, 1].sum() > 0 and torch.equal(found[0], found[1])
+
+
 def test_hard_gates_without_a_budget_are_refused_before_the_run(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("proportional", {"mean_target_start": 1.0, "mean_target_end": 0.5}, **HARD)
     with pytest.raises(ValueError, match=r"use the regularizer 'target_share'"):

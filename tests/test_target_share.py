@@ -283,6 +283,7 @@ def test_shares_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
             {"target_share": 0.2, "outer": 1},
             r"target_share is 0\.2 and the outer layers alone, 1 on either side, are 0\.5",
         ),
+        ({"target_share": 0.3, "lowest_share": 0.6}, r"lowest_share is 0\.6 and target_share 0\.3; expected the first"),
         (
             {"target_share": 0.6, "outer": 1, "lowest_share": 0.5},
             r"lowest_share is 0\.5 and the outer layers alone, 1 on either side, are 0\.5",

@@ -62,7 +62,7 @@ def generate(
         attention_mask=torch.ones_like(ids_1T),  # else transformers takes a token of the pad's id for a pad
         max_new_tokens=max_new_tokens,
         pad_token_id=model.config.pad_token_id or 0,
-        use_cache=True,  # whatever the configuration says: transformers' trainer writes False into it
+        use_cache=True,  # whatever the configuration says
         **draw,
     )
     return output[0].tolist()
@@ -70,10 +70,11 @@ def generate(
 
 @contextmanager
 def blocks_counted(model: MidskipForCausalLM) -> Iterator[list[int]]:
-    """Gives a list that holds, after the block, how many blocks each token of one sequence has run in it.
+    """Gives a list that holds, after the block, how many blocks each token of the one sequence has run that was
+    generated in it, without pads. The last token that `generate` gives is not run, and so not in it.
 
-    The passes go on from one another by a cache; one that does not begins anew. The last token that `generate` gives is
-    not run, and so not in it.
+    Raises:
+        ValueError: in a pass over several sequences, as beams are.
     """
     counts: list[Tensor] = []  # of each pass, int64 [N]
     blocks: list[int] = []
@@ -81,8 +82,10 @@ def blocks_counted(model: MidskipForCausalLM) -> Iterator[list[int]]:
     def count(_: nn.Module, arguments: tuple[Any, ...], decision: Any) -> None:
         layer, h_ND, _, layout = arguments
         if layer == 0:
-            if not layout.first_column:
-                counts.clear()
+            if len(layout.lengths) != 1:
+                raise ValueError(f"blocks are counted of one sequence, and a pass has {len(layout.lengths)}")
+            earlier = torch.cat(counts)[: layout.first_column] if counts else None  # what was not taken back
+            counts[:] = [] if earlier is None else [earlier]
             counts.append(torch.zeros(len(h_ND), dtype=torch.int64, device=h_ND.device))
         counts[-1] += 1 if decision.keep_N is None else decision.keep_N
 

@@ -63,9 +63,11 @@ def cache_for(
 
 def _has_documents(attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
     """Whether positions tell documents of a row apart. What has a wrong shape is refused later."""
-    if position_ids is None:
+    if position_ids is None or position_ids.ndim != 2:
         return False
-    if attention_mask is not None and attention_mask.shape[1:] == position_ids.shape[1:]:
+    if attention_mask is not None and attention_mask.ndim == 2:
+        if attention_mask.shape[1] != position_ids.shape[1] or len(position_ids) not in (1, len(attention_mask)):
+            return False
         position_ids = torch.where(attention_mask.bool(), position_ids, -1)
     before = torch.nn.functional.pad(position_ids[:, :-1], (1, 0), value=-1).cummax(1).values
     return bool(((position_ids >= 0) & (position_ids <= before)).any())

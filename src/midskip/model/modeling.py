@@ -301,7 +301,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         nats_N = F.cross_entropy(logits_NV.to(wide), target_N, ignore_index=-100, reduction="none")
         scored_N = target_N != -100
-        if self.training:
+        if self.training and self.model.policy.is_observing:
             self.model.policy.observe(packed.state, nats_N.detach(), scored_N)
         loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)
         return layout.unpack(logits_NV), loss

@@ -69,6 +69,8 @@ class Policy(nn.Module):
     Attributes:
         adjustable: whether `decide` honours `factor` and `ceiling`; a subclass that does sets it.
         factor, ceiling: the effort in force, of `set_effort`; not saved.
+        is_observing: whether training passes are shown to `observe`; False in all but the last of several passes over
+            one batch.
         looks_back: whether `decide` reads hidden states of a token's past beside its own; a subclass that does sets it.
             A cache does not hold those, so such a model runs without one.
         is_hard: whether every gate is exactly 0 or 1 (see `Decision.hard`).
@@ -83,7 +85,7 @@ class Policy(nn.Module):
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02):
         super().__init__()
         self.num_layers, self.width, self.initializer_range = num_layers, width, initializer_range
-        self.factor, self.ceiling = 1.0, None
+        self.factor, self.ceiling, self.is_observing = 1.0, None, True
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Set the starting values of the policy's own parameters, through `init` (`torch.nn.init`, or transformers'

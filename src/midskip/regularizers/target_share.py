@@ -57,6 +57,11 @@ class TargetShare(Regularizer):
         self.num_updates = floats(0.0)
         self.lowest_share = None if lowest_share is None else number("lowest_share", lowest_share, 0.01, 0.99)
         if self.lowest_share is not None:
+            if self.lowest_share >= self.target_share:
+                raise ValueError(
+                    f"lowest_share is {lowest_share} and target_share {target_share}; expected the first below the "
+                    "second: lower it, or leave it out"
+                )
             if self.lowest_share <= 2 * outer / num_layers:
                 raise ValueError(
                     f"lowest_share is {lowest_share} and the outer layers alone, {outer} on either side, are "

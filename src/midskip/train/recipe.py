@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import SUPPRESS, ArgumentParser
 
 from midskip.model.config import MidskipConfig
 from midskip.regularizers import Regularizer, build_regularizer
@@ -85,7 +85,7 @@ class RegularizerSettings:
 
     Args:
         name: "none", "target_share", one of the paper's ("adaptive", "proportional", ...) or "package.module:Class".
-        settings: its settings, for budget {target_share: 0.5}.
+        settings: its settings, for target_share {target_share: 0.5}.
     """
 
     name: str = "none"
@@ -215,9 +215,9 @@ class Recipe:
 
 
 def recipe_parser() -> ArgumentParser:
-    """The command line of a recipe: a YAML file by --config, single settings by --group.name=value."""
+    """The settings of a recipe on the command line, as --group.name=value, and how `read_recipe` gives it a file."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, default_env=False)
-    parser.add_argument("--config", action="config", help="recipe, a YAML file")
+    parser.add_argument("--config", action="config", help=SUPPRESS)  # the command names the recipe by itself
     parser.add_class_arguments(Recipe, as_group=False)
     return parser
 

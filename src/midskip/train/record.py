@@ -19,7 +19,8 @@ from midskip.model.modeling import MidskipForCausalLM
 
 class StepRecord:
     """Adds up on the device, without waiting for it, and comes to the host once a step, in `reduce`. Where a batch runs
-    several times, under different factors of the scores, the last of these passes is what is looked at.
+    several times, under different factors of the scores, the last of these passes is what is looked at; a `Watch` looks
+    at all of them.
 
     Attributes, after `reduce`:
         cross_entropy, regularizer: means over the passes of all ranks.

@@ -80,15 +80,18 @@ class MidskipTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A pass over the batch under each factor of the scores that the regularizer asks for, and their mean loss."""
         factors, policy = self.regularizer.score_factors, self.bare_model.model.policy
-        self._num_passes, losses = len(factors), []
+        if factors == (1.0,):
+            return super().training_step(model, inputs, num_items_in_batch)
+        before, losses = (policy.factor, policy.ceiling), []
+        self._num_passes = len(factors)
         try:
             for self._pass, factor in enumerate(factors):
-                if policy.adjustable:
-                    policy.set_effort(factor)
+                policy.set_effort(factor)  # ValueError for a policy that is not adjustable
+                policy.is_observing = self._pass == self._num_passes - 1
                 losses.append(super().training_step(model, inputs, num_items_in_batch))
         finally:
-            if policy.adjustable:
-                policy.set_effort()
+            policy.set_effort(*before)
+            policy.is_observing, self._num_passes, self._pass = True, 1, 0
         return torch.stack(losses).sum()
 
     def compute_loss(
