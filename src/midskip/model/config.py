@@ -1,7 +1,9 @@
 """The shape of a model and who may skip in it. Strict: what is unknown or impossible is refused."""
 
 import difflib
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -15,10 +17,24 @@ SKIPPED_KV = ("drop", "keep")
 _FROM_TRANSFORMERS = {
     "model_type", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash", "rope_theta", "rope_scaling",
     "attn_implementation", "output_attentions", "experts_implementation", "per_layer_config", "num_labels",
+    "auto_map",
 }  # fmt: skip
 _ROPE_KEYS = {
     "default": {"rope_theta"},
     "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+
+
+REMOTE_MODULE = "load_midskip"  # in a saved folder, for `trust_remote_code=True` where midskip was not imported
+REMOTE_CODE = """# The model's code is the package midskip, which has to be installed.
+from midskip import MidskipConfig, MidskipForCausalLM, MidskipModel
+
+__all__ = ["MidskipConfig", "MidskipForCausalLM", "MidskipModel"]
+"""
+AUTO_MAP = {
+    "AutoConfig": f"{REMOTE_MODULE}.MidskipConfig",
+    "AutoModel": f"{REMOTE_MODULE}.MidskipModel",
+    "AutoModelForCausalLM": f"{REMOTE_MODULE}.MidskipForCausalLM",
 }
 
 
@@ -87,8 +103,18 @@ class MidskipConfig(PretrainedConfig):
                     f"({self.num_attention_heads}): change one of them, or set head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs | {"auto_map": dict(AUTO_MAP)})
         self._check()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As transformers does, with a module beside it that imports midskip, so that `AutoModelForCausalLM` loads the
+        folder with `trust_remote_code=True` where nobody has imported it."""
+        super().save_pretrained(save_directory, **kwargs)
+        Path(save_directory, f"{REMOTE_MODULE}.py").write_text(REMOTE_CODE, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing to do; transformers would copy the package's files beside each model."""
 
     def _check(self) -> None:
         _one_of("norms", self.norms, NORMS)
