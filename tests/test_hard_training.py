@@ -16,7 +16,7 @@ from midskip.train.trainer import MidskipTrainer
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 MakeRecipe = Callable[..., Recipe]
-BUDGET = ("target_share", {"target_share": 0.5, "outer": 1, "lowest_share": 0.4, "ramp_steps": 3})
+BUDGET = ("target_share", {"target_share": 0.5, "outer": 1, "lowest_share": 0.3, "ramp_steps": 3})
 HARD = {"model": {"num_hidden_layers": 6, "policy_settings": {"gates": "hard", "scores": "difficulty"}}}
 
 

@@ -169,19 +169,6 @@ def test_taking_an_open_policy_over_changes_nothing(gates: str) -> None:
         assert torch.equal(policy.bias, before)
 
 
-@pytest.mark.parametrize("gates", ["soft", "hard"])
-@torch.no_grad()
-def test_outer_layers_run_for_all_under_every_budget(gates: str) -> None:
-    policy = MiddleOut(6, 4, gates=gates)
-    policy.reset_parameters()
-    make(6, target_share=0.5, outer=1).steer(policy)
-    layout = Layout.from_rectangle(torch.ones(4, 64, dtype=torch.bool))
-    layout.token_N, state, h_ND = torch.randint(200, (256,)), {}, torch.randn(256, 4)
-    policy.set_effort(1e6)
-    kept = [policy(layer, h_ND, state, layout).keep_N for layer in range(6)]
-    assert [bool(keep_N.all()) for keep_N in kept if keep_N is not None] == [True, *[False] * 4, True]
-
-
 def test_other_policies_are_refused() -> None:
     with pytest.raises(ValueError, match="the regularizer target_share steers the policy 'middle_out', got Dense"):
         make(4, target_share=0.5).steer(Dense(4, 8))
@@ -284,10 +271,6 @@ def test_shares_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
             r"target_share is 0\.2 and the outer layers alone, 1 on either side, are 0\.5",
         ),
         ({"target_share": 0.3, "lowest_share": 0.6}, r"lowest_share is 0\.6 and target_share 0\.3; expected the first"),
-        (
-            {"target_share": 0.6, "outer": 1, "lowest_share": 0.5},
-            r"lowest_share is 0\.5 and the outer layers alone, 1 on either side, are 0\.5",
-        ),
         ({"target_share": 0.5, "gain": -1}, "gain must be a number from 0 to .*, got -1"),
         ({"target_share": 0.5, "gain": math.inf}, "gain must be"),
         ({"target_share": 0.5, "ramp_steps": 0}, "ramp_steps must be a number from 1 to .*, got 0"),

@@ -13,7 +13,6 @@ NUM_KNOTS = 9  # shares whose factor of the scores is tracked; between them it i
 FACTOR_GAIN = 2  # gain of a factor of the scores, as a multiple of `gain`: each hears of its own shares alone
 FASTER, SLOWER = 1.2, 0.6  # what a layer's gain is multiplied by while its error keeps its sign, and when it turns
 LARGEST_LOG_FACTOR = 10.0
-OUTER_BIAS = -30.0  # of outer layers: no score reaches 1, under any factor that a budget takes
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, less their whole parts, spread evenly however many are taken
 
 
@@ -24,10 +23,10 @@ class TargetShare(Regularizer):
     adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each layer of the
     first half, so that the policy decides which tokens leave and the regularizer how many. The gain of a layer grows
     while its error keeps its sign, since nobody knows where the scores will lie. The first `outer` layers and their
-    mirrors run for every token, at run time under a budget too. The targets of the others fall evenly by up to 2 d, d
-    = spread * min(m, 1 - m), around the mean m with which all layers together have target_share, and are approached
-    from 1 over `ramp_steps`. The idea is that of load balancing without a loss (Wang et al. 2024, arXiv 2408.15664),
-    there between experts.
+    mirrors run for every token as trained. The targets of the others fall evenly by up to 2 d, d = spread * min(m, 1 -
+    m), around the mean m with which all layers together have target_share, and are approached from 1 over
+    `ramp_steps`. The idea is that of load balancing without a loss (Wang et al. 2024, arXiv 2408.15664), there between
+    experts.
 
     With `lowest_share` one model learns to serve every share from there to 1. After the ramp each batch runs three
     times: with everything, at the lowest share, and at a third one, which is `target_share` in every second step, and
@@ -50,7 +49,6 @@ class TargetShare(Regularizer):
         num_gates = (num_layers + 1) // 2
         if isinstance(outer, bool) or not isinstance(outer, int) or not 0 <= outer < num_gates:
             raise ValueError(f"outer must be a whole number from 0 to {num_gates - 1}, got {outer!r}")
-        self.outer = outer
         self.targets = torch.cat([torch.ones(outer), self._falling(num_layers - 2 * outer, outer, spread)])
         self.bias = torch.zeros(num_gates)  # beside that of an open start
         self.gains, self.errors = torch.ones(num_gates), torch.zeros(num_gates)  # the former times `gain`
@@ -61,11 +59,6 @@ class TargetShare(Regularizer):
                 raise ValueError(
                     f"lowest_share is {lowest_share} and target_share {target_share}; expected the first below the "
                     "second: lower it, or leave it out"
-                )
-            if self.lowest_share <= 2 * outer / num_layers:
-                raise ValueError(
-                    f"lowest_share is {lowest_share} and the outer layers alone, {outer} on either side, are "
-                    f"{2 * outer / num_layers:.3g} of the blocks: raise it, or lower outer"
                 )
             self.log_factors = torch.zeros(NUM_KNOTS)
             self.changing = (*self.changing, "log_factors")
@@ -153,4 +146,3 @@ class TargetShare(Regularizer):
         if policy.num_layers != self.num_layers:
             raise ValueError(f"target_share is for {self.num_layers} layers and the model has {policy.num_layers}")
         policy.bias.requires_grad_(False).copy_(policy.open_bias + self.bias)
-        policy.bias[: self.outer] = OUTER_BIAS
