@@ -394,7 +394,7 @@ def test_a_failed_check_is_named(policy: type[Policy], check: str, where: str, s
 def test_settings_reach_the_policy_that_is_checked() -> None:
     with pytest.raises(ValueError, match="policy 'dense' does not know the setting 'start'"):
         check_policy("dense", {"start": "open"})
-    with pytest.raises(ValueError, match="keys is 'some'"):
+    with pytest.raises(ValueError, match="skipped_kv is 'some'"):
         check_policy("dense", skipped_kv="some")
 
 
