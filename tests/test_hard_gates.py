@@ -240,7 +240,7 @@ def test_steps_with_a_cache_are_one_pass(make_model: Make, ragged: tuple[Tensor,
         torch.testing.assert_close(got, getattr(expected, name), rtol=0, atol=1e-9)
 
 
-def test_hard_gates_pass_the_laws() -> None:
+def test_hard_gates_keep_the_contract() -> None:
     for scores in SCORES:
         check_policy("middle_out", {"gates": "hard", "scores": scores}, num_layers=4)
     check_policy(f"{__name__}:Half", num_layers=3)

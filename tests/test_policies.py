@@ -156,7 +156,7 @@ def test_decide_must_be_written() -> None:
         (FIXED, {"skip_share": 0.6, "fractional": True}),
     ],
 )
-def test_lawful_policies_pass(policy: str, settings: dict) -> None:
+def test_policies_that_keep_the_contract_pass(policy: str, settings: dict) -> None:
     check_policy(policy, settings)
 
 

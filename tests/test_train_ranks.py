@@ -263,7 +263,7 @@ def test_evaluation_is_of_all_held_out_text(ranks: Ranks, name: str) -> None:
 
 def test_a_run_on_two_ranks_is_resumed_bit_for_bit(ranks: Ranks) -> None:
     folder, found = ranks
-    whole, stopped = (everything(place / "budget-2" / "run") for place in (folder, folder / "stopped"))
+    whole, stopped = (everything(place / "target_share-2" / "run") for place in (folder, folder / "stopped"))
     assert {"checkpoint-6/rng_state_0.pth", "checkpoint-6/rng_state_1.pth", "best/model.safetensors"} < set(whole)
     for files in (whole, stopped):
         settings = files.pop("text/prepared.json")
@@ -276,8 +276,8 @@ def test_a_run_on_two_ranks_is_resumed_bit_for_bit(ranks: Ranks) -> None:
 
 def test_only_the_first_rank_writes(ranks: Ranks) -> None:
     _, found = ranks
-    assert {"budget-2/run/history.jsonl", "budget-2/run/recipe.yaml.part"} < set(found[0]["written"])
-    folders = {f"{name}/run/checkpoint-{step}" for name in (*RUNS, "stopped/budget") for step in (2, 4, 6)}
+    assert {"target_share-2/run/history.jsonl", "target_share-2/run/recipe.yaml.part"} < set(found[0]["written"])
+    folders = {f"{name}/run/checkpoint-{step}" for name in (*RUNS, "stopped/target_share") for step in (2, 4, 6)}
     assert {name.replace("-2/run", "/run") for name in found[1]["written"]} <= folders, "for its random numbers"
 
 
