@@ -84,8 +84,8 @@ def blocks_counted(model: MidskipForCausalLM) -> Iterator[list[int]]:
         if layer == 0:
             if len(layout.lengths) != 1:
                 raise ValueError(f"blocks are counted of one sequence, and a pass has {len(layout.lengths)}")
-            earlier = torch.cat(counts)[: layout.first_column] if counts else None  # what was not taken back
-            counts[:] = [] if earlier is None else [earlier]
+            if layout.first_column < sum(map(len, counts)):  # columns were taken back, or there is no cache
+                counts[:] = [torch.cat(counts)[: layout.first_column]]
             counts.append(torch.zeros(len(h_ND), dtype=torch.int64, device=h_ND.device))
         counts[-1] += 1 if decision.keep_N is None else decision.keep_N
 

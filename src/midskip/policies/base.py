@@ -1,4 +1,4 @@
-"""The seam for who skips: one class a policy, found by name or by `package.module:Class`.
+"""The interface of a policy, which decides who skips: one class each, found by name or by `package.module:Class`.
 
 N packed tokens, L layers, B sequences, T columns.
 """

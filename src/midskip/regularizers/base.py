@@ -1,4 +1,4 @@
-"""The seam: what every gate regularizer has, and a subclass of yours needs.
+"""The interface: what every gate regularizer has, and a subclass of yours needs.
 
 Letters in tensor names: L layers, B sequences, T positions; 2 stands for (mean, variance), in that order.
 """
@@ -14,7 +14,7 @@ from midskip.policies.base import Policy
 
 
 class Regularizer:
-    """A gate regularizer, and the seam for your own: subclass it, give the import path to `build_regularizer`.
+    """A gate regularizer, and the base class for your own: subclass it, give the import path to `build_regularizer`.
 
     A subclass is made as `Class(num_layers, **settings)` and calls `super().__init__(num_layers)`. It defines
     `update` if it learns from what it sees, and `loss` if its term is not the one here. Tensors that change

@@ -22,8 +22,8 @@ class TargetShare(Regularizer):
     The paper's regularizers push gates through the loss, where a gate that is flat at 0 no longer feels them. This one
     adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each layer of the
     first half, so that the policy decides which tokens leave and the regularizer how many. The gain of a layer grows
-    while its error keeps its sign, since nobody knows where the scores will lie. The first `outer` layers and their
-    mirrors run for every token as trained. The targets of the others fall evenly by up to 2 d, d = spread * min(m, 1 -
+    while its error keeps its sign, since nobody knows where the scores will lie. As trained, the first `outer` layers
+    and their mirrors run for every token. The targets of the others fall evenly by up to 2 d, d = spread * min(m, 1 -
     m), around the mean m with which all layers together have target_share, and are approached from 1 over
     `ramp_steps`. The idea is that of load balancing without a loss (Wang et al. 2024, arXiv 2408.15664), there between
     experts.
@@ -81,7 +81,7 @@ class TargetShare(Regularizer):
 
     @property
     def drawn_share(self) -> float | None:
-        """That of the step to come; None: as trained, at `target_share`, as every even step, counted from 1."""
+        """The share drawn for the step to come; None if it runs as trained, as every even step does, counted from 1."""
         step = int(self.num_updates)
         if self.lowest_share is None or step % 2:
             return None
