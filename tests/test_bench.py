@@ -16,7 +16,7 @@ from midskip import MidskipForCausalLM
 from midskip.bench import bench, bench_run, run_settings
 from midskip.bench.models import Side
 from midskip.bench.results import work_of
-from midskip.budget.monitor import BudgetDriftError
+from midskip.budget.monitor import BudgetDriftError, DriftMonitor
 
 
 @pytest.fixture(scope="module")
@@ -197,13 +197,14 @@ def test_a_trained_model_under_a_budget(
     model.config.calibration["block_tokens"] = 1
     windows = [{"input_ids": torch.randint(31, (64,))} for _ in range(2)]
     given = run_settings(model, "mine", tasks=("prefill", "decode"), batch_sizes=(2,), repeats=1)
-    model.set_budget(0.3, 3, on_drift="error")
+    model.set_budget(0.3, 3)
+    monitor = DriftMonitor(model, "error").attach()
     report = bench_run(given, model, windows, tmp_path, Console(file=StringIO()))
-    assert report["effort"] == {"factor": pytest.approx(3.6), "ceiling": 3} and model.monitor is not None
+    assert report["effort"] == {"factor": pytest.approx(3.6), "ceiling": 3}
     shares = {row["side"]: row["work"]["executed_share"] for row in report["rows"] if row["task"] == "prefill"}
     with pytest.raises(BudgetDriftError):
         model(windows[0]["input_ids"][None])
-    model.monitor = None
+    monitor.detach()
     gates_LBT = model(windows[0]["input_ids"][None]).gates
     assert shares["dense twin"] == 1 and shares["trained"] == pytest.approx((gates_LBT > 0).double().mean().item())
     for effort in ({"ceiling": 3}, {"budget": 0.5}):

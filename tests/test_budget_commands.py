@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from midskip import MidskipForCausalLM
 from midskip.budget.calibration import Calibration
-from midskip.budget.monitor import BudgetDriftError
+from midskip.budget.monitor import BudgetDriftError, DriftMonitor
 from midskip.cli import main
 from midskip.evaluate import depth_of_tokens
 
@@ -80,7 +80,10 @@ def test_budgets_that_cannot_be_used_are_one_line(
         (["evaluate", *here, "--budgets", "0.5", "--picture", str(tmp_path / "no" / "a.png")], "there is no folder"),
         (["generate", str(run), "--prompt", "a", "--budget", "0.5"], "has no calibration"),
         (["generate", str(run), "--prompt", "a", "--ceiling", "9"], "ceiling is 9"),
-        (["generate", str(run), "--prompt", "a", "--on_drift", "error"], "no budget whose drift to monitor"),
+        (
+            ["generate", str(run), "--prompt", "a", "--on_drift", "error"],
+            "no budget whose drift to look for: add --budget",
+        ),
         (["generate", str(run), "--prompt", "a", "--on_drift", "panic"], "invalid choice: 'panic'"),
     ):
         assert main(arguments) == 2
@@ -91,6 +94,7 @@ def test_budgets_that_cannot_be_used_are_one_line(
 def test_drift_ends_generation_with_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run / "config.json"
     odd = CURVE | {"share": [1.0, 0.003, 0.002, 0.001], "share_std": [0.0] * 4, "block_tokens": 2}
+    odd["share_by_place"] = [[share] * 12 for share in odd["share"]]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"calibration": odd}))
     arguments = ["generate", str(run), "--prompt", "the cat sat on the mat", "--max_new_tokens", "2"]
     assert main([*arguments, "--budget", "0.002", "--on_drift", "error"]) == 1
@@ -101,7 +105,7 @@ def test_drift_ends_generation_with_one_line(run: Path, capsys: pytest.CaptureFi
 def test_depth_of_tokens_is_not_live(run: Path, learnt: PreTrainedTokenizerFast) -> None:
     model = MidskipForCausalLM.from_pretrained(run)
     model.config.calibration = CURVE | {"loss_std": [0.0] * 4, "block_tokens": 1}
-    model.set_budget(0.5, on_drift="error")
-    depth_of_tokens(model.eval(), learnt, list(range(20)))
-    with pytest.raises(BudgetDriftError):
-        model(torch.arange(20)[None])
+    with DriftMonitor(model.eval(), "error"):
+        depth_of_tokens(model, learnt, list(range(20)))
+        with pytest.raises(BudgetDriftError):
+            model(torch.arange(20)[None])

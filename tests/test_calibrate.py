@@ -17,7 +17,7 @@ from torch import Tensor
 import midskip.budget.calibrate
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.budget.calibrate import GAP, calibrate, loss_by_budget, thinned
-from midskip.budget.calibration import Calibration
+from midskip.budget.calibration import Calibration, place_counts, place_of
 from midskip.data import TokenWindows
 from midskip.evaluate import evaluate
 from midskip.report import budget_table, write_curves
@@ -54,16 +54,30 @@ def test_more_budget_never_gives_more_loss() -> None:
 
 def test_the_band_is_four_deviations_around_the_points_on_either_side() -> None:
     curve = Calibration.from_dict(CURVE)
+    counts = place_counts([9, 2])
     for factor, points in ((0.0, [0]), (1.0, [1]), (1.5, [1, 2]), (3.9, [2, 3]), (4.0, [3])):
-        band = curve.band(factor)
         share, share_std, loss, loss_std = (
             [CURVE[name][point] for point in points] for name in ("share", "share_std", "loss", "loss_std")
         )
-        assert band.share_low == pytest.approx(min(a - 4 * b for a, b in zip(share, share_std, strict=True)))
-        assert band.share_high == pytest.approx(max(a + 4 * b for a, b in zip(share, share_std, strict=True)))
-        assert band.loss_high == pytest.approx(max(a + 4 * b for a, b in zip(loss, loss_std, strict=True)))
-    assert curve.band(0.0).has_share(1.0) and not curve.band(0.0).has_share(0.999)
-    assert curve.band(1.0).has_loss(-1.0) and not curve.band(1.0).has_loss(math.nan)
+        low, high = curve.share_band(factor, counts)
+        assert low == pytest.approx(min(a - 4 * b for a, b in zip(share, share_std, strict=True)), abs=2e-6)
+        assert high == pytest.approx(max(a + 4 * b for a, b in zip(share, share_std, strict=True)), abs=2e-6)
+        expected = max(a + 4 * b for a, b in zip(loss, loss_std, strict=True))
+        assert curve.highest_loss(factor, counts) == pytest.approx(expected)
+
+
+def test_the_band_is_that_of_the_positions() -> None:
+    lengths = [0, 1, 3, 9, 3000]
+    counts = [0] * 12
+    for length in lengths:
+        for position in range(length):
+            counts[place_of(position)] += 1
+    assert place_counts(lengths) == counts and counts[:3] == [4, 3, 5] and counts[11] == 3000 - 1024
+    early = [[9.0, 5.0, *[loss] * 10] for loss in CURVE["loss"]]
+    curve = Calibration.from_dict(CURVE | {"loss_by_place": early})
+    assert curve.highest_loss(1.0, place_counts([1])) == pytest.approx(9 + 0.2)
+    assert curve.highest_loss(1.0, place_counts([2, 2])) == pytest.approx(7 + 0.2)
+    assert curve.highest_loss(1.0, place_counts([4])) == pytest.approx((9 + 5 + 2 * 2.1) / 4 + 0.2)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +95,8 @@ def test_the_band_is_four_deviations_around_the_points_on_either_side() -> None:
         ({"loss": [2.0, 2.1, math.nan, 3.0]}, r"\['loss'\] is .*; expected two or more finite numbers of at least 0"),
         ({"loss_std": [0.1, 0.1, -0.1, 0.1]}, r"\['loss_std'\] is .*; expected two or more finite numbers"),
         ({"share_std": "wide"}, r"\['share_std'\] is 'wide'"),
+        ({"loss_by_place": [[1.0] * 12] * 3}, r"\['loss_by_place'\] is .*; expected 4 lists of 12 numbers"),
+        ({"share_by_place": [[1.0] * 11] * 4}, r"\['share_by_place'\] is .*; expected 4 lists of 12 numbers"),
         ({"factor": [0.0], "share": [1.0]}, r"\['factor'\] is \[0.0\]; expected two or more"),
         ({"colour": "red"}, r"calibration is \['block_tokens', 'colour', .*; expected a dictionary of text, num_"),
     ],
@@ -105,16 +121,27 @@ def test_what_is_no_dictionary_is_refused() -> None:
 # ---- measuring it
 
 
-def blocks_of(model: MidskipForCausalLM, windows: list[dict[str, Tensor]]) -> tuple[list[float], list[float]]:
-    """Share and loss of each block of 256 tokens, by hand."""
-    shares, losses = [], []
+def by_hand(model: MidskipForCausalLM, windows: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Share and loss by group of positions, and the deviation of blocks of 256 tokens from those."""
+    tokens = []  # position, share, loss
     for window in windows:
         output = model(window["input_ids"][None])
-        shares += (output.gates[:, 0] > 0).double().mean(0).tolist()
-        losses += [*F.cross_entropy(output.logits[0, :-1], window["labels"][1:], reduction="none").tolist(), None]
-    starts = range(0, len(shares) - 255, 256)
-    scored = [[loss for loss in losses[start : start + 256] if loss is not None] for start in starts]
-    return [statistics.mean(shares[start : start + 256]) for start in starts], [statistics.mean(x) for x in scored]
+        shares = (output.gates[:, 0] > 0).double().mean(0).tolist()
+        losses = [*F.cross_entropy(output.logits[0, :-1], window["labels"][1:], reduction="none").tolist(), None]
+        tokens += zip(range(len(shares)), shares, losses)
+    found: dict[str, Any] = {}
+    for name, column in (("share", 1), ("loss", 2)):
+        groups: dict[int, list[float]] = {}
+        for token in tokens:
+            if token[column] is not None:
+                groups.setdefault(place_of(token[0]), []).append(token[column])
+        means = {place: statistics.mean(group) for place, group in groups.items()}
+        found[f"{name}_by_place"] = [means.get(place, means[6]) for place in range(12)]  # position 47 is in group 6
+        blocks = [tokens[start : start + 256] for start in range(0, len(tokens) - 255, 256)]
+        known = [[token for token in block if token[column] is not None] for block in blocks]
+        excess = [statistics.mean(token[column] - means[place_of(token[0])] for token in block) for block in known]
+        found[f"{name}_std"] = statistics.stdev(excess)
+    return found
 
 
 @torch.no_grad()
@@ -132,9 +159,8 @@ def test_the_curve_is_what_the_model_does(make_model: Make, windows: list[dict[s
         model.model.policy.set_effort(calibration.factor[point])
         result = evaluate(model, windows, batch_size=48)
         assert calibration.share[point] == result["executed_share"] and calibration.loss[point] == result["loss"]
-        shares, losses = blocks_of(model, windows)
-        assert calibration.share_std[point] == pytest.approx(statistics.stdev(shares), rel=1e-6, abs=1e-9)
-        assert calibration.loss_std[point] == pytest.approx(statistics.stdev(losses), rel=1e-6)
+        for name, expected in by_hand(model, windows).items():
+            assert getattr(calibration, name)[point] == pytest.approx(expected, rel=1e-6, abs=1e-9), name
     model.set_budget()
     model.save_pretrained(tmp_path)
     loaded = MidskipForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
@@ -256,11 +282,7 @@ def test_loss_by_budget_stands_beside_the_calibrations(
 ) -> None:
     calibrated.set_budget(0.9, 4)
     rows = loss_by_budget(calibrated, windows, [0.3, 0.65, 1.0], batch_size=48)
-    assert (
-        calibrated.model.policy.factor == pytest.approx(0.5)
-        and calibrated.model.policy.ceiling == 4
-        and calibrated.monitor
-    )
+    assert calibrated.model.policy.factor == pytest.approx(0.5) and calibrated.model.policy.ceiling == 4
     assert [row["factor"] for row in rows] == pytest.approx([3.6, 1.5, 0.0])
     for row, expected in zip(rows, ((0.3, 2.9), (0.65, 2.3), (1.0, 2.0)), strict=True):
         there = row["calibration"]

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from midskip.budget.monitor import DriftMonitor
 from midskip.cost import Meter, meter
 from midskip.model.cache import SkipCache
 from midskip.model.config import MidskipConfig
@@ -14,6 +15,7 @@ AutoModelForCausalLM.register(MidskipConfig, MidskipForCausalLM)
 
 __version__ = "0.1.0"
 __all__ = [
+    "DriftMonitor",
     "Meter",
     "MidskipConfig",
     "MidskipForCausalLM",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from midskip.budget.monitor import not_live
 from midskip.cost import Meter
 from midskip.data import TokenWindows
 from midskip.data.progress import progress_bar
@@ -27,15 +28,14 @@ CHUNK_LOGITS = 2**24  # logits whose loss is worked out at a time
 
 @contextmanager
 def effort_kept(model: MidskipForCausalLM) -> Iterator[None]:
-    """What is run within is not live: no monitor sees it, and afterwards the effort is that of before."""
+    """What is run within is not live: no monitor looks at it, and afterwards the effort is that of before."""
     policy = model.model.policy
-    before, monitor = (policy.factor, policy.ceiling), model.monitor
-    model.monitor = None
+    before = policy.factor, policy.ceiling
     try:
-        yield
+        with not_live():
+            yield
     finally:
         policy.set_effort(*before)
-        model.monitor = monitor
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def evaluate(
     batch_size: int = 8,
     progress: bool = False,
     title: str = "Evaluating",
-    each: Callable[[Tensor, Tensor], None] | None = None,
+    each: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Loss and work on every window, without any regularizer, under the budget in force if there is one. This is no
     live prompt: a monitor of those does not see it.
@@ -60,8 +60,8 @@ def evaluate(
         token_bytes: int64 [V], bytes of text each token stands for; without it there are no bits per byte.
         batch_size: windows of a forward pass.
         progress: show a bar in a terminal, with this title.
-        each: called after each batch of this rank with two float64 tensors, of its valid tokens in order: the nats of
-            the prediction each made, NaN where it made none, and the blocks it ran.
+        each: called after each batch of this rank with three float64 tensors, of its valid tokens in order: the nats of
+            the prediction each made, NaN where it made none; the blocks it ran; its position, as in loss_by_position.
 
     Returns:
         - num_targets: predictions that were scored; loss: their mean cross-entropy in nats; perplexity: its
@@ -113,8 +113,9 @@ class _Sums:
     """What `evaluate` adds up: one float64 tensor on the model's device, read once, at the end."""
 
     def __init__(
-        self, model: MidskipForCausalLM, token_bytes: Tensor | None, each: Callable[[Tensor, Tensor], None] | None
-    ):
+        self, model: MidskipForCausalLM, token_bytes: Tensor | None,
+        each: Callable[[Tensor, Tensor, Tensor], None] | None,
+    ):  # fmt: skip
         self.each = each
         self.num_layers, num_positions = model.config.num_hidden_layers, model.config.max_position_embeddings
         self.token_bytes_V = None if token_bytes is None else token_bytes.to(model.device)
@@ -150,8 +151,8 @@ class _Sums:
         if self.token_bytes_V is not None:
             parts["text"][1] += (self.token_bytes_V[target_N.clamp(min=0)] * scored_N).sum()
         if self.each is not None:
-            valid_N = valid_BT.flatten()
-            self.each(torch.where(scored_N, loss_N, math.nan)[valid_N], blocks_N[valid_N].double())
+            known = torch.where(scored_N, loss_N, math.nan), blocks_N.double(), position_BT.flatten().double()
+            self.each(*(values_N[valid_BT.flatten()] for values_N in known))
 
     def result(self, meter: Meter, num_columns: int, world_size: int) -> dict[str, Any]:
         """The numbers of all ranks."""

@@ -28,6 +28,7 @@ from midskip.bench.table import case_table
 from midskip.bench.tasks import Decode, Prefill, Task, Training
 from midskip.bench.timing import WARM_UP_TURNS, interleave, waiter
 from midskip.budget.calibrate import Windows
+from midskip.budget.monitor import not_live
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.report.page import visible
@@ -78,8 +79,8 @@ def bench_run(
 ) -> dict[str, Any]:  # fmt: skip
     """The same with the learned gates of a trained model, on text: against the model with nothing skipped, and Llama.
 
-    Under a budget or a ceiling (`set_budget`) the model is timed as it then runs, without the monitor of prompts,
-    and `effort` in what is returned says which.
+    Under a budget or a ceiling (`set_budget`) the model is timed as it then runs, and
+    `effort` in what is returned says which.
 
     Args:
         settings: as `run_settings` gives them.
@@ -116,7 +117,10 @@ def bench_run(
     ids_WT = torch.stack(found).long().to(settings.device)
     job = _Bench(settings, Path(output), console)
     job.result["effort"] = {"factor": policy.factor, "ceiling": policy.ceiling}
-    return job.run(_trained_groups(settings, model), 1, lambda num_rows, num_columns: ids_WT[:num_rows, :num_columns])
+    with not_live():
+        return job.run(
+            _trained_groups(settings, model), 1, lambda num_rows, num_columns: ids_WT[:num_rows, :num_columns]
+        )
 
 
 def _imposed_groups(settings: BenchSettings) -> Iterator[_Group]:
@@ -132,7 +136,6 @@ def _trained_groups(settings: BenchSettings, model: MidskipForCausalLM) -> Itera
     for name in settings.dtypes:
         dtype = getattr(torch, name)
         trained = placed(copy.deepcopy(model), dtype, settings.device)
-        trained.monitor = None  # a benchmark is no live use
         twin = with_policy(trained, "dense", {})
         ours = [Side("dense twin", twin), Side("trained", trained)]
         yield _Group(name, "learned", twin.config, _llamas(settings, twin.config, dtype), ours)

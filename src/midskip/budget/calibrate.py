@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midskip.budget.calibration import Calibration, calibration_in
+from midskip.budget.calibration import NUM_PLACES, Calibration, calibration_in, place_of
 from midskip.data import TokenWindows
 from midskip.distributed import rank_and_world_size
 from midskip.evaluate import effort_kept, evaluate
@@ -42,9 +42,8 @@ def calibrate(
     which it falls, the model as trained among them (unless it skips nothing), however low its share; those that would
     break this are left out and counted.
 
-    Tokens early in a document have less to go on and a higher loss, and windows are as long as the model takes. So
-    prompts much shorter than them look like drift. Calibrate for those on text cut like them: documents of their
-    length, kept apart by their positions.
+    Tokens early in a document have less to go on and a higher loss, so both are also kept by position: a `DriftMonitor`
+    then compares short prompts with the beginnings of documents.
 
     Args:
         windows: held-out text like the prompts to come, as `evaluate` takes it.
@@ -116,7 +115,7 @@ class _Curve:
     ):  # fmt: skip
         self.model, self.windows, self.lowest, self.block_tokens = model, windows, lowest, block_tokens
         self.batch_size, self.progress = batch_size, progress
-        self.points: dict[float, dict[str, float]] = {}
+        self.points: dict[float, dict[str, Any]] = {}
         self.num_tokens = 0
 
     def measure(self, factor: float) -> float:
@@ -131,7 +130,7 @@ class _Curve:
             batch_size=self.batch_size,
             progress=self.progress,
             title=f"Calibrating, point {len(self.points) + 1}, factor {factor:.4g}",
-            each=lambda loss_N, blocks_N: batches.append(torch.stack((loss_N, blocks_N)).cpu()),
+            each=lambda *values_N: batches.append(torch.stack(values_N).cpu()),
         )
         self.num_tokens = result["num_tokens"]
         num_blocks = self.num_tokens // self.block_tokens
@@ -140,16 +139,30 @@ class _Curve:
                 f"the text to calibrate on has {self.num_tokens} tokens; expected at least "
                 f"{FEWEST_BLOCKS * self.block_tokens}, {FEWEST_BLOCKS} blocks of {self.block_tokens}: give more text"
             )
-        loss_N, blocks_N = torch.cat(batches, 1)[:, : num_blocks * self.block_tokens]
-        share_K = blocks_N.unflatten(0, (num_blocks, -1)).mean(1) / self.model.config.num_hidden_layers
-        loss_K = loss_N.unflatten(0, (num_blocks, -1)).nanmean(1)
+        loss_N, blocks_N, position_N = torch.cat(batches, 1)
+        place_N = torch.frexp(position_N).exponent.long().clamp(0, NUM_PLACES - 1)  # as `place_of`
+        share_P, share_std = self._by_place(blocks_N / self.model.config.num_hidden_layers, place_N)
+        loss_P, loss_std = self._by_place(loss_N, place_N)
         self.points[factor] = {
-            "share": result["executed_share"],
-            "loss": result["loss"],
-            "share_std": share_K.std().item(),
-            "loss_std": loss_K[loss_K.isfinite()].std().item(),
-        }
+            "share": result["executed_share"], "share_by_place": share_P, "share_std": share_std,
+            "loss": result["loss"], "loss_by_place": loss_P, "loss_std": loss_std,
+        }  # fmt: skip
         return result["executed_share"]
+
+    def _by_place(self, values_N: Tensor, place_N: Tensor) -> tuple[list[float], float]:
+        """The mean at each group of positions, NaN left out, and the standard deviation, over blocks, of the mean
+        difference to it. A group without tokens has the mean of the nearest one before it, or of all."""
+        known_N = values_N.isfinite()
+        known, place = values_N[known_N], place_N[known_N]
+        sums_P = known.new_zeros(NUM_PLACES).index_add(0, place, known)
+        counts_P = known.new_zeros(NUM_PLACES).index_add(0, place, torch.ones_like(known))
+        means: list[float] = []
+        for total, count in zip(sums_P.tolist(), counts_P.tolist(), strict=True):
+            means.append(total / count if count else means[-1] if means else known.mean().item())
+        excess_N = values_N - torch.tensor(means, dtype=values_N.dtype)[place_N]
+        num_blocks = len(excess_N) // self.block_tokens
+        excess_K = excess_N[: num_blocks * self.block_tokens].unflatten(0, (num_blocks, -1)).nanmean(1)
+        return means, excess_K[excess_K.isfinite()].std().item()
 
     def widest_gap(self) -> float | None:
         """A factor midway between the two neighbours whose shares differ most; None if all are near enough."""
@@ -213,7 +226,11 @@ def loss_by_budget(
                 model, windows, batch_size=batch_size, progress=progress, title=f"Evaluating, budget {budget:g}"
             )
         share, loss = result["executed_share"], result["loss"]
-        (calibrated_share, calibrated_loss), band = calibration.at(factor), calibration.band(factor)
+        calibrated_share, calibrated_loss = calibration.at(factor)
+        counts = [0] * NUM_PLACES
+        for position, count in enumerate(result["num_targets_by_position"]):
+            counts[place_of(position)] += count
+        (low, high), highest = calibration.share_band(factor, counts), calibration.highest_loss(factor, counts)
         rows.append(
             {
                 "budget": budget,
@@ -221,7 +238,7 @@ def loss_by_budget(
                 "executed_share": share,
                 "loss": loss,
                 "calibration": {"text": calibration.text, "executed_share": calibrated_share, "loss": calibrated_loss},
-                "in_band": band.has_share(share) and band.has_loss(loss),
+                "in_band": low <= share <= high and loss <= highest,
             }
         )
     return rows

@@ -11,7 +11,9 @@ from typing import Any
 
 TOLERANCE = 0.02  # of a budget, by which the share of a point that serves it may be above
 BAND_STDS = 4  # half the width of the band that blocks of live prompts have to stay in
+NUM_PLACES = 12  # groups of positions: 0, 1, 2 to 3, 4 to 7, and so on; the last one from 1024 on
 _CURVES = ("factor", "share", "loss", "share_std", "loss_std")
+_BY_PLACE = ("share_by_place", "loss_by_place")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Calibration:
         factor: of the scores, from 0 up.
         share: of block-tokens that ran, from 1 down.
         loss: nats a token.
-        share_std, loss_std: standard deviation of both over blocks of `block_tokens`.
+        share_by_place, loss_by_place: lists of both for tokens at positions 0, 1, 2 to 3, 4 to 7, ... of their
+            document: `NUM_PLACES` numbers for each point. Early tokens have less to go on, and a higher loss.
+        share_std, loss_std: standard deviation, over blocks of `block_tokens`, of the mean difference to those.
 
     `Calibration.from_dict` checks what it is given; this constructor does not.
     """
@@ -38,6 +42,8 @@ class Calibration:
     factor: list[float]
     share: list[float]
     loss: list[float]
+    share_by_place: list[list[float]]
+    loss_by_place: list[list[float]]
     share_std: list[float]
     loss_std: list[float]
 
@@ -64,6 +70,13 @@ class Calibration:
                 raise _broken(f"calibration[{name!r}]", repr(curve), "two or more finite numbers of at least 0")
             if len(curve) != len(values["factor"]):
                 raise _broken(f"calibration[{name!r}]", f"{len(curve)} numbers", f"{len(values['factor'])}, as factor")
+        for name in _BY_PLACE:
+            curve, expected = values[name], f"{len(values['factor'])} lists of {NUM_PLACES} numbers of at least 0"
+            if not isinstance(curve, list | tuple) or len(curve) != len(values["factor"]):
+                raise _broken(f"calibration[{name!r}]", repr(curve), expected)
+            for point in curve:
+                if not isinstance(point, list | tuple) or len(point) != NUM_PLACES or not all(map(_is_amount, point)):
+                    raise _broken(f"calibration[{name!r}]", repr(curve), expected)
         if values["factor"][0] != 0 or any(after <= before for before, after in pairwise(values["factor"])):
             raise _broken("calibration['factor']", repr(values["factor"]), "0 and then rising numbers")
         if values["share"][0] != 1 or any(after >= before for before, after in pairwise(values["share"])):
@@ -99,33 +112,48 @@ class Calibration:
         """Share and loss at a factor, on the line between the points measured."""
         return _interpolated(factor, self.factor, self.share), _interpolated(factor, self.factor, self.loss)
 
-    def band(self, factor: float) -> Band:
-        """Where blocks are expected at a factor: mean and `BAND_STDS` standard deviations of the points on either side
-        of it (of one, where it was measured), the wider ones."""
+    def share_band(self, factor: float, counts: Sequence[float]) -> tuple[float, float]:
+        """Lowest and highest share that a block of tokens should have at a factor.
+
+        Args:
+            counts: tokens of the block in each group of positions, `NUM_PLACES` numbers; see `place_counts`.
+
+        Returns:
+            The mean at those positions, and `BAND_STDS` standard deviations on either side, of the points measured on
+            either side of the factor (of one, where it was measured): the widest.
+        """
+        means = [(_weighted(self.share_by_place[point], counts), point) for point in self._around(factor)]
+        rounding = 1e-6  # where every block had the same share
+        return (
+            min(mean - BAND_STDS * self.share_std[point] for mean, point in means) - rounding,
+            max(mean + BAND_STDS * self.share_std[point] for mean, point in means) + rounding,
+        )
+
+    def highest_loss(self, factor: float, counts: Sequence[float]) -> float:
+        """The highest loss that a block of tokens should have at a factor; a low one is welcome. As `share_band`."""
+        return max(
+            _weighted(self.loss_by_place[point], counts) + BAND_STDS * self.loss_std[point]
+            for point in self._around(factor)
+        )
+
+    def _around(self, factor: float) -> range:
+        """The points on either side of a factor."""
         last = len(self.factor) - 1
         after = min(bisect_left(self.factor, factor), last)
         before = after if after == 0 or self.factor[after] <= factor else after - 1
-        points = range(before, after + 1)
-        return Band(
-            min(self.share[point] - BAND_STDS * self.share_std[point] for point in points),
-            max(self.share[point] + BAND_STDS * self.share_std[point] for point in points),
-            max(self.loss[point] + BAND_STDS * self.loss_std[point] for point in points),
-        )
+        return range(before, after + 1)
 
 
-@dataclass(frozen=True)
-class Band:
-    """Where a block of tokens is expected to be; a low loss is welcome."""
+def place_of(position: int) -> int:
+    """The group of positions that one belongs to, 0 to NUM_PLACES - 1."""
+    return min(position.bit_length(), NUM_PLACES - 1)
 
-    share_low: float
-    share_high: float
-    loss_high: float
 
-    def has_share(self, share: float) -> bool:
-        return self.share_low - 1e-9 <= share <= self.share_high + 1e-9  # all blocks may have had the same share
-
-    def has_loss(self, loss: float) -> bool:
-        return loss <= self.loss_high
+def place_counts(lengths: Sequence[int]) -> list[int]:
+    """How many tokens of documents of these lengths are in each group of positions."""
+    starts = [0, *(2**place for place in range(NUM_PLACES - 1))]
+    ends = [*starts[1:], max(lengths, default=0)]
+    return [sum(max(0, min(length, end) - start) for length in lengths) for start, end in zip(starts, ends)]
 
 
 def calibration_in(values: Any, adjustable: bool) -> Calibration:
@@ -142,6 +170,11 @@ def calibration_in(values: Any, adjustable: bool) -> Calibration:
             "folder, or midskip.budget.calibrate.calibrate on the model"
         )
     return Calibration.from_dict(values)
+
+
+def _weighted(values: Sequence[float], counts: Sequence[float]) -> float:
+    """The mean of the values, each counted so often."""
+    return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 
 
 def _is_amount(value: Any) -> bool:

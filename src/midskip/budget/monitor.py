@@ -7,68 +7,128 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import accumulate
+from types import TracebackType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from midskip.budget.calibration import Calibration
+from midskip.budget.calibration import NUM_PLACES, calibration_in, place_counts, place_of
 
 ON_DRIFT = ("keep", "as_trained", "error")
 SCORED_ROWS = 64  # the most tokens of a pass whose loss the monitor works out
+_is_live: ContextVar[bool] = ContextVar("is_live", default=True)
 
 
 class BudgetDriftError(RuntimeError):
     """Live prompts have left the band of the calibration, and `on_drift` is "error"."""
 
 
-def check_on_drift(on_drift: str, budget: float | None) -> None:
-    """Raises ValueError for what is no reaction to drift, or has none to react to."""
-    if on_drift not in ON_DRIFT:
-        raise ValueError(f"on_drift is {on_drift!r}; expected one of {', '.join(map(repr, ON_DRIFT))}")
-    if budget is None and on_drift != "keep":
-        raise ValueError(f"on_drift is {on_drift!r} and there is no budget whose drift to monitor: give a budget too")
+@contextmanager
+def not_live() -> Iterator[None]:
+    """Passes within are measurements and no use: no monitor looks at them."""
+    token = _is_live.set(False)
+    try:
+        yield
+    finally:
+        _is_live.reset(token)
 
 
 class DriftMonitor:
-    """Compares live prompts with the calibration, `block_tokens` of them at a time, and acts when they leave its band.
+    """Compares the prompts that a model is given with its calibration, and acts when they leave the band of that.
 
-    The model shows it passes without a cache or into an empty one: what comes later are tokens generated, or proposed
-    in assisted generation, or later chunks of a prompt. A prompt that `generate()` repeats, for beams say, counts as
-    often as it is there.
+        model.set_budget(0.5)
+        with DriftMonitor(model, on_drift="error"):
+            model.generate(**prompt)
 
-    Two things are watched, each over blocks of its own: the share of block-tokens that ran, which may leave the band
-    on either side, and the loss of predicting the prompts' own tokens, which may leave it above. Under a ceiling, which
-    the calibration knew nothing of, a low share is no drift. It costs the head on at most `SCORED_ROWS` tokens of each
-    prompt pass, spread evenly over it, and a wait for the device once in a block.
+    It looks from outside, by hooks, while it is attached: at passes in evaluation mode without a cache or into an empty
+    one. What comes later are tokens generated, or proposed in assisted generation, or later chunks of a prompt. Prompts
+    of any length are pooled until they are `block_tokens` of the calibration together. A prompt that `generate()`
+    repeats, for beams say, counts as often as it is there.
+
+    Two things are compared with what the calibration measured at the same positions: the share of block-tokens that
+    ran, which may leave the band on either side, and the loss of predicting the prompts' own tokens, which may leave it
+    above. Under a ceiling, which the calibration knew nothing of, a low share is no drift. It costs the head
+    on at most `SCORED_ROWS` tokens of each prompt pass, spread evenly over it, which meters do not count, and a wait
+    for the device once in a block. If the effort changes (`set_budget`), pooling starts again.
 
     Args:
-        calibration: what is expected.
-        factor: at which of its factors.
-        ceiling: the ceiling in force, if there is one.
-        on_drift: `"keep"` warns once and goes on; `"as_trained"` warns once and calls `fall_back`; `"error"` raises.
-        fall_back: drops the budget, from the next pass on.
+        model: a calibrated `MidskipForCausalLM`.
+        on_drift: `"keep"` warns once and goes on; `"as_trained"` warns once and drops budget and ceiling, from the next
+            pass on; `"error"` raises `BudgetDriftError` in the pass, which takes back what it added to a cache.
+
+    Raises:
+        ValueError: another `on_drift`, or a model without a calibration or without a policy that has budgets.
     """
 
-    def __init__(
-        self, calibration: Calibration, factor: float, ceiling: int | None, on_drift: str,
-        fall_back: Callable[[], None],
-    ):  # fmt: skip
-        self.calibration, self.on_drift, self.fall_back = calibration, on_drift, fall_back
-        band = calibration.band(factor)
-        self.band = band if ceiling is None else replace(band, share_low=0.0)
-        self.is_over = False
+    def __init__(self, model: nn.Module, on_drift: str = "keep"):
+        if on_drift not in ON_DRIFT:
+            raise ValueError(f"on_drift is {on_drift!r}; expected one of {', '.join(map(repr, ON_DRIFT))}")
+        self.model: Any = model
+        self.policy: Any = self.model.model.policy
+        self.calibration = calibration_in(self.model.config.calibration, self.policy.adjustable)
+        self.on_drift, self.is_over = on_drift, False
+        self._hooks: list[Any] = []
+        self._layout: Any = None  # of the pass that is looked at
+        self._num_ran = 0
         self._lengths: list[int] = []
-        self._num_tokens = self._num_scored = 0
-        self._ran, self._nats = 0.0, torch.zeros(())
+        self._effort: Any = None
+        self._start()
+
+    def _start(self) -> None:
+        self._forget_share()
+        self._forget_loss()
+
+    def _forget_share(self) -> None:
+        self._ran, self._places = 0.0, [0] * NUM_PLACES
+
+    def _forget_loss(self) -> None:
+        self._nats, self._scored_places = torch.zeros(()), [0] * NUM_PLACES
+
+    def attach(self) -> DriftMonitor:
+        """Look at every pass from now on; gives itself."""
+        if not self._hooks:
+            self._hooks = [
+                self.policy.register_forward_hook(self._on_policy),
+                self.model.model.norm.register_forward_hook(self._on_norm),
+            ]
+        return self
+
+    def detach(self) -> None:
+        """Look no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> DriftMonitor:
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _on_policy(self, policy: nn.Module, arguments: tuple[Any, ...], decision: Any) -> None:
+        layer, _, _, layout = arguments
+        if layer == 0:
+            is_prompt = not (policy.training or layout.first_column) and _is_live.get()
+            self._layout, self._num_ran = layout if is_prompt else None, 0
+        if self._layout is not None:
+            self._num_ran += layout.keep(decision.keep_N).num_tokens
+
+    def _on_norm(self, norm: nn.Module, arguments: tuple[Any, ...], h_ND: Tensor) -> None:
+        layout, self._layout = self._layout, None
+        if layout is not None and layout.num_tokens:
+            share = self._num_ran / (layout.num_tokens * self.policy.num_layers)
+            self.look(layout.lengths, share, h_ND, layout.token_N)
 
     @torch.no_grad()
-    def update(
-        self, lengths: list[int], share: float, h_ND: Tensor, ids_N: Tensor | None, head: Callable[[Tensor], Tensor]
-    ) -> None:
+    def look(self, lengths: Sequence[int], share: float, h_ND: Tensor, ids_N: Tensor | None) -> None:
         """Look at a pass. One in which no sequence has two tokens is a step of generation and not looked at; so is
         one that is a token longer in every sequence than the last, as in generation without a cache.
 
@@ -76,39 +136,45 @@ class DriftMonitor:
             lengths: tokens of each sequence, or of each document.
             share: of block-tokens that ran.
             h_ND: what goes into the head.
-            ids_N: int64 [N], the tokens; None where they are not known: the loss is then not watched.
-            head: gives logits [R, V] of rows [R, D].
+            ids_N: int64 [N], the tokens; None where they are not known: the loss is then not compared.
 
         Raises:
             BudgetDriftError: a block left the band, and `on_drift` is "error".
         """
-        if self.is_over or max(lengths, default=0) < 2:
+        if self.is_over or max(lengths) < 2:
             return
         before, self._lengths = self._lengths, list(lengths)
-        if lengths == [length + 1 for length in before]:
+        if self._lengths == [length + 1 for length in before]:
             return
-        self._num_tokens += sum(lengths)
+        if self._effort != (effort := (self.policy.factor, self.policy.ceiling)):
+            self._effort = effort
+            self._start()
         self._ran += share * sum(lengths)
+        self._places = [a + b for a, b in zip(self._places, place_counts(lengths), strict=True)]
         if ids_N is not None:
-            rows_R = torch.tensor(_scored_rows(lengths), device=h_ND.device)
-            logits_RV = head(h_ND.index_select(0, rows_R)).float()
+            rows, positions = _scored(lengths)
+            rows_R = torch.tensor(rows, device=h_ND.device)
+            # not as a module call: that is what meters count
+            logits_RV = self.model.lm_head.forward(h_ND.index_select(0, rows_R)).float()
             nats = F.cross_entropy(logits_RV, ids_N.index_select(0, rows_R + 1), reduction="sum")
-            self._nats, self._num_scored = self._nats.to(nats.device) + nats, self._num_scored + len(rows_R)
+            self._nats = self._nats.to(nats.device) + nats
+            for position in positions:
+                self._scored_places[place_of(position)] += 1
         self._judge()
 
     def _judge(self) -> None:
-        block, band, found = self.calibration.block_tokens, self.band, []
-        if self._num_tokens >= block:
-            share, num_tokens = self._ran / self._num_tokens, self._num_tokens
-            self._ran, self._num_tokens = 0.0, 0
-            if not band.has_share(share):
-                expected = f"{max(0, band.share_low):.3f} to {min(1, band.share_high):.3f}"
+        block, (factor, ceiling), found = self.calibration.block_tokens, self._effort, []
+        if (num_tokens := sum(self._places)) >= block:
+            share, (low, high) = self._ran / num_tokens, self.calibration.share_band(factor, self._places)
+            self._forget_share()
+            if share > high or (share < low and ceiling is None):
+                expected = f"{0 if ceiling else max(0, low):.3f} to {min(1, high):.3f}"
                 found.append(f"{share:.3f} of the blocks ran on the last {num_tokens} tokens, expected {expected}")
-        if self._num_scored >= block:
-            loss, num_scored = self._nats.item() / self._num_scored, self._num_scored
-            self._nats, self._num_scored = torch.zeros(()), 0
-            if not band.has_loss(loss):
-                expected = f"at most {band.loss_high:.3f}"
+        if (num_scored := sum(self._scored_places)) >= block:
+            loss, highest = self._nats.item() / num_scored, self.calibration.highest_loss(factor, self._scored_places)
+            self._forget_loss()
+            if not loss <= highest:
+                expected = f"at most {highest:.3f}"
                 found.append(f"the loss of {num_scored} of the last tokens was {loss:.3f} nats, expected {expected}")
         if found:
             text = self.calibration.text
@@ -121,16 +187,20 @@ class DriftMonitor:
             )
         self.is_over = True
         if self.on_drift == "as_trained":
-            self.fall_back()
+            self.policy.set_effort()
             message += "; from now on the gates are those of training, without a budget (on_drift: as_trained)"
         else:
             message += "; the budget stays, and this is said once (on_drift: keep)"
         warnings.warn(message, stacklevel=2)
 
 
-def _scored_rows(lengths: Sequence[int]) -> list[int]:
-    """At most `SCORED_ROWS` rows, evenly spaced among those that the same sequence has a token after."""
+def _scored(lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """At most `SCORED_ROWS` rows, evenly spaced among those that the same sequence has a token after, and the position
+    of each in its sequence."""
     before_end = list(accumulate(length - 1 for length in lengths if length))
     count = min(SCORED_ROWS, before_end[-1])
     places = [(2 * number + 1) * before_end[-1] // (2 * count) for number in range(count)]
-    return [place + bisect_right(before_end, place) for place in places]  # each sequence before has a last row more
+    sequences = [bisect_right(before_end, place) for place in places]
+    rows = [place + sequence for place, sequence in zip(places, sequences)]  # each sequence before has a last row more
+    starts = [0, *before_end]
+    return rows, [place - starts[sequence] for place, sequence in zip(places, sequences)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from rich.console import Console
 
-from midskip.budget.monitor import ON_DRIFT
+from midskip.budget.monitor import ON_DRIFT, DriftMonitor
 from midskip.commands.parser import Parser, at_least_one
 
 
@@ -30,8 +32,13 @@ def run(arguments: list[str]) -> None:
     from midskip.runs import load_run
 
     model, tokenizer = load_run(options.run)
-    model.set_budget(options.budget, options.ceiling, options.on_drift)
-    with Meter(model) as meter, blocks_counted(model) as blocks:
+    model.set_budget(options.budget, options.ceiling)
+    if options.budget is None and options.on_drift != "keep":
+        raise ValueError(
+            f"on_drift is {options.on_drift!r} and there is no budget whose drift to look for: add --budget"
+        )
+    monitor = nullcontext() if options.budget is None else DriftMonitor(model, options.on_drift)
+    with monitor, Meter(model) as meter, blocks_counted(model) as blocks:
         ids = generate(
             model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed
         )

@@ -16,7 +16,6 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from midskip.budget.calibration import calibration_in
-from midskip.budget.monitor import DriftMonitor, check_on_drift
 from midskip.distributed import is_initialized
 from midskip.model.cache import SkipCache, unchanged_if_broken_off
 from midskip.model.config import MidskipConfig
@@ -197,11 +196,10 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         super().__init__(config)
         self.model = MidskipModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.monitor: DriftMonitor | None = None  # of the budget in force
         self._warned_of_range = False
         self.post_init()
 
-    def set_budget(self, budget: float | None = None, ceiling: int | None = None, on_drift: str = "keep") -> None:
+    def set_budget(self, budget: float | None = None, ceiling: int | None = None) -> None:
         """How much may be computed from now on, in training mode too. Without arguments: the gates as trained.
 
         What is decided about a token still depends on it and its past alone, not on who shares its batch.
@@ -212,23 +210,18 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
                 loss, which need not be the one that runs most. Below the shares calibrated the largest factor is taken,
                 with a warning, once.
             ceiling: the most blocks that one token may run, 1 to L, for a latency that is known beforehand.
-            on_drift: what to do when the share or the loss on live prompts leaves the band of the calibration (see
-                `DriftMonitor`): `"keep"`: warn once; `"as_trained"`: warn once, and drop budget and ceiling both from
-                the next pass on; `"error"`: raise `BudgetDriftError`.
+
+        Whether live prompts are like the text of the calibration is what a `DriftMonitor` looks at.
 
         Raises:
             ValueError: a value out of range, a budget without calibration, or a policy that has no budget.
         """
         policy = self.model.policy
-        check_on_drift(on_drift, budget)
         if budget is None:
             policy.set_effort(1.0, ceiling)
-            self.monitor = None
             return
         calibration = calibration_in(self.config.calibration, policy.adjustable)
-        factor = calibration.factor_for(budget)
-        policy.set_effort(factor, ceiling)
-        self.monitor = DriftMonitor(calibration, factor, ceiling, on_drift, policy.set_effort)
+        policy.set_effort(calibration.factor_for(budget), ceiling)
         if budget < calibration.share[-1] and not self._warned_of_range:
             self._warned_of_range = True
             lowest = f"{calibration.share[-1]:.3f}"
@@ -271,10 +264,6 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
             packed = self.model.run(
                 input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
             )
-            layout = packed.layout
-            if self.monitor is not None and not (self.training or layout.first_column):
-                ids_N = None if input_ids is None else layout.pack(input_ids)
-                self.monitor.update(layout.lengths, packed.executed_share, packed.h_ND, ids_N, self.lm_head)
             if labels is not None:
                 logits, loss = self._logits_and_loss(packed, labels, logits_to_keep, num_items_in_batch)
             else:
