@@ -174,7 +174,7 @@ def test_loss_by_position_and_by_blocks(model: MidskipForCausalLM, given: str, m
     assert sum(map(bool, by_blocks)) >= 3 and [] in by_blocks, "the gates of this model are symmetric"
     num_targets = sum(map(len, by_blocks))
     for chunk in (2**24, 3 * 290, 1):
-        monkeypatch.setattr("midskip.evaluate.CHUNK_LOGITS", chunk)
+        monkeypatch.setattr("midskip.model.loss.CHUNK_LOGITS", chunk)
         result = evaluate(model, items, batch_size=2)
         for name, values in (("position", by_position), ("blocks", by_blocks)):
             for loss, found in zip(result[f"loss_by_{name}"], values, strict=True):

@@ -11,7 +11,7 @@ import pytest
 import midskip
 
 PACKAGE = Path(midskip.__file__).parent
-CORE = tuple(f"model.{name}" for name in ("packing", "ops", "layer_cache", "attention", "layers"))
+CORE = tuple(f"model.{name}" for name in ("packing", "ops", "layer_cache", "attention", "layers", "loss"))
 ORDER = (
     (*CORE, "model.config", "budget.calibration", "budget.monitor", "distributed", "plugins", "layer_statistics"),
     ("policies", "regularizers", "model.cache"),

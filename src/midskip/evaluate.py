@@ -20,10 +20,9 @@ from midskip.cost import Meter
 from midskip.data import TokenWindows
 from midskip.data.progress import progress_bar
 from midskip.distributed import rank_and_world_size, sum_over_ranks
+from midskip.model.loss import IGNORED, cross_entropy
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import TokenDepth
-
-CHUNK_LOGITS = 2**24  # logits whose loss is worked out at a time
 
 
 @contextmanager
@@ -135,10 +134,10 @@ class _Sums:
     ) -> None:  # fmt: skip
         valid_BT = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         position_BT = valid_BT.long().cumsum(1) - 1 if position_ids is None else position_ids
-        next_BT = F.pad(torch.where(valid_BT, labels_BT, -100)[:, 1:], (0, 1), value=-100)
-        target_N = torch.where(valid_BT, next_BT, -100).flatten()
-        scored_N = target_N != -100
-        loss_N = _losses(logits_BTV.flatten(0, 1), target_N)
+        next_BT = F.pad(torch.where(valid_BT, labels_BT, IGNORED)[:, 1:], (0, 1), value=IGNORED)
+        target_N = torch.where(valid_BT, next_BT, IGNORED).flatten()
+        scored_N = target_N != IGNORED
+        loss_N = cross_entropy(logits_BTV.flatten(0, 1), target_N).double()
         blocks_N = executed_LBT.sum(0).flatten()
         position_N = torch.where(scored_N, position_BT.flatten(), 0)  # who is not scored adds 0, wherever that is
         parts = self.parts
@@ -188,16 +187,6 @@ class _Sums:
             result[f"loss_by_{name}"] = [n / count if count else None for n, count in zip(nats_by, counts, strict=True)]
             result[f"num_targets_by_{name}"] = counts
         return result
-
-
-def _losses(logits_NV: Tensor, target_N: Tensor) -> Tensor:
-    """float64 [N], cross-entropies in nats; 0 where the target is -100."""
-    wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    num_rows = max(1, CHUNK_LOGITS // logits_NV.shape[1])
-    chunks = zip(logits_NV.split(num_rows), target_N.split(num_rows), strict=True)
-    return torch.cat(
-        [F.cross_entropy(logits.to(wide), target, ignore_index=-100, reduction="none") for logits, target in chunks]
-    ).double()
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from midskip.model.generation import CachedGeneration
 from midskip.model.inputs import cache_for, check_others, layout_of
 from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Block, RMSNorm, RotaryEmbedding
+from midskip.model.loss import IGNORED, cross_entropy
 from midskip.model.outputs import MidskipCausalLMOutput, MidskipModelOutput, Packed
 from midskip.model.packing import Layout
 from midskip.policies import Decision, Policy, build_policy
@@ -244,6 +245,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         past_key_values: SkipCache | None = None,
         use_cache: bool | None = None,
         output_gates: bool = True,
+        output_logits: bool = True,
         num_items_in_batch: int | Tensor | None = None,
         **others: Any,
     ) -> MidskipCausalLMOutput:
@@ -254,6 +256,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
                 that is a pad or follows one. The last token of a document predicts the first of the next.
             logits_to_keep: 0 for all columns, k > 0 for the last k, or an int64 tensor of columns; the head runs on
                 those only. With labels it must be 0.
+            output_logits: False gives the loss alone, whose backward pass takes less memory: by the size of all logits.
             num_items_in_batch: by which the sum of the losses is divided, as transformers' Trainer asks; by default by
                 the number of tokens scored.
 
@@ -265,7 +268,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
                 input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
             )
             if labels is not None:
-                logits, loss = self._logits_and_loss(packed, labels, logits_to_keep, num_items_in_batch)
+                loss, logits = self._loss_and_logits(packed, labels, logits_to_keep, output_logits, num_items_in_batch)
             else:
                 logits, loss = self._logits(packed, logits_to_keep), None
             return MidskipCausalLMOutput(loss=loss, logits=logits, **packed.outputs(output_gates))
@@ -278,9 +281,10 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return self.lm_head(packed.layout.unpack(packed.h_ND)[:, columns])
 
-    def _logits_and_loss(
-        self, packed: Packed, labels: Tensor, logits_to_keep: int | Tensor, num_items: int | Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _loss_and_logits(
+        self, packed: Packed, labels: Tensor, logits_to_keep: int | Tensor, output_logits: bool,
+        num_items: int | Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         layout = packed.layout
         shape = (layout.batch_size, layout.num_columns)
         if labels.shape != shape:
@@ -289,12 +293,12 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
             raise ValueError("labels need the logits of all columns: leave logits_to_keep out")
         logits_NV = self.lm_head(packed.h_ND)
         valid_BT = layout.unpack(torch.ones_like(layout.column_N))
-        next_BT = F.pad(torch.where(valid_BT.bool(), labels, -100)[:, 1:], (0, 1), value=-100)
+        next_BT = F.pad(torch.where(valid_BT.bool(), labels, IGNORED)[:, 1:], (0, 1), value=IGNORED)
         target_N = layout.pack(next_BT)
-        wide = torch.promote_types(logits_NV.dtype, torch.float32)
-        nats_N = F.cross_entropy(logits_NV.to(wide), target_N, ignore_index=-100, reduction="none")
-        scored_N = target_N != -100
+        is_held = output_logits or bool(self.lm_head._forward_hooks)  # a hook may hold them
+        nats_N = cross_entropy(logits_NV, target_N, overwrite=not is_held)
+        scored_N = target_N != IGNORED
         if self.training and self.model.policy.is_observing:
             self.model.policy.observe(packed.state, nats_N.detach(), scored_N)
         loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)
-        return layout.unpack(logits_NV), loss
+        return loss, layout.unpack(logits_NV) if output_logits else None

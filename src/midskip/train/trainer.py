@@ -99,7 +99,7 @@ class MidskipTrainer(Trainer):
     ) -> Any:
         """The loss of one forward pass, as a part of the mean over those of its batch; the Trainer divides it by the
         batches of a step."""
-        outputs = model(**inputs)
+        outputs = model(**inputs, output_logits=return_outputs)
         if not model.training:
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         valid_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
