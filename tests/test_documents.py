@@ -68,10 +68,10 @@ def test_a_position_that_does_not_rise_starts_a_document(packed: tuple[Tensor, T
     assert layout.column_N.tolist() == [b * 11 + t for b, columns in expected for t in columns]
     assert torch.equal(layout.position_N, position_BT[mask_BT.bool()])
     one = Layout.from_rectangle(mask_BT.bool(), torch.arange(11)[None])
-    assert one.lengths == [length for length in mask_BT.sum(1).tolist() if length]
+    assert one.lengths == mask_BT.sum(1).tolist() and one.document_N is None, "a row is one sequence"
     assert Layout.from_rectangle(torch.ones(2, 6).bool(), torch.tensor([[0, 1, 0, 1, 0, 1]])).is_even
     nobody = Layout.from_rectangle(torch.zeros(2, 3).bool(), torch.zeros(2, 3).long())
-    assert nobody.num_tokens == 0 and nobody.lengths == [] and nobody.is_even
+    assert nobody.num_tokens == 0 and nobody.lengths == [0, 0] and nobody.is_even
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

@@ -237,7 +237,7 @@ def test_a_training_pass_waits_once_for_each_thing_the_host_must_know(
     found = waits(step)
     print(kind, dict(found))
     record_property("waits", dict(found))
-    # how many are valid in each row; with positions also who starts a document (two), and their range
-    of_the_batch = 4 if kind == "documents" else 1
+    # how many are valid in each row, if there is a mask; with positions also who starts a document, and their range
+    of_the_batch = ("attention_mask" in batch) + ("position_ids" in batch)
     # for each of three sets of tokens kept: how many in each sequence
-    assert 0 < sum(found.values()) <= of_the_batch + 3, found
+    assert sum(found.values()) <= of_the_batch + 3, found

@@ -32,25 +32,58 @@ def check_others(others: dict[str, Any]) -> None:
             raise TypeError(f"forward() got an argument {name!r} that this model does not know: leave it out")
 
 
-def cache_for(
-    model: nn.Module, past_key_values: Any, use_cache: bool | None, attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-) -> SkipCache | None:  # fmt: skip
-    """The cache to use: the one given, a new one, or none.
+def inputs_for(
+    model: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
+    inputs_embeds: Tensor | None, past_key_values: Any, use_cache: bool | None,
+) -> tuple[Layout, SkipCache | None]:  # fmt: skip
+    """Check the input; say who is where, and which cache is used: the one given, a new one, or none.
 
-    Unless told, a pass without gradients makes one if `config.use_cache` is True, as transformers' models do, but not
-    for a policy that looks back, nor for rows of several documents.
+    Arguments and errors are those of `MidskipModel.forward`. Unless told, a pass without gradients makes a cache if
+    `config.use_cache` is True, as transformers' models do, but not for a policy that looks back, nor for rows of
+    several documents.
     """
-    looks_back: Any = model.policy.looks_back  # pyright: ignore[reportAttributeAccessIssue]
     config: Any = model.config
-    if past_key_values is None and use_cache is None:
-        use_cache = config.use_cache and not (looks_back or torch.is_grad_enabled())
-        use_cache = use_cache and not _has_documents(attention_mask, position_ids)
-    if past_key_values is None and not use_cache:
-        return None
+    looks_back: Any = model.policy.looks_back  # pyright: ignore[reportAttributeAccessIssue]
+    _check_cache(model, past_key_values, use_cache, looks_back)
+    cache: SkipCache | None = past_key_values
+    given = _checked(config, input_ids, inputs_embeds, 0 if cache is None else cache.num_columns)
+    shape = given.shape[:2]
+    if position_ids is not None and position_ids.shape not in (shape, (1, shape[1])):
+        raise ValueError(f"position_ids has the shape {list(position_ids.shape)}; expected {list(shape)}")
+    if cache is None and use_cache:
+        cache = SkipCache(config)
+    may_cache = use_cache is None and config.use_cache and not (looks_back or torch.is_grad_enabled())
+    if cache is None:
+        layout = _layout(given, attention_mask, position_ids, config.max_position_embeddings)
+        if not may_cache or layout.document_N is not None:
+            return layout, None
+        cache = SkipCache(config)
+    return cache.admit(model, (shape[0], shape[1]), attention_mask, position_ids, given.device, input_ids), cache
+
+
+def _layout(given: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, limit: int) -> Layout:
+    """Without a cache."""
+    shape = given.shape[:2]
+    if attention_mask is None:
+        valid_BT = torch.ones(shape, dtype=torch.bool, device=given.device)
+    elif attention_mask.shape != shape:
+        raise ValueError(f"attention_mask has the shape {list(attention_mask.shape)}; expected {list(shape)}")
+    else:
+        valid_BT = attention_mask.bool()
+    layout = Layout.from_rectangle(valid_BT, position_ids, all_valid=attention_mask is None)
+    low, high = layout.position_range or (0, 0)
+    if low < 0 or high >= limit:
+        raise ValueError(f"position_ids reach from {low} to {high}; this model takes 0 to {limit - 1}")
+    return layout
+
+
+def _check_cache(model: nn.Module, cache: Any, use_cache: bool | None, looks_back: bool) -> None:
+    """Raises ValueError for a cache that is given or asked for and cannot be used."""
+    if cache is None and not use_cache:
+        return
     if use_cache is False:
         raise ValueError("past_key_values is given and use_cache is False: leave one of them out")
-    check_kind(past_key_values)
+    check_kind(cache)
     if torch.is_grad_enabled():
         raise ValueError("a cache carries no gradients: run the model under torch.no_grad(), or without a cache")
     if looks_back:
@@ -58,27 +91,10 @@ def cache_for(
             f"the policy {type(model.policy).__name__} looks at a token's past (looks_back), which a cache does not "
             "hold: run without one (use_cache=False)"
         )
-    return SkipCache(config) if past_key_values is None else past_key_values
 
 
-def _has_documents(attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
-    """Whether positions tell documents of a row apart. What has a wrong shape is refused later."""
-    if position_ids is None or position_ids.ndim != 2:
-        return False
-    if attention_mask is not None and attention_mask.ndim == 2:
-        if attention_mask.shape[1] != position_ids.shape[1] or len(position_ids) not in (1, len(attention_mask)):
-            return False
-        position_ids = torch.where(attention_mask.bool(), position_ids, -1)
-    before = torch.nn.functional.pad(position_ids[:, :-1], (1, 0), value=-1).cummax(1).values
-    return bool(((position_ids >= 0) & (position_ids <= before)).any())
-
-
-def layout_of(
-    model: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
-    inputs_embeds: Tensor | None, cache: SkipCache | None,
-) -> Layout:  # fmt: skip
-    """Check the input and say who is where. Arguments and errors are those of `MidskipModel.forward`."""
-    config: Any = model.config
+def _checked(config: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_past: int) -> Tensor:
+    """The one of the two that is given; ValueError for a shape, a number or an id that the model does not take."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     given = input_ids if inputs_embeds is None else inputs_embeds
@@ -86,14 +102,13 @@ def layout_of(
     wanted = "[B, T]" if inputs_embeds is None else f"[B, T, {config.hidden_size}]"
     trailing = () if inputs_embeds is None else (config.hidden_size,)
     if given.ndim != 2 + len(trailing) or given.shape[2:] != trailing or not given.numel():
-        hint = f": {IN_GENERATE}" if cache is not None and cache.num_columns else ""
+        hint = f": {IN_GENERATE}" if num_past else ""
         raise ValueError(
             f"the input has the shape {list(given.shape)}; expected {wanted} with at least one token{hint}"
         )
-    shape, limit = given.shape[:2], config.max_position_embeddings
-    num_columns = shape[1] + (0 if cache is None else cache.num_columns)
+    num_columns, limit = given.shape[1] + num_past, config.max_position_embeddings
     if num_columns > limit:
-        held = "" if num_columns == shape[1] else ", with those in the cache,"
+        held = ", with those in the cache," if num_past else ""
         raise ValueError(
             f"the input{held} has {num_columns} tokens and this model takes at most {limit} "
             "(max_position_embeddings): shorten it, or train with a larger max_position_embeddings"
@@ -105,19 +120,4 @@ def layout_of(
                 f"input_ids reach from {low} to {high}; this model's vocabulary is 0 to "
                 f"{config.vocab_size - 1}: is it the model's own tokenizer?"
             )
-    if position_ids is not None and position_ids.shape not in (shape, (1, shape[1])):
-        raise ValueError(f"position_ids has the shape {list(position_ids.shape)}; expected {list(shape)}")
-    if cache is not None:
-        return cache.admit(model, (shape[0], shape[1]), attention_mask, position_ids, given.device, input_ids)
-    if attention_mask is None:
-        valid_BT = torch.ones(shape, dtype=torch.bool, device=given.device)
-    elif attention_mask.shape != shape:
-        raise ValueError(f"attention_mask has the shape {list(attention_mask.shape)}; expected {list(shape)}")
-    else:
-        valid_BT = attention_mask.bool()
-    layout = Layout.from_rectangle(valid_BT, position_ids)
-    if position_ids is not None and layout.num_tokens:
-        low, high = torch.stack(layout.position_N.aminmax()).tolist()
-        if low < 0 or high >= limit:
-            raise ValueError(f"position_ids reach from {low} to {high}; this model takes 0 to {limit - 1}")
-    return layout
+    return given

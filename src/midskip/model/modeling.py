@@ -20,7 +20,7 @@ from midskip.distributed import is_initialized
 from midskip.model.cache import SkipCache, unchanged_if_broken_off
 from midskip.model.config import MidskipConfig
 from midskip.model.generation import CachedGeneration
-from midskip.model.inputs import cache_for, check_others, layout_of
+from midskip.model.inputs import check_others, inputs_for
 from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Block, RMSNorm, RotaryEmbedding
 from midskip.model.loss import IGNORED, cross_entropy
@@ -131,8 +131,9 @@ class MidskipModel(MidskipPreTrainedModel):
         use_cache: bool | None = None,
     ) -> Packed:
         """The pass of `forward`, its results still packed. Whoever calls it holds `unchanged_if_broken_off`."""
-        cache = cache_for(self, past_key_values, use_cache, attention_mask, position_ids)
-        layout = layout_of(self, input_ids, attention_mask, position_ids, inputs_embeds, cache)
+        layout, cache = inputs_for(
+            self, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache
+        )
         if inputs_embeds is not None:
             h_ND = layout.pack(inputs_embeds)
         else:

@@ -6,6 +6,7 @@ where positions tell several documents in it apart, a document.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -32,6 +33,7 @@ class Layout:
         first_column: columns that stand before this rectangle, in a cache.
         past_lengths: tokens of each sequence that stand there, pads not counted; None without a cache.
         past_token_B: int64 [B], the last token of each of those, -1 if there is none; None without a cache.
+        position_range: lowest and highest position, on the host, if positions were given.
         token_N: int64 [N], ids; set by the model if it was given ids. None in a layout that was kept from another.
     """
 
@@ -54,31 +56,45 @@ class Layout:
         self.lengths, self.rotary, self.rows_N = lengths, rotary, rows_N
         self.first_column, self.past_lengths, self.past_token_B = first_column, past_lengths, past_token_B
         self.token_N: Tensor | None = None
+        self.position_range: tuple[int, int] | None = None
         self._kept: dict[int, tuple[Tensor, Layout | None]] = {}
 
     @classmethod
-    def from_rectangle(cls, valid_BT: Tensor, position_BT: Tensor | None = None) -> Layout:
-        """The layout of the valid tokens of a rectangle.
+    def from_rectangle(cls, valid_BT: Tensor, position_BT: Tensor | None = None, all_valid: bool = False) -> Layout:
+        """The layout of the valid tokens of a rectangle. The host waits for the device once for a mask and once for
+        positions.
 
         Args:
             valid_BT: bool [B, T], False for pads, which may stand anywhere.
             position_BT: int64 [B or 1, T], positions, of which those of valid tokens are read; counted from the first
                 valid token of each row by default. A valid token whose position is not greater than that of the
                 valid token before it in its row starts a new document.
+            all_valid: `valid_BT` is known to be True everywhere, so that nobody need count.
         """
         batch_size, num_columns = valid_BT.shape
-        lengths = valid_BT.sum(1).tolist()
-        column_N = torch.nonzero_static(valid_BT.flatten(), size=sum(lengths)).squeeze(1)
+        lengths = [num_columns] * batch_size if all_valid else valid_BT.sum(1).tolist()
+        if all_valid:
+            column_N = torch.arange(valid_BT.numel(), device=valid_BT.device)
+        else:
+            column_N = torch.nonzero_static(valid_BT.flatten(), size=sum(lengths)).squeeze(1)
         if position_BT is None:
-            position_N = (valid_BT.long().cumsum(1) - 1).flatten()[column_N]
+            position_N = (valid_BT.long().cumsum(1) - 1).flatten().index_select(0, column_N)
             return cls(batch_size, num_columns, column_N, position_N, lengths)
-        position_N = position_BT.expand(batch_size, num_columns).reshape(-1)[column_N]
+        position_N = position_BT.expand(batch_size, num_columns).reshape(-1).index_select(0, column_N)
+        if not sum(lengths):
+            return cls(batch_size, num_columns, column_N, position_N, lengths)
         row_N = column_N // num_columns
         starts_N = torch.ones_like(column_N, dtype=torch.bool)
         torch.logical_or(position_N[1:] <= position_N[:-1], row_N[1:] != row_N[:-1], out=starts_N[1:])
-        starts = starts_N.nonzero().squeeze(1).tolist()
-        lengths = [end - start for start, end in zip(starts, [*starts[1:], column_N.shape[0]])]
-        return cls(batch_size, num_columns, column_N, position_N, lengths, document_N=starts_N.cumsum(0) - 1)
+        facts = torch.cat([torch.stack(position_N.aminmax()), starts_N.long()]).cpu()  # all that the host has to know
+        starts = facts[2:].nonzero().squeeze(1).tolist()
+        document_N = None
+        if len(starts) > sum(length > 0 for length in lengths):
+            lengths = [end - start for start, end in zip(starts, [*starts[1:], column_N.shape[0]])]
+            document_N = starts_N.cumsum(0) - 1
+        layout = cls(batch_size, num_columns, column_N, position_N, lengths, document_N)
+        layout.position_range = tuple(facts[:2].tolist())
+        return layout
 
     @property
     def num_tokens(self) -> int:
@@ -124,15 +140,26 @@ class Layout:
         """
         if keep_N is None:
             return self
-        known = self._kept.get(id(keep_N))
-        if known is None:
-            known = self._kept[id(keep_N)] = (keep_N, self._keep(keep_N))
-        return known[1] or self
+        if id(keep_N) not in self._kept:
+            self.count([keep_N])
+        return self._kept[id(keep_N)][1] or self
 
-    def _keep(self, keep_N: Tensor) -> Layout | None:
-        # one count, brought to the host once: within a pass, all that a GPU is waited for
-        count_S = keep_N.new_zeros(len(self.lengths), dtype=torch.int64)
-        lengths = count_S.index_add_(0, self.sequence_N, keep_N.long()).tolist()
+    def count(self, keeps: Sequence[Tensor | None]) -> None:
+        """Work out at once what `keep` will give for each of these.
+
+        The lengths of a layout have to be on the host, and for them it waits for the device. A policy that knows its
+        decisions of all layers in the first one calls this, and the host waits once.
+        """
+        new = {id(keep_N): keep_N for keep_N in keeps if keep_N is not None and id(keep_N) not in self._kept}
+        if not new:
+            return
+        keep_KN = torch.stack(list(new.values()))
+        count_KS = keep_KN.new_zeros(len(new), len(self.lengths), dtype=torch.int64)
+        counts = count_KS.index_add_(1, self.sequence_N, keep_KN.long()).tolist()
+        for keep_N, lengths in zip(new.values(), counts, strict=True):
+            self._kept[id(keep_N)] = keep_N, self._keep(keep_N, lengths)
+
+    def _keep(self, keep_N: Tensor, lengths: list[int]) -> Layout | None:
         num_kept = sum(lengths)
         if num_kept == self.num_tokens:
             return None  # all: not this layout, which would then hold on to itself and its memory

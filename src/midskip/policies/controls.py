@@ -46,6 +46,7 @@ class FixedDepths(Policy):
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
         if layer == 0:
             state["decisions"] = [self._decision(gate, layout) for gate in range(self.num_gates)]
+            layout.count([decision.keep_N for decision in state["decisions"]])
         return state["decisions"][min(layer, self.num_layers - 1 - layer)]
 
     def _decision(self, layer: int, layout: Layout) -> Decision:

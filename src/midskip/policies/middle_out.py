@@ -100,32 +100,44 @@ class MiddleOut(Policy):
         if layer == 0:
             state.update(depth_scores=[], decisions=[])
             if self.weight is None:
-                state["pair"] = _pair(layout)
-                state["priority"] = self.priority(*state["pair"]).to(_wide(h_ND))
-        decisions = state["decisions"]
+                self._decide_by_tokens(state, layout, _wide(h_ND))
         if layer >= self.num_gates:
-            return decisions[self.num_layers - 1 - layer]
-        rows_N = self._scored(layer, state, layout).rows_N
-        if self._closed(layer):
+            return state["decisions"][self.num_layers - 1 - layer]
+        if self.weight is not None:
             before_N = state["depth_scores"][-1] if layer else h_ND.new_zeros(len(h_ND), dtype=_wide(h_ND))
-            depth_score_N = before_N.clamp(min=1)
-        else:
-            seen_ND = state["priority"] if self.weight is None else h_ND
-            score_N = self._score(layer, seen_ND if rows_N is None else seen_ND.index_select(0, rows_N))
-            if layer == 0:
-                depth_score_N = score_N
+            rows_N = self._scored(layer, state, layout).rows_N
+            if self._closed(layer):
+                self._decide(state, before_N.clamp(min=1))
             elif rows_N is None:
-                depth_score_N = state["depth_scores"][-1] + score_N
+                self._decide(state, before_N + self._score(layer, h_ND))
             else:
-                depth_score_N = state["depth_scores"][-1].index_add(0, rows_N, score_N)
+                score_N = self._score(layer, h_ND.index_select(0, rows_N))
+                self._decide(state, before_N.index_add(0, rows_N, score_N))
+        return state["decisions"][layer]
+
+    def _decide_by_tokens(self, state: dict[str, Any], layout: Layout, dtype: torch.dtype) -> None:
+        """All decisions at once, since they are known from the ids."""
+        state["pair"] = _pair(layout)
+        priority_N = self.priority(*state["pair"]).to(dtype)
+        depth_score_N = torch.zeros_like(priority_N)
+        for layer in range(self.num_gates):
+            if self._closed(layer):
+                depth_score_N = depth_score_N.clamp(min=1)
+            else:
+                more_N = depth_score_N + self._score(layer, priority_N)
+                depth_score_N = torch.where(depth_score_N < 1, more_N, depth_score_N)
+            self._decide(state, depth_score_N)
+        layout.count([decision.keep_N for decision in state["decisions"]])
+
+    def _decide(self, state: dict[str, Any], depth_score_N: Tensor) -> None:
+        """Add the decision that follows from the scores."""
         state["depth_scores"].append(depth_score_N)
         keep_N = depth_score_N < 1
         if self.is_hard:
-            decisions.append(Decision.hard(keep_N, 1 - depth_score_N))
+            state["decisions"].append(Decision.hard(keep_N, 1 - depth_score_N))
         else:
             gate_N = torch.where(keep_N, 1 - depth_score_N, 0)
-            decisions.append(Decision(keep_N, gate_N, gate_N))
-        return decisions[-1]
+            state["decisions"].append(Decision(keep_N, gate_N, gate_N))
 
     def priority(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
         """Float [N]: of hard gates that go by tokens (int64 [N], and those before them, -1 where there is none), what
