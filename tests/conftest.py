@@ -143,6 +143,19 @@ def calibrated(make_model: Callable[..., MidskipForCausalLM]) -> MidskipForCausa
     return model
 
 
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory, learnt: PreTrainedTokenizerFast) -> Path:
+    """A folder of a tiny model with hard gates, of which some are closed, and of the tokenizer of the sample text."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    torch.manual_seed(0)
+    ids = {"vocab_size": len(learnt), "eos_token_id": learnt.eos_token_id}
+    model = MidskipForCausalLM(MidskipConfig(**(TINY | ids), policy_settings={"gates": "hard"}))
+    set_gates(model.model.policy, "mixed", scale=1.0)
+    model.save_pretrained(folder)
+    learnt.save_pretrained(folder)
+    return folder
+
+
 # ---- runs; what they need is imported when they are asked for, since the Trainer takes seconds
 
 
