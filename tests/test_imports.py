@@ -15,7 +15,8 @@ CORE = tuple(f"model.{name}" for name in ("packing", "ops", "layer_cache", "atte
 ORDER = (
     (*CORE, "model.config", "budget.calibration", "budget.monitor", "distributed", "plugins", "layer_statistics"),
     ("policies", "regularizers", "model.cache"),
-    ("model.outputs", "model.generation"),
+    ("model.outputs", "model.generation", "card"),
+    ("model.hub",),
     ("model.inputs",),
     ("model.modeling",),
     ("reference", "cost", "data", "convert", "report", "runs"),

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from midskip.card import RECIPE_FILE as RECIPE_FILE
+from midskip.card import REPORT_FILE as REPORT_FILE
 from midskip.model.modeling import MidskipForCausalLM
 
-REPORT_FILE, PICTURE_FILE, PAGE_FILE, RECIPE_FILE = "report.json", "picture.png", "page.html", "recipe.yaml"
+PICTURE_FILE, PAGE_FILE = "picture.png", "page.html"
 
 
 def to_json(values: Any) -> str:

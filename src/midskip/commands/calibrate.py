@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 
 from midskip.commands.parser import HELD_OUT, Parser, add_text, at_least_one, text_of
@@ -25,6 +27,7 @@ def run(arguments: list[str]) -> None:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     from midskip.budget.calibrate import calibrate, check_settings, save_calibration, thinned
+    from midskip.card import REPORT_FILE, write_card
     from midskip.distributed import joined_ranks
     from midskip.report import calibration_table
     from midskip.runs import load_run, to_json
@@ -39,5 +42,8 @@ def run(arguments: list[str]) -> None:
             model, windows, name, lowest=options.lowest, batch_size=options.batch_size, progress=True
         )
     save_calibration(options.run, calibration)
+    if Path(options.run, REPORT_FILE).is_file():
+        model.config.calibration = calibration.to_dict()
+        write_card(options.run, model.config, model.num_parameters())
     print(to_json(calibration.to_dict()))
     console.print(calibration_table(calibration))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, initialization
+from transformers import initialization
 from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
@@ -20,6 +20,7 @@ from midskip.distributed import is_initialized
 from midskip.model.cache import SkipCache, unchanged_if_broken_off
 from midskip.model.config import MidskipConfig
 from midskip.model.generation import CachedGeneration
+from midskip.model.hub import CardedModel
 from midskip.model.inputs import check_others, inputs_for
 from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Block, RMSNorm, RotaryEmbedding
@@ -29,7 +30,7 @@ from midskip.model.packing import Layout
 from midskip.policies import Decision, Policy, build_policy
 
 
-class MidskipPreTrainedModel(PreTrainedModel):
+class MidskipPreTrainedModel(CardedModel):
     config: MidskipConfig
     config_class = MidskipConfig
     base_model_prefix = "model"

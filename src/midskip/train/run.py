@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from midskip.card import source_name, write_card
 from midskip.data import DataError, TokenWindows, token_bytes
 from midskip.distributed import num_launched
 from midskip.evaluate import depth_of_tokens, evaluate
@@ -138,9 +139,11 @@ def train(
     model = trainer.bare_model
     model.save_pretrained(folder)
     report = _report(recipe, model, metrics, trainer.history, {"flops_per_s": peak, "from": peak_source}, dense)
+    report["text"] = source_name(text.summary.get("settings", {}).get("source") or recipe.data.source)
     if (folder / BEST_FOLDER / BEST_FILE).is_file():
         report["best"] = json.loads((folder / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))
     (folder / REPORT_FILE).write_text(to_json(report) + "\n", encoding="utf-8")
+    write_card(folder, model.config, model.num_parameters())
     write_pages(folder, model, text.tokenizer, validation, report, trainer.history)
     return report
 

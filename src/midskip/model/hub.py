@@ -1,0 +1,68 @@
+"""What a model takes to the Hugging Face Hub beside its files: a card that says what was measured of these weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from midskip.card import CARD_FILE, MARK, model_card, read_run
+
+TEMPLATE = "This model card has been automatically generated."  # in the card transformers makes where there is none
+
+
+class CardedModel(PreTrainedModel):
+    """A model whose `push_to_hub`, and `save_pretrained(..., push_to_hub=True)`, upload a card of its own.
+
+    If the model was loaded from a run folder, and has its weights, the card has the numbers of that run; otherwise it
+    says what the model is and how to load it. A card that somebody wrote, and that is in the repository already, stays.
+    """
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """transformers calls this with everything that is to be uploaded, its own card too."""
+        card = Path(working_dir, CARD_FILE)
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        if not text or MARK in text or TEMPLATE in text:
+            tags = ModelCard(text).data.get("tags") if text else None
+            card.write_text(self.model_card(repo_id, tags or ()), encoding="utf-8", newline="\n")
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def model_card(self, name: str, tags: Any = ()) -> str:
+        """The model card as `push_to_hub` writes it, in Markdown.
+
+        Args:
+            name: of the repository, as `from_pretrained` takes it.
+            tags: for the hub, beside our own.
+        """
+        config: Any = self.config
+        report = recipe = None
+        if self.name_or_path:
+            if self._is_as_in(Path(self.name_or_path)):
+                report, recipe = read_run(self.name_or_path)
+            else:  # trained further, or loaded from elsewhere: what was measured was another model
+                config = copy.deepcopy(config)
+                config.calibration = None
+        return model_card(name, config, self.num_parameters(), report, recipe, tags)
+
+    def _is_as_in(self, folder: Path) -> bool:
+        """Whether the weights are, bit for bit, those in the folder's files."""
+        files = sorted(folder.glob("model*.safetensors"))
+        state, seen = self.state_dict(), set()
+        for file in files:
+            with safe_open(file, framework="pt") as saved:
+                for name in saved.keys():  # noqa: SIM118 - it is no dictionary
+                    tensor = state.get(name)
+                    if tensor is None or not _same(tensor.cpu(), saved.get_tensor(name)):
+                        return False
+                    seen.add(name)
+        tied = set(self.all_tied_weights_keys)
+        return bool(files) and set(state) - seen <= tied
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left, right)

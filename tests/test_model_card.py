@@ -1,0 +1,236 @@
+"""The model card of a run folder and of a model that is pushed: its numbers, and that no text of a user formats it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import EntryNotFoundError
+from markdown_it import MarkdownIt
+from tiny_curve import CURVE
+from tiny_runs import QUIET, tiny_recipe
+from transformers import AutoModelForCausalLM
+
+from midskip import MidskipConfig, MidskipForCausalLM
+from midskip.budget.calibration import Calibration
+from midskip.card import MARK, model_card, read_run, source_name
+from midskip.cli import main
+from midskip.runs import load_run
+from midskip.train import train
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with hard gates and a dense model beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
+        recipe = tiny_recipe(
+            prepared, tmp_path_factory.mktemp("runs") / "my_run", "target_share", {"target_share": 0.5},
+            model={"policy_settings": {"gates": "hard"}}, dense_layers=[2],
+        )  # fmt: skip
+        train(recipe, console=QUIET)
+    return Path(recipe.output)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What was uploaded, by file name, as text; `hub["card"]`, if set, is a card that the repository has already."""
+    seen: dict[str, Any] = {"card": None, "files": {}}
+
+    def create_commit(self: HfApi, repo_id: str, operations: list[CommitOperationAdd], **others: Any) -> str:
+        for operation in operations:
+            with operation.as_file() as file:
+                seen["files"][operation.path_in_repo] = file.read()
+        return "the commit"
+
+    def load(repo_id: str, **others: Any) -> ModelCard:
+        if seen["card"] is None:
+            raise EntryNotFoundError("no card")
+        return ModelCard(seen["card"])
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **others: RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(ModelCard, "load", load)
+    return seen
+
+
+def pushed_card(hub: dict[str, Any]) -> str:
+    return hub["files"]["README.md"].decode()
+
+
+def assert_measured(text: str, run: Path) -> None:
+    """The card has the numbers of the run's report, for people and for the hub."""
+    report = json.loads((run / "report.json").read_text())
+    found = report["validation"]
+    metrics = {result.metric_type: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert metrics == {name: found[name] for name in ("loss", "perplexity", "bits_per_byte", "executed_share")}
+    (dense,) = report["dense"]
+    for row, share in ((found, found["executed_share"]), (dense, 1.0)):
+        numbers = f"{row['loss']:.4f} | {row['bits_per_byte']:.4f} | {row['flops_per_token']:,.0f} | {share:.1%} |"
+        assert numbers in text
+    assert "dense, 2 layers" in text and f"{report['num_parameters']:,}" in text
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    written = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert yaml.safe_load(recipe)["training"] == written["training"] and "output" not in yaml.safe_load(recipe)
+
+
+def test_a_run_folder_has_a_card_with_its_numbers(run: Path) -> None:
+    text = (run / "README.md").read_text()
+    assert_measured(text, run)
+    assert (
+        ModelCard(text).data.library_name == "transformers" and ModelCard(text).data.pipeline_tag == "text-generation"
+    )
+    assert "# my\\_run" in text and str(run.parent) not in text, "no path of this machine"
+    assert "this model, 4 layers" in text and "set_budget" not in text
+    dense = (run / "dense-2" / "README.md").read_text()
+    assert "every token runs every layer" in dense and "**dense, 2 layers**" in dense
+
+
+def test_a_push_from_a_run_folder_takes_them_along(run: Path, hub: dict[str, Any]) -> None:
+    model, _ = load_run(run)
+    model.push_to_hub("somebody/skipper", tags=["mine"])
+    assert {"config.json", "model.safetensors", "load_midskip.py", "README.md"} <= set(hub["files"])
+    text = pushed_card(hub)
+    assert_measured(text, run)
+    assert "# somebody/skipper" in text and 'name = "somebody/skipper"' in text
+    assert {"midskip", "mine"} <= set(ModelCard(text).data.tags)
+
+
+def test_saving_with_a_push_takes_them_along(run: Path, hub: dict[str, Any], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(run)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="somebody/skipper")
+    assert_measured(pushed_card(hub), run)
+    assert (tmp_path / "saved" / "README.md").read_bytes() == hub["files"]["README.md"]
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype"])
+def test_other_weights_have_no_numbers(run: Path, hub: dict[str, Any], change: str) -> None:
+    model, _ = load_run(run)
+    model.config.calibration = CURVE
+    if change == "weights":
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1e-3
+    else:
+        model.bfloat16()
+    model.push_to_hub("somebody/skipper")
+    text = pushed_card(hub)
+    assert ModelCard(text).data.eval_results is None
+    assert "## Measured" not in text and "budget" not in text and "## Architecture" in text
+
+
+def test_a_model_without_a_run_has_a_plain_card(make_model: Callable[..., Any], hub: dict[str, Any]) -> None:
+    model = make_model(gates=None, dtype=torch.float32, policy_settings={"start": "spread"})
+    model.push_to_hub("somebody/plain")
+    text = pushed_card(hub)
+    assert re.findall(r"^## .*", text, re.MULTILINE) == ["## How to load it", "## Architecture"]
+    assert "| policy: who skips | middle\\_out (start: spread) |" in text and "| layers | 4 |" in text
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_known_again(make_model: Callable[..., Any], tmp_path: Path, tied: bool) -> None:
+    make_model(dtype=torch.float32, tie_word_embeddings=tied, calibration=CURVE).save_pretrained(tmp_path / "saved")
+    loaded = MidskipForCausalLM.from_pretrained(tmp_path / "saved")
+    assert "set_budget" in loaded.model_card("mine")
+    with torch.no_grad():
+        loaded.lm_head.weight[0, 0] += 1
+    assert "set_budget" not in loaded.model_card("mine")
+
+
+def test_a_card_that_somebody_wrote_stays(run: Path, hub: dict[str, Any]) -> None:
+    model, _ = load_run(run)
+    hub["card"] = "---\nlicense: mit\n---\nMy own words."
+    model.push_to_hub("somebody/skipper")
+    assert pushed_card(hub).endswith("My own words.")
+    hub["card"] = f"---\ntags: [old]\n---\n{MARK}\n# An earlier run"
+    model.push_to_hub("somebody/skipper")
+    assert "earlier" not in pushed_card(hub) and "old" in ModelCard(pushed_card(hub)).data.tags
+    assert_measured(pushed_card(hub), run)
+
+
+def test_calibrating_a_run_adds_the_curve(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {name: (run / name).read_text() for name in ("README.md", "config.json")}
+    monkeypatch.setattr("midskip.budget.calibrate.calibrate", lambda *args, **kwargs: Calibration.from_dict(CURVE))
+    try:
+        assert main(["calibrate", str(run)]) == 0
+        text = (run / "README.md").read_text()
+        (run / "README.md").write_text("My own words.")
+        assert main(["calibrate", str(run)]) == 0
+        assert (run / "README.md").read_text() == "My own words."
+    finally:
+        for name, earlier in before.items():
+            (run / name).write_text(earlier)
+    assert_measured(text, run)
+    for share, loss in zip(CURVE["share"], CURVE["loss"], strict=True):
+        assert f"| {share:.3f} | {loss:.4f} |" in text
+
+
+EVIL = [
+    "<img src=x onerror=1>",
+    "[a](javascript:1)",
+    "`x`",
+    "a\n```\n# b",
+    "a | b",
+    "*c* _d_ ~~e~~",
+    "![f](g)",
+    "--> h",
+]
+
+
+@pytest.mark.parametrize("evil", EVIL, ids=range(len(EVIL)))
+def test_no_text_formats_the_page(run: Path, evil: str) -> None:
+    report, recipe = read_run(run)
+    assert report is not None and recipe is not None
+    signs = {"loss": {"step": 3, "what": evil}}
+    report |= {"text": evil, "training": report["training"] | {"collapse": signs}}
+    recipe |= {"regularizer": {"name": evil, "settings": {"a": evil, evil: 1}}, "dense_layers": [evil]}
+    config = MidskipConfig(policy=evil, policy_settings={evil: evil}, calibration=CURVE | {"text": evil})
+    text = model_card(evil, config, 7, report, recipe, [evil])
+    card = ModelCard(text)
+    assert card.data.tags[-1] == evil and card.data.eval_results[0].dataset_name == f"{evil}, held out"
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card.text)
+    inner = [child for token in tokens for child in token.children or ()]
+    links = {str(token.attrs["href"]) for token in inner if token.type == "link_open"}
+    assert links == {"https://arxiv.org/abs/2506.21103"}
+    assert [token.content.strip() for token in tokens if token.type == "html_block"] == [MARK]
+    assert not {token.type for token in inner} & {"html_inline", "image", "em_open", "s_open"}
+    assert {token.content for token in inner if token.type == "code_inline"} <= {"midskip", "model.set_budget(0.5)"}
+    code = [token for token in tokens if token.type == "fence"]
+    assert [token.info for token in code] == ["python", "yaml"]
+    assert yaml.safe_load(code[1].content)["regularizer"] == recipe["regularizer"]
+    compile(code[0].content, "card", "exec")
+    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    assert len(headings) == 6
+    cells = "".join(token.content + "\n" for token in inner if token.type == "text")
+    assert " ".join(evil.split()) in " ".join(cells.split()) or "`" in evil
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("pydocs", "pydocs"), ("/home/me/texts", "texts"), ("~/a/*.txt", "*.txt"), ("org/tokens", "org/tokens"),
+     ("hub:org/set:config", "hub:org/set:config"), ("hub:/home/me/set", "hub:set")],
+)  # fmt: skip
+def test_a_text_is_called_without_the_folders_of_a_machine(source: str, name: str) -> None:
+    assert source_name(source) == name
+
+
+def test_a_data_set_of_the_hub_is_named(run: Path) -> None:
+    report, recipe = read_run(run)
+    assert report is not None and recipe is not None
+    recipe["data"]["source"] = "hub:somebody/texts:small:train"
+    data = ModelCard(model_card("mine", MidskipConfig(), 7, report, recipe)).data
+    assert data.datasets == ["somebody/texts"] and data.eval_results[0].dataset_type == "somebody/texts"
+
+
+def test_a_report_that_is_broken_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(ValueError, match=r"report\.json' cannot be read: .*: remove it"):
+        read_run(tmp_path)
