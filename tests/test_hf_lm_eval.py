@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from midskip.data.batches import TokenWindows
 from midskip.evaluate import evaluate
 
 pytestmark = pytest.mark.slow
+PAGE = (Path(__file__).parent.parent / "docs" / "huggingface.md").read_text(encoding="utf-8")
 TASKS = {
     "choice": {"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
                "doc_to_target": "answer", "metric_list": [{"metric": "acc"}]},
@@ -47,9 +50,10 @@ def samples(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, "test_split": "test"} | source | task))
     path = os.pathsep.join([str(Path(midskip.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     place = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "PYTHONPATH": path}
-    arguments = f"pretrained={saved_model},trust_remote_code=True"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--device", "cpu"]
-    command += ["--tasks", ",".join(TASKS), "--include_path", str(folder), "--batch_size", "3"]
+    line = re.findall(r"^lm_eval .*$", PAGE, re.MULTILINE)[0].replace("runs/mine", str(saved_model))
+    command = [sys.executable, "-m", *shlex.split(line)]
+    command[-1] = ",".join(TASKS)
+    command += ["--include_path", str(folder), "--batch_size", "3", "--device", "cpu"]
     command += ["--output_path", str(folder / "found"), "--log_samples"]
     done = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

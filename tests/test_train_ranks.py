@@ -301,16 +301,25 @@ def test_what_the_first_rank_refuses_the_other_leaves_alone(ranks: Ranks) -> Non
     assert [path.name for path in (folder / "foreign-2" / "run").iterdir()] == ["thesis.txt"]
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    # without a GPU, --multi_gpu is what makes accelerate start two processes; with --cpu it starts one, or MPI does
+    "accelerate launch": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+                          "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"],
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_torchrun_does_the_same(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_do_the_same(ranks: Ranks, tmp_path: Path, launcher: str) -> None:
     folder, _ = ranks
     recipe = recipe_of(folder, "target_share", 2)
     here = replace(recipe, output=str(tmp_path / "run"))
     here.save(tmp_path / "recipe.yaml")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "-m", "midskip.cli", "train", str(tmp_path / "recipe.yaml")]
+    environment["HF_HOME"] = str(tmp_path / "home")  # where accelerate looks for a configuration of its own
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "midskip.cli", "train", str(tmp_path / "recipe.yaml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "report.json").read_text()), "printed once"

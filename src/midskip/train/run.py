@@ -299,8 +299,9 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
     on_cpu = not torch.cuda.is_available()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         raise ValueError(
-            "accelerate was told to use FSDP, with which `midskip train` has not been tested (without a GPU it would "
-            "be DDP, and not say so): use plain data parallelism, as `torchrun -m midskip.cli train ...` does"
+            "accelerate was told to use FSDP, with which `midskip train` has not been tested and would save one rank's "
+            "part of the weights (without a GPU it would be DDP, and not say so): use plain data parallelism, as "
+            "`torchrun -m midskip.cli train ...` does, or a plain transformers.Trainer, which works with FSDP2"
         )
     num_processes = num_launched()
     arguments = TrainingArguments(
