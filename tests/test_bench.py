@@ -81,7 +81,8 @@ def test_the_report_says_where_and_what_and_names_no_path(result: tuple[dict[str
 def test_the_screen_shows_work_beside_time(result: tuple[dict[str, Any], Path, str]) -> None:
     report, folder, screen = result
     for words in (
-        "prefill: a prompt of 48 tokens; float32, gates fractional", "decode: batch 3, 6 tokens after 24", "blocks run",
+        "prefill: a prompt of 48 tokens; float32, sandwich norms, gates",
+        "decode: batch 3, 6 tokens after 24", "blocks run", "memory at its peak, MB",
         "training: forward and backward of 2 x 24 tokens", "FLOPs a step", "time / bytes read, of Llama",
         "KV allocated, MB", "p50, p95, p99", str(folder / "bench.png"),
     ):  # fmt: skip

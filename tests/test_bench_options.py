@@ -20,8 +20,11 @@ from midskip.policies.controls import FixedDepths
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "huge"], "shape is 'huge'; expected one of paper, small, tiny"),
-        (["--tasks", "prefill,sleep"], "tasks has 'sleep'; expected some of prefill, decode, training"),
+        (["--shape", "huge"], "shape is 'huge'; expected one of paper, wiki-small, small, tiny"),
+        (
+            ["--tasks", "prefill,sleep"],
+            "tasks has 'sleep'; expected some of prefill, decode, training, trainer, products",
+        ),
         (["--tasks", "prefill,prefill"], "none of them twice"),
         (["--dtypes", "int8"], "dtypes has 'int8'"),
         (["--dtypes", "float64"], "dtypes has 'float64'"),
@@ -33,7 +36,11 @@ from midskip.policies.controls import FixedDepths
         (["--seed", str(2**32)], "seed is 4294967296; expected"),
         (["--batch_sizes", "1,0"], "0 is less than 1"),
         (["--repeats", "0"], "0 is less than 1"),
-        (["--norms", "post"], "norms"),
+        (["--norms", "post"], "norms has 'post'; expected some of sandwich, pre"),
+        (["--attention", "sdpa,varlen"], "attention has 'varlen', which needs a GPU"),
+        (["--attention", "padded", "--num_key_value_heads", "1"], "fewer key heads than query heads"),
+        (["--tasks", "trainer", "--dtypes", "float16"], "trains in float32 or bfloat16 alone"),
+        (["--preset", "fast"], "preset is 'fast'; expected one of core, skipping, hard, decode, training, memory, gpu"),
         (["--device", "toaster"], "device is 'toaster'; expected cpu, cuda or cuda:N"),
         (["--hidden_size", "33"], "hidden_size (33)"),
         (["--data", "text"], "give its run folder by --run"),
@@ -69,6 +76,11 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device in ("cuda", "cuda:1"):
         assert settings(device=device).device == device
+    assert settings(device="cuda", tasks=("trainer",)) and settings(device="cuda", attention=("varlen", "flex"))
+    with pytest.raises(ValueError, match="the task trainer runs on the first GPU: give cuda"):
+        settings(device="cuda:1", tasks=("trainer",))
+    with pytest.raises(ValueError, match="the task trainer runs where transformers' Trainer would, on the GPU"):
+        settings(device="cpu", tasks=("trainer",))
     with pytest.raises(ValueError, match=r"device is 'cuda:2'; torch finds 2 GPU, cuda:0 to cuda:1"):
         settings(device="cuda:2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

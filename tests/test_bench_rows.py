@@ -15,7 +15,7 @@ from midskip.bench.models import Side
 from midskip.bench.results import case_rows, commit
 from midskip.bench.table import case_table
 from midskip.bench.tasks import Decode, Work
-from midskip.bench.timing import interleave, quantile, spread, stretch_mean
+from midskip.bench.timing import Clock, interleave, quantile, spread, stretch_mean
 from midskip.report.speed import write_speed_picture
 
 
@@ -53,7 +53,7 @@ def test_sides_take_turns_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.perf_counter", lambda: now_s)
     ticks: list[int] = []
     seconds = interleave(
-        {name: begin(name) for name in "ab"}, 3, 20, random.Random(0), lambda: None, lambda: ticks.append(1)
+        {name: begin(name) for name in "ab"}, 3, 20, random.Random(0), Clock(), lambda: ticks.append(1)
     )
     assert seconds == {"a": [[1, 2, 3]] * 20, "b": [[2, 4, 6]] * 20}
     assert len(begun) == len(ticks) == 2 * 21  # one turn is warm-up
@@ -71,14 +71,17 @@ def test_rows_of_known_times() -> None:
     times = {"llama": [[4.0, 4.0]], "llama, static cache": [[2.0, 3.0]], "skip 0.5": [[1.0, 2.0]]}
     joules = {"llama": [8.0], "llama, static cache": [9.0], "skip 0.5": [2.0]}
     sides = [Side(name, None, 0.5 if "skip" in name else None) for name in works]
-    rows = case_rows({"dtype": "float32", "gates": "fixed"}, Decode(ids(2, 5), 2), sides, times, works, joules)
+    case = {"dtype": "float32", "norms": "sandwich", "gates": "fixed", "compiled": False}
+    peaks = {"llama": 40, "llama, static cache": 44, "skip 0.5": 30}
+    rows = case_rows(case, Decode(ids(2, 5), 2), sides, times, works, joules, peaks, 100.0)
     ratios = rows[-1]["ratios"]
     assert ratios["llama"] == {
         "of": "llama", "time": 1.5 / 4, "median_time": 1.5 / 4, "flops": 0.6, "work": 0.5, "time_over_work": 0.75,
-        "kv_used_bytes": 0.5, "kv_allocated_bytes": 0.6, "joules": 0.25,
+        "kv_used_bytes": 0.5, "kv_allocated_bytes": 0.6, "peak_bytes": 0.75, "joules": 0.25,
     }  # fmt: skip
     assert ratios["fastest_llama"]["of"] == "llama, static cache" and ratios["fastest_llama"]["time"] == 0.6
     assert "dense" not in ratios
+    assert rows[-1]["utilisation"] == pytest.approx(60 / 2 / 1.5 / 100)  # two steps, each 1.5 s
     assert rows[-1]["step_s"] == {"median": 1.5, "p95": pytest.approx(1.95), "p99": pytest.approx(1.99)}
     screen = Console(file=StringIO(), width=120)
     rows[-1]["side"] = "skip \x1b[31m[bold]"

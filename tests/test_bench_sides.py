@@ -88,7 +88,7 @@ def test_hard_gates_skip_what_is_asked_for_and_agree_with_the_plain_twin(share: 
 
 @pytest.mark.parametrize("kind", [Prefill, Decode, Training])
 def test_work_of_llama_is_what_the_meter_counts_on_our_dense_model(kind: Any) -> None:
-    given = settings(norms="pre")
+    given = settings(norms=("pre",))
     dense = Side("ours", with_policy(build_ours(given, DTYPE), "dense", {}))
     llama = Side("llama", build_llama(given.config(), DTYPE, "cpu"))
     task = kind(ids(3, 15), 5) if kind is Decode else kind(ids(3, 15))

@@ -21,9 +21,9 @@ ORDER = (
     ("model.modeling",),
     ("reference", "cost", "data", "convert", "report", "runs"),
     ("testing",),
-    ("evaluate", "budget.calibrate", "generate", "bench"),
+    ("evaluate", "budget.calibrate", "generate"),
     ("train",),  # a run ends with its own evaluation and report
-    ("demo",),
+    ("bench", "demo"),
     ("commands",),
     ("cli", "__main__"),
 )

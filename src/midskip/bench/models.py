@@ -6,15 +6,17 @@ B sequences, T columns.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from midskip.bench.kernels import BACKEND, attention_by
 from midskip.bench.settings import BenchSettings
 from midskip.model.config import MidskipConfig
+from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import build_policy
 from midskip.policies.middle_out import MiddleOut
@@ -34,6 +36,7 @@ class Side:
         skip_share: of block-tokens, where it is imposed.
         static: Llama's cache is allocated once, at its final length, and does not grow.
         stretch: positions between the first tokens of one row and the next; 0: all rows start at 0.
+        attention: how that of packed tokens is computed; see `BenchSettings`.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Side:
     skip_share: float | None = None
     static: bool = False
     stretch: int = 0
+    attention: str = "sdpa"
 
     @property
     def is_ours(self) -> bool:
@@ -52,7 +56,8 @@ class Side:
             more["position_ids"] = positions(ids_BT, self.stretch)
         if cache is not None:
             more["past_key_values"] = cache
-        return self.model(ids_BT, **more)
+        with attention_by(self.attention):
+            return self.model(ids_BT, **more)
 
     def step(self, ids_B1: Tensor, cache: Any) -> Any:
         """A step of decoding, as `generate()` runs it."""
@@ -74,10 +79,10 @@ def positions(ids_BT: Tensor, stretch: int) -> Tensor:
     return row_B[:, None] * stretch + column_T
 
 
-def build_ours(settings: BenchSettings, dtype: torch.dtype) -> MidskipForCausalLM:
+def build_ours(settings: BenchSettings, dtype: torch.dtype, norms: str | None = None) -> MidskipForCausalLM:
     """Our dense model, whose weights those that skip share."""
     torch.manual_seed(settings.seed)
-    return placed(MidskipForCausalLM(settings.config()), dtype, settings.device)
+    return placed(MidskipForCausalLM(settings.config(norms)), dtype, settings.device)
 
 
 def build_llama(like: MidskipConfig, dtype: torch.dtype, device: str, seed: int = 0) -> LlamaForCausalLM:
@@ -98,6 +103,14 @@ def build_llama(like: MidskipConfig, dtype: torch.dtype, device: str, seed: int 
     for name, buffer in frequencies.items():  # not rounded, as in one that was loaded in this dtype
         setattr(rotary, name, buffer.to(device))
     return llama
+
+
+def compiled(model: nn.Module) -> None:
+    """Has torch.compile take our blocks, as `training.torch_compile` does, or the whole of Llama."""
+    if isinstance(model, MidskipForCausalLM):
+        compile_blocks(model.model.layers, BACKEND)
+    else:
+        model.compile(backend=BACKEND)
 
 
 def placed(model: Model, dtype: torch.dtype, device: str) -> Model:
@@ -129,7 +142,16 @@ def imposed(settings: BenchSettings, dense: MidskipForCausalLM, gates: str) -> l
             policy = {"skip_share": share, "fractional": gates == "fractional", "seed": settings.seed + 1}
             model, stretch = with_policy(dense, FIXED_DEPTHS, policy), settings.most_columns
         sides.append(Side(f"skip {share:g}", model, share, stretch=stretch))
-    return sides
+    return by_attention(sides, settings.attention)
+
+
+def by_attention(sides: list[Side], attention: tuple[str, ...]) -> list[Side]:
+    """Each side as it computes attention in each of these ways."""
+    return [
+        side if name == "sdpa" else replace(side, name=f"{side.name}, {name}", attention=name)
+        for side in sides
+        for name in attention
+    ]
 
 
 @torch.no_grad()

@@ -30,11 +30,14 @@ def case_rows(
     seconds: Mapping[str, list[list[float]]],
     works: Mapping[str, Work],
     joules: Mapping[str, list[float]],
+    peaks: Mapping[str, int | None],
+    flops_per_s: float | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each side.
 
     `time_s` is what ratios are taken of: the median of the repeats, or for decode the mean over the stretch of steps,
     each the median of its repeats (tokens of different depths cost differently, and the mean counts all of them).
+    `utilisation` is the share of `flops_per_s`, the device's peak, that the FLOPs done in that time come to.
     """
     rows = []
     for side in sides:
@@ -47,6 +50,9 @@ def case_rows(
             "step_s": {"median": quantile(every, 0.5), "p95": quantile(every, 0.95), "p99": quantile(every, 0.99)},
             "all_s": repeats, "work": works[side.name].as_dict(),
         }  # fmt: skip
+        flops = row["work"]["flops"] / task.num_steps
+        row["peak_bytes"] = peaks.get(side.name)
+        row["utilisation"] = flops_per_s and flops / row["time_s"] / flops_per_s
         of_unit = joules.get(side.name)
         row["joules"] = of_unit and {"unit": task.unit, **spread(of_unit), "all": of_unit}
         rows.append(row)
@@ -79,6 +85,8 @@ def _ratios(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("kv_used_bytes", "kv_allocated_bytes"):
         if ours[name] is not None and theirs[name]:
             ratios[name] = ours[name] / theirs[name]
+    if row["peak_bytes"] and other["peak_bytes"]:
+        ratios["peak_bytes"] = row["peak_bytes"] / other["peak_bytes"]
     if row["joules"] and other["joules"] and other["joules"]["median"] > 0:
         ratios["joules"] = row["joules"]["median"] / other["joules"]["median"]
     return ratios

@@ -21,16 +21,19 @@ from torch import Tensor
 
 from midskip.bench.agree import Agreement, check_llama, check_ours
 from midskip.bench.energy import EnergyMeter
-from midskip.bench.models import Side, build_llama, build_ours, imposed, placed, with_policy
+from midskip.bench.models import Side, build_llama, build_ours, by_attention, compiled, imposed, placed, with_policy
+from midskip.bench.peak import flops_per_s
 from midskip.bench.results import LLAMA, case_rows, machine
 from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS, BenchSettings
 from midskip.bench.table import case_table
-from midskip.bench.tasks import Decode, Prefill, Task, Training
-from midskip.bench.timing import WARM_UP_TURNS, interleave, waiter
+from midskip.bench.tasks import Decode, Prefill, Products, Task, Training
+from midskip.bench.timing import WARM_UP_TURNS, Clock
+from midskip.bench.trainer import TrainerSteps
 from midskip.budget.calibrate import Windows
 from midskip.budget.monitor import not_live
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
+from midskip.regularizers import Regularizer
 from midskip.report.page import visible
 from midskip.report.speed import write_speed_picture
 from midskip.runs import to_json
@@ -47,6 +50,7 @@ class _Group:
     """Sides that are compared with each other."""
 
     dtype: str
+    norms: str
     gates: str
     config: MidskipConfig
     llamas: list[Side]
@@ -70,12 +74,13 @@ def bench(settings: BenchSettings, output: str | Path = "runs/bench", console: C
     def tokens(num_rows: int, num_columns: int) -> Tensor:
         return torch.randint(config.vocab_size, (num_rows, num_columns), generator=draw).to(settings.device)
 
-    return _Bench(settings, Path(output), console).run(_imposed_groups(settings), len(settings.gates), tokens)
+    groups_a_dtype = len(settings.norms) * len(settings.gates)
+    return _Bench(settings, Path(output), console).run(_imposed_groups(settings), groups_a_dtype, tokens)
 
 
 def bench_run(
     settings: BenchSettings, model: MidskipForCausalLM, windows: Windows, output: str | Path = "runs/bench",
-    console: Console | None = None,
+    console: Console | None = None, regularizer: Regularizer | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The same with the learned gates of a trained model, on text: against the model with nothing skipped, and Llama.
 
@@ -85,15 +90,16 @@ def bench_run(
     Args:
         settings: as `run_settings` gives them.
         windows: text in the model's own tokens; as many as the largest batch are used, each as one document.
+        regularizer: of the run, as it ended, for the task `trainer`; by default the gates stay as they are there.
 
     Raises:
         ValueError: as `bench`, and too little text, more tokens than the model takes, or training under a budget.
     """
     policy, limit = model.model.policy, model.config.max_position_embeddings
-    if "training" in settings.tasks and (policy.factor, policy.ceiling) != (1.0, None):
+    if settings.takes_gradients and (policy.factor, policy.ceiling) != (1.0, None):
         raise ValueError(
             "training is to be timed and the model is under a run-time budget, which is for evaluation: leave "
-            '"training" out of the tasks, or call model.set_budget() to go back to the gates as trained'
+            '"training" and "trainer" out of the tasks, or call model.set_budget() to go back to the gates as trained'
         )
     rows = settings.most_rows
     if (columns := max(columns for _, columns in settings.sizes.values())) > limit:
@@ -116,6 +122,8 @@ def bench_run(
         )
     ids_WT = torch.stack(found).long().to(settings.device)
     job = _Bench(settings, Path(output), console)
+    job.regularizer = regularizer
+    job.result["regularizer"] = regularizer and type(regularizer).__name__
     job.result["effort"] = {"factor": policy.factor, "ceiling": policy.ceiling}
     with not_live():
         return job.run(
@@ -126,23 +134,31 @@ def bench_run(
 def _imposed_groups(settings: BenchSettings) -> Iterator[_Group]:
     for name in settings.dtypes:
         dtype = getattr(torch, name)
-        dense = build_ours(settings, dtype)
-        llamas = _llamas(settings, dense.config, dtype)
-        for gates in settings.gates:
-            yield _Group(name, gates, dense.config, llamas, imposed(settings, dense, gates))
+        llamas = _llamas(settings, settings.config(), dtype)
+        for norms in settings.norms:
+            dense = build_ours(settings, dtype, norms)
+            if settings.torch_compile:
+                compiled(dense)
+            for gates in settings.gates:
+                yield _Group(name, norms, gates, dense.config, llamas, imposed(settings, dense, gates))
 
 
 def _trained_groups(settings: BenchSettings, model: MidskipForCausalLM) -> Iterator[_Group]:
     for name in settings.dtypes:
         dtype = getattr(torch, name)
         trained = placed(copy.deepcopy(model), dtype, settings.device)
+        if settings.torch_compile:
+            compiled(trained)
         twin = with_policy(trained, "dense", {})
-        ours = [Side("dense twin", twin), Side("trained", trained)]
-        yield _Group(name, "learned", twin.config, _llamas(settings, twin.config, dtype), ours)
+        ours = by_attention([Side("dense twin", twin), Side("trained", trained)], settings.attention)
+        llamas = _llamas(settings, twin.config, dtype)
+        yield _Group(name, settings.norms[0], "learned", twin.config, llamas, ours)
 
 
 def _llamas(settings: BenchSettings, config: MidskipConfig, dtype: torch.dtype) -> list[Side]:
     llama = build_llama(config, dtype, settings.device, settings.seed)
+    if settings.torch_compile:
+        compiled(llama)
     return [Side(LLAMA, llama), Side(f"{LLAMA}, static cache", llama, static=True)]
 
 
@@ -157,7 +173,8 @@ class _Bench:
         if not self.console.is_terminal:
             self.console.width = max(self.console.width, WIDTH)
         self.messages = Console(stderr=True)
-        self.wait, self.order = waiter(settings.device), random.Random(settings.seed)
+        self.clock, self.order = Clock(settings.device), random.Random(settings.seed)
+        self.regularizer: Regularizer | None = None
         self.energy = EnergyMeter(settings.device)
         self.dtypes_seen: set[str] = set()
         self.result: dict[str, Any] = {
@@ -183,15 +200,16 @@ class _Bench:
         return self.result
 
     def _group(self, group: _Group, tokens: Tokens) -> None:
-        self._say(f"checking {group.dtype}, gates {group.gates}")
+        self._say(f"checking {group.dtype}, {group.norms} norms, gates {group.gates}")
         ids_BT = tokens(CHECKED_ROWS, CHECKED_COLUMNS)  # fewer columns of a model that takes fewer
         for side in group.ours:
-            found = check_ours(side, ids_BT, gradients="training" in self.settings.tasks)
-            self._agree(found, dtype_timed=group.dtype, gates=group.gates)
+            found = check_ours(side, ids_BT, gradients=self.settings.takes_gradients)
+            self._agree(found, dtype_timed=group.dtype, norms=group.norms, gates=group.gates)
         if group.dtype not in self.dtypes_seen:  # Llama has no gates, and is the same beside all of ours
             self.dtypes_seen.add(group.dtype)
             for side in group.llamas:
-                self._agree(check_llama(side, group.config, ids_BT), dtype_timed=group.dtype, gates=None)
+                found = check_llama(side, group.config, ids_BT)
+                self._agree(found, dtype_timed=group.dtype, norms=None, gates=None)
         self.bar.advance(self.job)
         for task in self._tasks(tokens):
             self._case(group, task)
@@ -202,10 +220,14 @@ class _Bench:
     def _tasks(self, tokens: Tokens) -> Iterator[Task]:
         settings = self.settings
         for name in settings.tasks:
-            if name == "prefill":
-                yield Prefill(tokens(settings.prompt_batch_size, settings.prompt_tokens))
+            if name in ("prefill", "products"):
+                kind = Prefill if name == "prefill" else Products
+                yield kind(tokens(settings.prompt_batch_size, settings.prompt_tokens))
             elif name == "training":
                 yield Training(tokens(settings.training_batch_size, settings.context_tokens))
+            elif name == "trainer":
+                ids_BT = tokens(settings.training_batch_size, settings.context_tokens)
+                yield TrainerSteps(ids_BT, self.regularizer, settings.torch_compile)
             else:
                 for batch_size in settings.batch_sizes:
                     ids_BT = tokens(batch_size, settings.context_tokens + settings.new_tokens)
@@ -213,18 +235,21 @@ class _Bench:
 
     def _case(self, group: _Group, task: Task) -> None:
         sides = [side for side in (*group.llamas, *group.ours) if task.is_for(side)]
-        case = {"dtype": group.dtype, "gates": group.gates}
-        self._say(f"{task.name} of {task.batch_size}, {group.dtype}, gates {group.gates}")
+        compiles = self.settings.torch_compile and task.compiles
+        case = {"dtype": group.dtype, "norms": group.norms, "gates": group.gates, "compiled": compiles}
+        self._say(f"{task.name} of {task.batch_size}, {group.dtype}, {group.norms} norms, gates {group.gates}")
+        if compiles:
+            torch.compiler.reset()  # or earlier shapes would count against torch's limit of graphs
         parts = len(sides) * (WARM_UP_TURNS + self.settings.repeats)
-        with torch.set_grad_enabled(task.trains):
+        stance = torch.compiler.set_stance("default" if compiles else "force_eager")
+        with torch.set_grad_enabled(task.trains), stance:
             works = {side.name: task.work(side) for side in sides}
-            seconds = interleave(
-                {side.name: lambda side=side: task.begin(side) for side in sides},
-                task.num_steps, self.settings.repeats, self.order, self.wait,
-                lambda: self.bar.advance(self.job, 1 / parts),
-            )  # fmt: skip
+            device, repeats = self.settings.device, self.settings.repeats
+            seconds = task.time(sides, repeats, self.order, device, lambda: self.bar.advance(self.job, 1 / parts))
             joules = self._joules(task, sides)
-        rows = case_rows(case, task, sides, seconds, works, joules)
+            peaks = {side.name: task.peak_bytes(side, device) for side in sides}
+        peak = flops_per_s(device, getattr(torch, group.dtype))
+        rows = case_rows(case, task, sides, seconds, works, joules, peaks, peak)
         self.result["rows"] += rows
         self.console.print(case_table(rows))
         self._write()
@@ -239,11 +264,11 @@ class _Bench:
                 joules = duration_s = num_units = 0
                 while duration_s < self.settings.energy_s:
                     step = task.begin(side)
-                    self.wait()
+                    self.clock.wait()
                     self.energy.start()
                     for number in range(task.num_steps):
                         step(number)
-                        self.wait()
+                        self.clock.wait()
                     if (used := self.energy.stop()) is None:
                         return {}
                     joules, duration_s = joules + used.joules, duration_s + used.duration_s
@@ -264,7 +289,8 @@ class _Bench:
         for row in self.result["rows"]:
             if not row["side"].startswith(LLAMA):
                 batch = f", batch {row['batch_size']}" if row["task"] == "decode" else ""
-                case = lines.setdefault(row["task"], {}).setdefault(f"{row['dtype']}, {row['gates']}{batch}", [])
+                words = [row["dtype"], row["gates"]] + [row["norms"]] * (len(self.settings.norms) > 1)
+                case = lines.setdefault(row["task"], {}).setdefault(", ".join(words) + batch, [])
                 case.append((row["ratios"]["llama"]["work"], row["ratios"]["llama"]["time"]))
         where = self.result["machine"]
         write_speed_picture(self.folder / BENCH_PICTURE_FILE, lines, where.get("gpu", where["cpu"]))

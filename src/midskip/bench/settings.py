@@ -13,20 +13,29 @@ from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies.controls import LARGEST_SEED
 
-TASKS = ("prefill", "decode", "training")
+TASKS = ("prefill", "decode", "training", "trainer", "products")
 DTYPES = ("float32", "bfloat16", "float16")  # in float64 too Llama would turn by float32 angles, and not agree
 GATES = ("fixed", "fractional", "hard")
+NORMS = ("sandwich", "pre")
+ATTENTION = ("sdpa", "padded", "varlen", "flex")
 SHAPE_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 )  # fmt: skip
+OF_A_RUN = ("shape", "shares", "gates", "norms", *SHAPE_FIELDS)  # settings that a trained model brings itself
 # of what is checked before anything is timed: sequences, and columns of each pass of the run with a cache. Steps of one
 # token are what is timed; the longer ones between make the cache grow a few times in few passes
 CHECKED_ROWS, CHECKED_STEPS = 2, (9, *(1, 3) * 10)
 CHECKED_COLUMNS = sum(CHECKED_STEPS)
-PRESETS: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = {  # of models, and the sizes at which such a model is timed
     "paper": {
         "shape": {"vocab_size": 50257, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
                   "num_attention_heads": 12},
+        "prompt_tokens": 1024, "context_tokens": 512, "new_tokens": 32, "batch_sizes": (1, 8, 32), "repeats": 9,
+        "idle_s": 5.0, "energy_s": 2.0,
+    },
+    "wiki-small": {
+        "shape": {"vocab_size": 50257, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+                  "num_attention_heads": 8},
         "prompt_tokens": 1024, "context_tokens": 512, "new_tokens": 32, "batch_sizes": (1, 8, 32), "repeats": 9,
         "idle_s": 5.0, "energy_s": 2.0,
     },
@@ -47,11 +56,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Settings of `bench`; `of` fills them from a preset.
+    """Settings of `bench`; `of` fills them from a named shape.
 
     Attributes:
         shape: fields of `MidskipConfig`; Llama gets the same.
-        tasks: some of `TASKS`.
+        tasks: some of `TASKS`: `"training"` is forward and backward; `"trainer"` a whole optimizer step in the Trainer;
+            `"products"` the matrix products with weights of a prefill, alone.
         batch_sizes: sequences decoded at once.
         prompt_batch_size, training_batch_size: prompts prefilled at once, and sequences of a training step.
         shares: of block-tokens that are skipped.
@@ -62,18 +72,22 @@ class BenchSettings:
         context_tokens: that stand in the cache before decoding begins; also the length of a training sequence.
         new_tokens: decoded in a stretch.
         repeats: of everything that is timed.
-        norms: as in `MidskipConfig`.
+        norms: some of `NORMS`, as in `MidskipConfig`; each is timed against the same Llama.
+        attention: ways to compute the attention of packed tokens, some of `ATTENTION`: `"sdpa"` is the library's, the
+            others are tried beside it (`bench/kernels.py`). `"varlen"` and `"flex"` need a GPU.
+        torch_compile: our blocks and Llama as a whole are compiled by torch, but not in decode, where the cache grows.
         seed: of weights, tokens, depths and the order of turns, from 0.
         device: that all of it runs on.
         idle_s, energy_s: for how long the power at rest is measured, and each side at work.
         run: the name of the run folder whose model is timed; None: depths are imposed.
+        preset: the name of the preset that these settings began with, for the report.
 
     Raises:
         ValueError: a value that cannot be timed.
     """
 
     shape: dict[str, int]
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = ("prefill", "decode", "training")
     batch_sizes: tuple[int, ...] = (1,)
     shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -84,28 +98,32 @@ class BenchSettings:
     prompt_batch_size: int = 1
     training_batch_size: int = 2
     repeats: int = 9
-    norms: str = "sandwich"
+    norms: tuple[str, ...] = ("sandwich",)
+    attention: tuple[str, ...] = ("sdpa",)
+    torch_compile: bool = False
     seed: int = 0
     device: str = "cpu"
     idle_s: float = 5.0
     energy_s: float = 2.0
     run: str | None = None
+    preset: str | None = None
 
     @classmethod
-    def of(cls, preset: str = "paper", shape: dict[str, int] | None = None, **changes: Any) -> BenchSettings:
-        """A preset with some of its settings, or of its shape, changed; None stands for "as in the preset"."""
-        if preset not in PRESETS:
-            raise ValueError(f"shape is {preset!r}; expected one of {', '.join(PRESETS)}")
-        given = {name: value for name, value in changes.items() if value is not None}
-        settings = PRESETS[preset] | given
+    def of(cls, name: str = "paper", shape: dict[str, int] | None = None, **changes: Any) -> BenchSettings:
+        """A named shape and its sizes, with some of its fields or of the settings changed; None: not changed."""
+        if name not in SHAPES:
+            raise ValueError(f"shape is {name!r}; expected one of {', '.join(SHAPES)}")
+        given = {setting: value for setting, value in changes.items() if value is not None}
+        settings = SHAPES[name] | given
         settings["shape"] = settings["shape"] | {k: v for k, v in (shape or {}).items() if v is not None}
         if "device" not in settings:
             settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(**settings)
 
     def __post_init__(self) -> None:
-        for name, known in (("tasks", TASKS), ("dtypes", DTYPES), ("gates", GATES)):
-            self._check_list(name, known)
+        known = {"tasks": TASKS, "dtypes": DTYPES, "gates": GATES, "norms": NORMS, "attention": ATTENTION}
+        for name, values in known.items():
+            self._check_list(name, values)
         self._check_list("batch_sizes")
         self._check_list("shares")
         for name, value in self.shape.items():
@@ -114,7 +132,7 @@ class BenchSettings:
         counts = [f"{name}_tokens" for name in tokens] + [f"{name}_batch_size" for name in sequences]
         for name in (*counts, "repeats"):
             self._check_count(name, getattr(self, name))
-        if "training" in self.tasks and self.context_tokens < 2:
+        if self.takes_gradients and self.context_tokens < 2:
             raise ValueError("context_tokens is 1, and a training sequence needs a token to predict: give at least 2")
         for batch_size in self.batch_sizes:
             self._check_count("batch_sizes", batch_size)
@@ -129,7 +147,14 @@ class BenchSettings:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected seconds above 0")
         self._check_device()
-        self.config()  # refuses a shape that cannot be built
+        if "trainer" in self.tasks and "float16" in self.dtypes:
+            raise ValueError("dtypes has 'float16' and tasks has 'trainer', which trains in float32 or bfloat16 alone")
+        config = self.config()  # refuses a shape that cannot be built
+        if self.attention != ("sdpa",) and config.num_key_value_heads != config.num_attention_heads:
+            raise ValueError(
+                f"attention is {', '.join(self.attention)!r} and the model has fewer key heads than query heads, which "
+                "sdpa alone takes: leave attention out"
+            )
 
     def _check_list(self, name: str, known: tuple[str, ...] | None = None) -> None:
         values = getattr(self, name)
@@ -153,8 +178,22 @@ class BenchSettings:
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if not count:
                 raise ValueError(f"device is {self.device!r} and torch finds no GPU: leave it out, or give cpu")
+            if "trainer" in self.tasks and device.index:
+                raise ValueError(f"device is {self.device!r}, and the task trainer runs on the first GPU: give cuda")
             if (device.index or 0) >= count:
                 raise ValueError(f"device is {self.device!r}; torch finds {count} GPU, cuda:0 to cuda:{count - 1}")
+            return
+        if "trainer" in self.tasks and torch.cuda.is_available():
+            raise ValueError(
+                f"device is {self.device!r}, and the task trainer runs where transformers' Trainer would, on the GPU: "
+                "leave it out of the tasks, or set CUDA_VISIBLE_DEVICES to nothing"
+            )
+        if kernels := [name for name in self.attention if name in ("varlen", "flex")]:
+            raise ValueError(f"attention has {kernels[0]!r}, which needs a GPU: leave it out, or give --device cuda")
+
+    @property
+    def takes_gradients(self) -> bool:
+        return bool({"training", "trainer"} & set(self.tasks))
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -163,6 +202,8 @@ class BenchSettings:
             "prefill": (self.prompt_batch_size, self.prompt_tokens),
             "decode": (max(self.batch_sizes), self.context_tokens + self.new_tokens),
             "training": (self.training_batch_size, self.context_tokens),
+            "trainer": (self.training_batch_size, self.context_tokens),
+            "products": (self.prompt_batch_size, self.prompt_tokens),
         }
         return {task: sizes[task] for task in self.tasks}
 
@@ -177,10 +218,14 @@ class BenchSettings:
         two rows lie so far apart, and no two rows have one in common."""
         return max(CHECKED_COLUMNS, *(columns for _, columns in self.sizes.values()))
 
-    def config(self) -> MidskipConfig:
-        """Of our models."""
+    def config(self, norms: str | None = None) -> MidskipConfig:
+        """Of our models; by default with the first of the norms."""
         positions = self.most_rows * self.most_columns
-        fields: dict[str, Any] = {"norms": self.norms, "max_position_embeddings": positions, "policy": "dense"}
+        fields: dict[str, Any] = {
+            "norms": norms or self.norms[0],
+            "max_position_embeddings": positions,
+            "policy": "dense",
+        }
         fields |= self.shape
         return MidskipConfig(**fields)
 
@@ -191,10 +236,11 @@ class BenchSettings:
         itemsize = max(getattr(torch, name).itemsize for name in self.dtypes)
         width, layers = config.hidden_size, config.num_hidden_layers
         num_weights = 2 * config.vocab_size * width + layers * width * (4 * width + 3 * config.intermediate_size)
-        copies = 4 if "training" in self.tasks else 2  # Llama's and ours, and their gradients
+        copies = 4 if self.takes_gradients else 2  # Llama's and ours, and their gradients
+        copies += 2 * ("trainer" in self.tasks)  # AdamW's of one of them
         needed_bytes = copies * num_weights * itemsize
         if self.device == "cpu":
-            exact_bytes = num_weights * (32 if "training" in self.tasks else 8)  # weights, gradients: all in float64
+            exact_bytes = num_weights * (32 if self.takes_gradients else 8)  # weights, gradients: all in float64
             needed_bytes = max(needed_bytes, 2 * num_weights * itemsize + exact_bytes)
         if "decode" in self.tasks:
             tokens = math.prod(self.sizes["decode"])
@@ -217,17 +263,16 @@ def run_settings(model: MidskipForCausalLM, name: str, **given: Any) -> BenchSet
     Raises:
         ValueError: a setting that would change nothing, or a value that cannot be timed.
     """
-    own = ("shape", "shares", "gates", "norms", *SHAPE_FIELDS)
-    if foreign := [setting for setting in own if setting in given]:
+    if foreign := [setting for setting in OF_A_RUN if setting in given]:
         raise ValueError(f"--{foreign[0]} is of models with imposed depths; a run has its own: leave it out")
-    config, preset = model.config, PRESETS["paper"]
+    config, paper = model.config, SHAPES["paper"]
     limit = config.max_position_embeddings
-    new_tokens = given.pop("new_tokens", min(preset["new_tokens"], max(1, limit // 4)))
+    new_tokens = given.pop("new_tokens", min(paper["new_tokens"], max(1, limit // 4)))
     sizes: dict[str, Any] = {
         "shape": {field: getattr(config, field) for field in (*SHAPE_FIELDS, "head_dim")},
-        "prompt_tokens": min(preset["prompt_tokens"], limit),
-        "context_tokens": max(1, min(preset["context_tokens"], limit - new_tokens)),
-        "new_tokens": new_tokens, "norms": config.norms, "dtypes": ("float32",), "run": name,
+        "prompt_tokens": min(paper["prompt_tokens"], limit),
+        "context_tokens": max(1, min(paper["context_tokens"], limit - new_tokens)),
+        "new_tokens": new_tokens, "norms": (config.norms,), "dtypes": ("float32",), "run": name,
     }  # fmt: skip
     sizes |= given
     return BenchSettings.of(**sizes)

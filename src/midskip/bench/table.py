@@ -10,7 +10,10 @@ from rich.text import Text
 
 from midskip.report.page import visible
 
-TIMES = {"prefill": "time to first token, ms", "decode": "time a token, ms", "training": "time a step, ms"}
+TIMES = {
+    "prefill": "time to first token, ms", "decode": "time a token, ms", "training": "time a step, ms",
+    "trainer": "time a step, ms", "products": "time, ms",
+}  # fmt: skip
 
 Row = Mapping[str, Any]
 
@@ -33,14 +36,17 @@ def title(row: Row) -> str:
         "prefill": f"a prompt of {columns} tokens",
         "decode": f"batch {row['batch_size']}, {steps} tokens after {columns - steps}",
         "training": f"forward and backward of {row['batch_size']} x {columns} tokens",
+        "trainer": f"optimizer steps in the Trainer, {row['batch_size']} x {columns} tokens",
+        "products": f"the matrix products with weights of a prompt of {columns} tokens, alone",
     }
-    return f"{row['task']}: {sizes[row['task']]}; {row['dtype']}, gates {row['gates']}"
+    how = f"{row['dtype']}{', compiled' if row['compiled'] else ''}, {row['norms']} norms, gates {row['gates']}"
+    return f"{row['task']}: {sizes[row['task']]}; {how}"
 
 
 def _lines(first: Row) -> list[tuple[str, Callable[[Row], str]]]:
     """Label and cell of each line."""
-    decode, cached = first["task"] == "decode", first["task"] != "training"
-    against, each = first["ratios"], " a step" if decode else ""
+    decode, cached = first["task"] == "decode", first["task"] in ("prefill", "decode")
+    against, each = first["ratios"], " a step" if first["num_steps"] > 1 else ""
     lines: list[tuple[str, Callable[[Row], str]]] = [
         (TIMES[first["task"]], lambda row: _ms(row["time_s"])),
         ("  quartiles of repeats", lambda row: " - ".join(_ms(row["repeat_s"][name]) for name in ("lower", "upper"))),
@@ -75,6 +81,11 @@ def _lines(first: Row) -> list[tuple[str, Callable[[Row], str]]]:
             ("  used, of Llama", lambda row: _ratio(row, "llama", "kv_used_bytes")),
             ("  allocated, of Llama", lambda row: _ratio(row, "llama", "kv_allocated_bytes")),
         ]
+    if first["utilisation"]:
+        lines.append(("share of the device's peak", lambda row: f"{row['utilisation']:.1%}"))
+    if first["peak_bytes"] is not None:
+        lines.append(("memory at its peak, MB", lambda row: _mb(row["peak_bytes"])))
+        lines.append(("  of Llama", lambda row: _ratio(row, "llama", "peak_bytes")))
     if first["joules"]:
         lines.append((f"joules a {first['joules']['unit']}", lambda row: _number(row["joules"]["median"])))
         lines.append(("  of Llama", lambda row: _ratio(row, "llama", "joules")))

@@ -1,4 +1,5 @@
-"""What is timed: prefill of a prompt, decoding token by token, a training step; and the work that each really does.
+"""What is timed: prefill of a prompt, its matrix products alone, decoding token by token, forward and backward in
+training; and the work that each really does. Whole optimizer steps are in `trainer.py`.
 
 B sequences, T columns.
 """
@@ -6,13 +7,18 @@ B sequences, T columns.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from midskip.bench.models import Side
+from midskip.bench.peak import peak_bytes
+from midskip.bench.timing import Clock, interleave
 from midskip.cost import Meter, dense_flops
 
 
@@ -53,10 +59,14 @@ class Task:
         name: as reported.
         unit: what energy is told for one of.
         trains: whether gradients are taken.
+        waits: whether the device is waited for before each step.
+        compiles: whether torch.compile may take the models; steps over a growing cache would be compiled again and
+            again.
     """
 
     name = unit = ""
     trains = False
+    waits = compiles = True
 
     def __init__(self, ids_BT: Tensor, num_steps: int = 1):
         self.ids_BT, self.num_steps = ids_BT, num_steps
@@ -74,6 +84,17 @@ class Task:
     def begin(self, side: Side) -> Callable[[int], Any]:
         """Make ready; what is returned takes step number 0, 1, ... and gives what must live until it is over."""
         raise NotImplementedError
+
+    def time(
+        self, sides: Sequence[Side], repeats: int, order: random.Random, device: str, tick: Callable[[], None]
+    ) -> dict[str, list[list[float]]]:
+        """Seconds of each step of each side, [repeats][num_steps], taken in turns."""
+        begin = {side.name: lambda side=side: self.begin(side) for side in sides}
+        return interleave(begin, self.num_steps, repeats, order, Clock(device, self.waits), tick)
+
+    def peak_bytes(self, side: Side, device: str) -> int | None:
+        """The most memory that a step takes above weights and gradients; None but in training."""
+        return None
 
     def work(self, side: Side) -> Work:
         """Of a whole stretch."""
@@ -136,10 +157,47 @@ class Prefill(Task):
         return self._dense(side, 0, self.num_columns, self.batch_size, 1)
 
 
+class Products(Prefill):
+    """Nothing but the matrix products with weights of a prefill, of the rows that really go through each layer: what
+    skipping cannot go below with this library on this machine."""
+
+    name = "products"
+
+    def __init__(self, ids_BT: Tensor):
+        super().__init__(ids_BT)
+        self._rows: dict[str, list[int]] = {}
+
+    def is_for(self, side: Side) -> bool:
+        return super().is_for(side) and side.attention == "sdpa"
+
+    def begin(self, side: Side) -> Callable[[int], Any]:
+        model = side.model.eval()
+        if side.name not in self._rows:
+            self._rows[side.name] = self.work(side).rows_by_layer
+        products = [
+            (layer.weight, rows)
+            for block, rows in zip(model.model.layers, self._rows[side.name], strict=True)
+            for layer in block.modules()
+            if isinstance(layer, nn.Linear) and rows
+        ]
+        products.append((model.lm_head.weight, self.batch_size))
+        inputs = {
+            size: torch.randn(size, dtype=model.dtype, device=model.device)
+            for size in {(rows, weight.shape[1]) for weight, rows in products}
+        }
+        return lambda step: [F.linear(inputs[rows, weight.shape[1]], weight) for weight, rows in products][-1]
+
+    def work(self, side: Side) -> Work:
+        if side.is_ours:
+            return self._metered(side, lambda: Prefill.begin(self, side)(0).past_key_values)
+        return super().work(side)
+
+
 class Decode(Task):
     """Token by token after a context; the tokens are given, so that all sides see the same."""
 
     name, unit = "decode", "token"
+    compiles = False
 
     def __init__(self, ids_BT: Tensor, num_steps: int):
         super().__init__(ids_BT, num_steps)
@@ -147,7 +205,7 @@ class Decode(Task):
         self._prefilled: dict[str, Any] = {}
 
     def is_for(self, side: Side) -> bool:
-        return True
+        return side.attention == "sdpa"  # against a cache there is no other
 
     def begin(self, side: Side) -> Callable[[int], Any]:
         side.model.eval()
@@ -171,7 +229,7 @@ class Training(Task):
     """Forward and backward of a batch; the optimizer's step, the same for all sides, is left out."""
 
     name, unit = "training", "step"
-    trains = True
+    trains, waits = True, False
 
     @property
     def num_units(self) -> int:
@@ -185,7 +243,13 @@ class Training(Task):
         side.call(self.ids_BT, labels=self.ids_BT, use_cache=False).loss.backward()
         side.model.zero_grad()
 
+    def peak_bytes(self, side: Side, device: str) -> int | None:
+        for parameter in side.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        step = self.begin(side)
+        return peak_bytes(lambda: step(0), device)
+
     def work(self, side: Side) -> Work:
         if side.is_ours:
-            return self._metered(side, lambda: self.begin(side)(0))
+            return self._metered(side, lambda: Training.begin(self, side)(0))
         return self._dense(side, 0, self.num_columns, self.batch_size * self.num_columns, 1)

@@ -15,6 +15,43 @@ import torch
 WARM_UP_TURNS = 1
 
 
+class Clock:
+    """Takes the time of work on a device: on a GPU by CUDA events, which the device itself sets.
+
+    Args:
+        waits: the device is waited for before each stretch, as generation waits for each token; otherwise the host may
+            run ahead, as in training. A CPU is never behind.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", waits: bool = True):
+        self.device = torch.device(device)
+        self.on_gpu = self.device.type == "cuda"
+        self.waits = waits
+
+    def wait(self) -> None:
+        """Returns when the device has done all that it was given."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def begin(self) -> Any:
+        """A mark where a stretch begins."""
+        if self.waits:
+            self.wait()
+        return self.end()
+
+    def end(self) -> Any:
+        """A mark where one ends."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, begun: Any, ended: Any) -> float:
+        """From one mark to another; the device must have been waited for."""
+        return begun.elapsed_time(ended) / 1e3 if self.on_gpu else ended - begun
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """The value that `share` of all lie below, between two of them in proportion."""
     if not values or not 0 <= share <= 1:
@@ -40,7 +77,7 @@ def interleave(
     num_steps: int,
     repeats: int,
     order: random.Random,
-    wait: Callable[[], None],
+    clock: Clock,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, list[list[float]]]:
     """Seconds of each step of each side, [repeats][num_steps], after one turn that is not counted.
@@ -50,7 +87,7 @@ def interleave(
 
     Args:
         begin: for each side, makes ready for a stretch (not timed) and gives what takes its step.
-        wait: returns when the device has done all that it was given.
+        clock: of the device.
         tick: called after each stretch of a side.
     """
     seconds: dict[str, list[list[float]]] = {name: [] for name in begin}
@@ -60,28 +97,19 @@ def interleave(
     try:
         for turn in range(WARM_UP_TURNS + repeats):
             steps = {name: make() for name, make in begin.items()}
-            times: dict[str, list[float]] = {name: [] for name in begin}
+            marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in begin}
             for step in range(num_steps):
                 for name in order.sample(list(steps), len(steps)):
-                    wait()
-                    start_s = time.perf_counter()
+                    begun = clock.begin()
                     kept = steps[name](step)
-                    wait()
-                    times[name].append(time.perf_counter() - start_s)
+                    marks[name].append((begun, clock.end()))
                     del kept  # giving memory back is not timed
+            clock.wait()
             for name in begin:
                 if turn >= WARM_UP_TURNS:
-                    seconds[name].append(times[name])
+                    seconds[name].append([clock.seconds(*pair) for pair in marks[name]])
                 tick()
     finally:
         if collecting:
             gc.enable()
     return seconds
-
-
-def waiter(device: torch.device | str) -> Callable[[], None]:
-    """What returns when the device has done all that it was given."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -13,20 +15,34 @@ SHAPE = (
 )  # fmt: skip
 
 
-def run(arguments: list[str]) -> None:
-    parser = Parser("bench")
-    add = parser.add_argument
-    add("--shape", help="paper (12 layers, d 768), small or tiny; also sets sizes and repeats (default: paper)")
+def parser() -> Parser:
+    from midskip.bench import PRESETS
+
+    lines = [f"  {name:<10} {preset.what}" for name, preset in PRESETS.items()]
+    about = "presets (an option that is given wins over the preset):\n" + "\n".join(lines)
+    made = Parser("bench", epilog=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("--preset", help="a named set of these options, listed below")
+    add(
+        "--shape", type=words,
+        help="some of paper (12 layers, d 768), wiki-small, small, tiny; also sets sizes and repeats (default: paper)",
+    )  # fmt: skip
     for name in SHAPE:
         add(f"--{name}", type=at_least_one, help="instead of the shape's")
     add("--run", help="time the model of this run folder, with its own gates, against itself with nothing skipped")
     add("--data", help="with --run: text, as `midskip prepare` takes it (default: the run's held-out text)")
-    add("--tasks", type=words, help="default: prefill,decode,training")
+    add("--tasks", type=words, help="also trainer (optimizer steps), products (default: prefill,decode,training)")
     add("--batch_sizes", type=counts, help="sequences decoded at once (default: 1,8,32)")
     add("--shares", type=numbers, help="of block-tokens skipped (default: 0,0.25,0.5,0.75)")
     add("--dtypes", type=words, help="default: float32,bfloat16; with --run float32")
     add("--gates", type=words, help="fixed at 1, fractional, or hard ones by tokens (default: fixed,fractional)")
-    add("--norms", help="sandwich or pre (default: sandwich)")
+    add("--norms", type=words, help="sandwich, pre or both (default: sandwich)")
+    add("--attention", type=words, help="sdpa, and beside it padded, varlen or flex (default: sdpa)")
+    add(
+        "--torch_compile",
+        action=argparse.BooleanOptionalAction,
+        help="our blocks and Llama, but in decode (default: no)",
+    )
     add("--prompt_tokens", type=at_least_one, help="prefilled (default: 1024)")
     add("--context_tokens", type=at_least_one, help="before decoding, and of a training sequence (default: 512)")
     add("--new_tokens", type=at_least_one, help="decoded in a stretch (default: 32)")
@@ -36,18 +52,27 @@ def run(arguments: list[str]) -> None:
     add("--seed", type=int, help="of weights, tokens, depths and turns (default: 0)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--output", default="runs/bench", help="folder for the numbers and the picture (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    from midskip.bench import BenchSettings, bench, bench_run, run_settings
+    return made
+
+
+def run(arguments: list[str]) -> None:
+    options = parser().parse_args(arguments)
+    from midskip.bench import BenchSettings, bench, bench_run, last_regularizer, run_settings, with_preset
     from midskip.runs import load_run
 
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    output, run, data = given.pop("output"), given.pop("run", None), given.pop("data", None)
+    given: dict[str, Any] = {name: value for name, value in vars(options).items() if value is not None}
+    output, run, data = Path(given.pop("output")), given.pop("run", None), given.pop("data", None)
+    given = with_preset(given.pop("preset", None), given, of_a_run=run is not None)
     if run is None:
         if data is not None:
             raise ValueError("--data is text for a trained model: give its run folder by --run")
         shape = {name: given.pop(name) for name in SHAPE if name in given}
-        bench(BenchSettings.of(given.pop("shape", "paper"), shape, **given), output)
+        names = given.pop("shape", ("paper",))
+        settings_of = {name: BenchSettings.of(name, shape, **given) for name in names}  # all are checked first
+        for name, settings in settings_of.items():
+            bench(settings, output / name if len(names) > 1 else output)
         return
     model, tokenizer = load_run(run)
     settings = run_settings(model, Path(run).resolve().name, **given)
-    bench_run(settings, model, text_of(options, model, tokenizer, Console(stderr=True)), output)
+    windows = text_of(options, model, tokenizer, Console(stderr=True))
+    bench_run(settings, model, windows, output, regularizer=last_regularizer(Path(run)))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from midskip.report.page import visible
 
 # for each task: what its time should follow
-WORK = {"prefill": "FLOPs run", "decode": "bytes read", "training": "FLOPs run"}
+WORK = {"decode": "bytes read"}  # others: FLOPs run
 Points = Sequence[tuple[float, float]]
 
 
@@ -36,7 +36,7 @@ def write_speed_picture(
             works, times = zip(*sorted(points), strict=True)
             axis.plot(works, times, marker="o", markersize=4, linewidth=1.5, label=name)
         axis.set(xlim=(0, edge), ylim=(0, edge), title=task)
-        axis.set(xlabel=f"{WORK.get(task, 'work')}, of Llama's", ylabel="time, of Llama's")
+        axis.set(xlabel=f"{WORK.get(task, 'FLOPs run')}, of Llama's", ylabel="time, of Llama's")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     if title:
