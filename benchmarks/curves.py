@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from core_speed import machine
-
+from midskip.bench.results import machine
 from midskip.runs import RECIPE_FILE, REPORT_FILE, to_json
 from midskip.train.checkpoints import HISTORY_FILE
 from midskip.train.recipe import read_recipe
