@@ -13,7 +13,8 @@ from tiny_bench import DTYPE, ids, settings, side
 from torch import Tensor
 
 from midskip import MidskipForCausalLM
-from midskip.bench import kernels
+from midskip.bench import DisagreementError, kernels
+from midskip.bench.agree import check_ours
 from midskip.bench.kernels import attention_by
 from midskip.bench.models import Side, positions
 from midskip.bench.peak import flops_per_s, peak_bytes
@@ -76,6 +77,16 @@ def test_a_kernel_is_used_and_then_no_more(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match=r"attention by 'padded' is for skipped_kv=\"drop\": leave it out"):
         Side("keeps", MidskipForCausalLM(keeps), attention="padded").call(ids())
     assert attention.attend is library
+
+
+def test_a_kernel_with_wrong_gradients_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    places, run = kernels.KERNELS["padded"]
+    good = side(0.25, attention=("padded",))
+    assert len(check_ours(good, ids(), gradients=True)) == 6 and good.name == "skip 0.25, padded"
+    monkeypatch.setitem(kernels.KERNELS, "padded", (places, lambda q, k, *more: run(q, k.detach(), *more)))
+    check_ours(good, ids())
+    with pytest.raises(DisagreementError, match=r"skip 0.25, padded \(training, float32\).*its gradient of"):
+        check_ours(good, ids(), gradients=True)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
