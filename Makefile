@@ -1,17 +1,25 @@
 # Everything here makes its own .venv first; nothing has to be installed by hand but Python 3.11 or newer.
 PYTHON ?= python3
 RUN := .venv/bin
+# as many as there are cores, but no more than 4: each takes about 1 GB
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
-.PHONY: demo test check slow format clean
+.PHONY: demo test check slow mutants format clean
 
 demo: .venv/installed
 	$(RUN)/midskip demo
 
 test: .venv/installed
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 slow: .venv/installed
 	$(RUN)/python -m pytest -m slow
+
+# where code may be changed and no test fails: hours; stopped and called again, it goes on. ONLY='midskip.cost*' for a part
+mutants: .venv/installed
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	OMP_NUM_THREADS=1 nice -n 15 $(RUN)/mutmut run --max-children $(WORKERS) $(ONLY)
+	$(RUN)/python benchmarks/mutants.py
 
 check: .venv/installed
 	$(RUN)/ruff check .

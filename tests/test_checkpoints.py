@@ -27,7 +27,7 @@ from midskip.train import Recipe, read_recipe, train
 from midskip.train.checkpoints import MARKER_FILE, fault_of
 
 MakeRecipe = Callable[..., Recipe]
-pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
+pytestmark = [pytest.mark.usefixtures("on_the_cpu", "no_pictures"), pytest.mark.xdist_group("checkpoints")]
 
 TARGET_SHARE = ("target_share", {"target_share": 0.4, "ramp_steps": 5}, TargetShare)
 GROWING = ("proportional_derivative", {"mean_targets": [0.9, 0.2], "coef_update_multiplier": 5.0}, FeedbackRegularizer)
@@ -156,8 +156,16 @@ BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BREAKS)
-def test_a_broken_checkpoint_is_recognised_and_the_one_before_it_used(place: Path, stopped: Path, what: str) -> None:
+def test_whatever_is_broken_in_a_checkpoint_is_named(place: Path, tmp_path: Path) -> None:
+    for number, (what, (spoil, word)) in enumerate(BREAKS.items()):
+        folder = Path(shutil.copytree(place / "stopped" / "run" / "checkpoint-4", tmp_path / f"{number}"))
+        assert fault_of(folder) is None
+        spoil(folder)
+        assert word in str(fault_of(folder)), what
+
+
+@pytest.mark.parametrize("what", ["half of optimizer.pt", "no marker", "half of the marker"])
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_used(place: Path, stopped: Path, what: str) -> None:
     spoil, word = BREAKS[what]
     spoil(stopped / "checkpoint-4")
     marked = (stopped / "checkpoint-4" / MARKER_FILE).is_file()
@@ -319,13 +327,13 @@ def test_another_number_of_processes_is_noticed(stopped: Path) -> None:
 # ---- killed while it begins or ends
 
 
-@pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize(
-    "writer",
+    ("writer", "before"),
     [
-        "midskip.train.recipe.Recipe.save",
-        "midskip.train.folder.write_atomically",
-        "transformers.PreTrainedTokenizerBase.save_pretrained",
+        ("midskip.train.recipe.Recipe.save", True),
+        ("midskip.train.folder.write_atomically", True),
+        ("midskip.train.folder.write_atomically", False),
+        ("transformers.PreTrainedTokenizerBase.save_pretrained", False),
     ],
 )
 def test_a_run_killed_as_it_begins_can_go_on(

@@ -26,8 +26,11 @@ RECIPE = """
 data: {vocab_size: 300, length: 32, validation_share: 0.2}
 model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 5, num_attention_heads: 2}
 regularizer: {name: target_share, settings: {target_share: 0.5, ramp_steps: 2}}
-training: {steps: 4, batch_size: 2, save_steps: 2, logging_steps: 1, eval_steps: 2, report_to: []}
+training: {steps: 4, batch_size: 2, save_steps: 2, logging_steps: 1, eval_steps: 2, report_to: [], peak_flops: 1e12}
 """
+
+
+pytestmark = pytest.mark.xdist_group("cli")
 
 
 @pytest.fixture(scope="module")

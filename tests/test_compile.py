@@ -19,6 +19,7 @@ from midskip.model.layers import compile_blocks
 pytestmark = [  # torch's own, as it compiles
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
+    pytest.mark.xdist_group("compile"),
 ]
 Make = Callable[..., MidskipForCausalLM]
 ACCURATE = "aot_eager"  # traces forward and backward as the real compiler does, and then runs what it traced
@@ -35,7 +36,7 @@ def _forgotten() -> Iterator[None]:
 def batches() -> Iterator[dict[str, Tensor]]:
     """Batches of many sizes: even, padded, of documents, of one token, of none."""
     draw = torch.Generator().manual_seed(0)
-    for shape in ((2, 29), (3, 14), (1, 23), (1, 1), (4, 5), (2, 2), (2, 30), (1, 2)):
+    for shape in ((2, 29), (3, 14), (1, 1), (2, 2), (2, 30)):
         ids_BT = torch.randint(31, shape, generator=draw)
         mask_BT = (torch.rand(shape, generator=draw) < 0.8).long()
         position_BT = torch.randint(1, 4, shape, generator=draw).cumsum(1) % 11

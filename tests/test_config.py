@@ -47,13 +47,6 @@ def test_defaults_are_the_papers_model() -> None:
         assert round(MidskipForCausalLM(config).num_parameters() / 1e6, 1) == 190.5
 
 
-@pytest.mark.parametrize("num_layers, millions", [(2, 96.1), (4, 115.0), (6, 133.8), (8, 152.7), (10, 171.6)])
-def test_dense_baselines_have_the_papers_sizes(num_layers: int, millions: float) -> None:
-    with torch.device("meta"):
-        model = MidskipForCausalLM(MidskipConfig(num_hidden_layers=num_layers, policy="dense"))
-    assert round(model.num_parameters() / 1e6, 1) == millions
-
-
 @pytest.mark.parametrize(
     "name, hint",
     [
@@ -73,8 +66,7 @@ def test_unknown_setting_is_refused_with_a_hint(tiny: Callable[..., MidskipConfi
     [
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected a whole number of at least 1"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-        ({"vocab_size": "31"}, "vocab_size is '31'"),
+        ({"vocab_size": True}, "vocab_size is True"),
         ({"hidden_size": -16}, "hidden_size is -16"),
         ({"intermediate_size": None}, "intermediate_size is None"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
@@ -83,7 +75,6 @@ def test_unknown_setting_is_refused_with_a_hint(tiny: Callable[..., MidskipConfi
         ({"head_dim": 0}, "head_dim is 0"),
         ({"hidden_size": 18}, r"hidden_size \(18\) is not a multiple of num_attention_heads \(4\).*head_dim"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)"),
-        ({"num_key_value_heads": 8}, r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(8\)"),
         ({"hidden_size": 12}, "head_dim is 3; .*make it even"),
         ({"head_dim": 5}, "head_dim is 5; .*make it even"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0; expected a number above 0"),
@@ -92,14 +83,12 @@ def test_unknown_setting_is_refused_with_a_hint(tiny: Callable[..., MidskipConfi
         ({"norms": "post"}, "norms is 'post'; expected one of 'sandwich', 'pre'"),
         ({"skipped_kv": "some"}, "skipped_kv is 'some'; expected one of 'drop', 'keep'"),
         ({"policy": ""}, "policy is ''; expected a name or"),
-        ({"policy": 3}, "policy is 3"),
         ({"policy_settings": "start"}, "policy_settings is 'start'; expected a dictionary"),
         ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; expected a dictionary"),
         (
             {"rope_parameters": {"rope_theta": -1.0}},
             r"rope_parameters\['rope_theta'\] is -1.0; expected a number above",
         ),
-        ({"rope_parameters": {"rope_theta": "far"}}, r"rope_parameters\['rope_theta'\] is 'far'"),
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, "type 'default' has the keys .*'factor'"),
         ({"rope_parameters": LLAMA3 | {"beta": 1.0}}, "type 'llama3' has the keys .*'beta'.*expected exactly"),
         (
@@ -181,11 +170,9 @@ def test_auto_classes_build_the_models(tiny: Callable[..., MidskipConfig]) -> No
             {},
             "unknown policy 'middle_in'; expected one of 'dense', 'middle_out' or 'package.module:Class'",
         ),
-        (":Class", {}, "unknown policy ':Class'"),
         ("no.such.module:Class", {}, "policy 'no.such.module:Class' cannot be loaded: No module"),
         ("midskip.policies:Nobody", {}, "cannot be loaded: .*Nobody.*is its module installed"),
         ("torch.nn:Linear", {}, "policy 'torch.nn:Linear' is .*expected a subclass of midskip.policies.base.Policy"),
-        ("torch:float32", {}, "policy 'torch:float32' is torch.float32; expected a subclass"),
         ("middle_out", {"begin": 1}, "policy 'middle_out' does not know the setting 'begin'; it knows 'start'"),
         ("middle_out", {"width": 1}, "policy 'middle_out' does not know the setting 'width'"),
         ("middle_out", {"start": "shut"}, "start is 'shut'; expected one of 'open', .*'released'"),

@@ -23,7 +23,6 @@ RUNS = {
     "dense": {"policy": "dense"},
     "open": {"gates": "open"},
     "mixed": {"gates": "mixed"},
-    "late": {"gates": "late"},
     "gone": {"gates": "gone"},
     "fixed": {"policy": FIXED, "policy_settings": {"skip_share": 0.4}},
     "all kept, gated": {"policy": FIXED, "policy_settings": {"skip_share": 0.0, "fractional": True}},
@@ -41,11 +40,13 @@ def counted(
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("shape", ["rectangle", "ragged", "documents"])
+@pytest.mark.parametrize(
+    ("run", "shape"),
+    [*((run, "ragged") for run in RUNS), *(("mixed", shape) for shape in ("rectangle", "documents"))],
+)
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
-@pytest.mark.parametrize("run", RUNS)
 def test_counter_convention_is_torchs_counter(
-    make_model: Make, ragged: tuple[Tensor, Tensor], run: str, skipped_kv: str, shape: str
+    make_model: Make, ragged: tuple[Tensor, Tensor], run: str, shape: str, skipped_kv: str
 ) -> None:
     model = make_model(**RUNS[run], skipped_kv=skipped_kv, num_hidden_layers=5, dtype=torch.float32)
     ids_BT, mask_BT = ragged if shape != "rectangle" else (ragged[0], None)
@@ -98,7 +99,7 @@ def pairs_one_by_one(query_BT: Tensor, key_BT: Tensor, document_BT: Tensor) -> t
 
 
 @pytest.mark.parametrize("positions", [None, [0, 1, 2, 3, 0, 1, 0, 2, 1]])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_pairs_are_those_that_meet(ragged: tuple[Tensor, Tensor], share: float, positions: list[int] | None) -> None:
     valid_BT = ragged[1].bool()
     layout = Layout.from_rectangle(valid_BT, None if positions is None else torch.tensor([positions]))
@@ -115,7 +116,7 @@ def test_pairs_are_those_that_meet(ragged: tuple[Tensor, Tensor], share: float, 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
-@pytest.mark.parametrize("gates", ["mixed", "late", "gone"])
+@pytest.mark.parametrize("gates", ["mixed", "gone"])
 def test_meter_counts_the_rows_that_the_linear_layers_see(
     make_model: Make, ragged: tuple[Tensor, Tensor], gates: str, skipped_kv: str, mode: str
 ) -> None:
@@ -244,10 +245,12 @@ def released_flops(config: MidskipConfig, gated: bool, sparsity: float) -> float
     return (1 - sparsity) * config.num_hidden_layers * block_twice + outside + gates
 
 
-@pytest.mark.parametrize("row", RELEASED, ids=lambda row: "-".join(str(x) for x in list(row.values())[:-1]))
-def test_released_estimate_is_reproduced_from_twice_our_blocks(row: dict) -> None:
-    config = papers_model(row["n_layers"], row["n_kv_heads"])
-    assert released_flops(config, row["gated"], row["sparsity"]) == pytest.approx(row["flops_per_sequence"], abs=1)
+def test_released_estimate_is_reproduced_from_twice_our_blocks() -> None:
+    assert len(RELEASED) == 28
+    for row in RELEASED:
+        config = papers_model(row["n_layers"], row["n_kv_heads"])
+        estimate = released_flops(config, row["gated"], row["sparsity"])
+        assert estimate == pytest.approx(row["flops_per_sequence"], abs=1), row
 
 
 def test_released_blocks_are_twice_the_corrected_ones() -> None:

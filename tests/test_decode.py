@@ -29,7 +29,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "middle_out-as-many-key-heads": {"gates": "mixed", "num_key_value_heads": 4},
     "dense": {"policy": "dense"},
     "fixed": {"policy": FIXED, "policy_settings": {"skip_share": 0.5}},
-    "fixed-5-layers": {"policy": FIXED, "policy_settings": {"skip_share": 0.5}, "num_hidden_layers": 5},
     "fixed-fractional": {"policy": FIXED, "policy_settings": {"skip_share": 0.5, "fractional": True}},
 }
 THOROUGH = ("middle_out-mixed", "fixed-fractional")  # these with every padding
@@ -91,7 +90,7 @@ def close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float)
 
 @pytest.mark.parametrize(
     "kind, padding",
-    [(kind, padding) for kind in MODELS for padding in MASKS if kind in THOROUGH or padding in ("none", "holes")],
+    [(kind, padding) for kind in MODELS for padding in MASKS if kind in THOROUGH or padding == "holes"],
 )
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 def test_steps_give_what_one_pass_gives(make_model: Make, kind: str, skipped_kv: str, padding: str) -> None:
@@ -111,7 +110,7 @@ def test_steps_give_what_one_pass_gives(make_model: Make, kind: str, skipped_kv:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
-@pytest.mark.parametrize("kind", ["middle_out-open", "dense", "fixed", "fixed-fractional"])
+@pytest.mark.parametrize("kind", ["middle_out-open", "fixed"])
 def test_steps_in_lower_precision(make_model: Make, kind: str, skipped_kv: str, dtype: torch.dtype) -> None:
     """Models whose gates are on no edge, where rounding would tip them. Steps round no worse than one pass does."""
     model = make_model(**MODELS[kind], skipped_kv=skipped_kv, dtype=dtype).eval()
@@ -128,7 +127,7 @@ def test_steps_in_lower_precision(make_model: Make, kind: str, skipped_kv: str, 
         assert error.square().mean().sqrt() <= 1.5 * (full - reference).square().mean().sqrt()
 
 
-@pytest.mark.parametrize("padding", ["left", "holes", "right"])
+@pytest.mark.parametrize("padding", ["holes", "right"])
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("kind", THOROUGH)
 def test_a_batch_is_its_members_alone(make_model: Make, kind: str, skipped_kv: str, padding: str) -> None:
@@ -146,7 +145,7 @@ def test_a_batch_is_its_members_alone(make_model: Make, kind: str, skipped_kv: s
                 assert torch.equal(together["gates"][:, row, valid_T] > 0, alone["gates"][:, 0] > 0)
 
 
-@pytest.mark.parametrize("padding", MASKS)
+@pytest.mark.parametrize("padding", ["none", "holes", "nobody-at-first"])
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("kind", THOROUGH)
 def test_one_launch_for_all_gives_what_a_call_for_each_gives(

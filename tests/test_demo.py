@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is slow and tested elsewhere: the speed of this machine, measured once, and prefill, timed often."""
+    monkeypatch.setattr("midskip.train.run.peak_flops", lambda arguments: (1e12, "slow to measure"))
+    monkeypatch.setattr("midskip.demo.time_prefill", partial(time_prefill, repeats=1))
+
+
 def run(output: Path, source: Path, steps: int = 2) -> tuple[dict, str]:
     """The report, and what was on the screen."""
     screen = Console(file=StringIO(), width=120)
@@ -30,6 +38,7 @@ def run(output: Path, source: Path, steps: int = 2) -> tuple[dict, str]:
     return report, screen.file.getvalue()
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_demo_trains_compares_and_reports(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     report, screen = run(folder, source)
@@ -68,11 +77,11 @@ def test_the_demo_trains_compares_and_reports(source: Path, tmp_path: Path) -> N
     assert dense.hidden_size == gated.hidden_size and dense.intermediate_size == gated.intermediate_size
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("midskip.train.run.write_picture", lambda path, *args: path.write_bytes(b"slow to draw"))
-    monkeypatch.setattr("midskip.train.run.peak_flops", lambda arguments: (1e12, "slow to measure"))
     monkeypatch.setattr("midskip.demo.generate", lambda model, tokenizer, prompt, **_: tokenizer(prompt)["input_ids"])
     first, _ = run(tmp_path / "demo", source, steps=1)
     with pytest.raises(DataError, match="There is nothing at"):

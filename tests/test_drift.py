@@ -19,7 +19,7 @@ from midskip.evaluate import evaluate
 Make = Callable[..., MidskipForCausalLM]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [0, 1, 7, 19])  # none at all, few, about as many as are scored, more
 def test_scored_rows_have_a_next_token_and_are_spread_evenly(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     lengths = [*torch.randint(0, 3 + 10 * seed, (8,), generator=draw).tolist(), 2]

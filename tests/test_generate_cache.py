@@ -74,9 +74,16 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@SKIPPED_KV
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "padded", "skipped_kv"),
+    [
+        *((way, True, "drop") for way in WAYS),
+        ("greedy", False, "drop"),
+        ("chunked-prefill", False, "drop"),
+        ("greedy", True, "keep"),
+        ("beams-several", True, "keep"),
+    ],
+)
 def test_it_is_the_same_without_a_cache(make_model: Make, way: str, padded: bool, skipped_kv: str) -> None:
     model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_BT, mask_BT = left_padded() if padded else (prompt(2, 9), None)
@@ -128,16 +135,14 @@ def test_scores_are_the_same(make_model: Make, skipped_kv: str) -> None:
 
 
 @SKIPPED_KV
-@pytest.mark.parametrize("options", [{"do_sample": False}, {"prompt_lookup_num_tokens": 4}], ids=["model", "lookup"])
-@pytest.mark.parametrize("twin", [False, True])
-def test_assisted(make_model: Make, options: dict, skipped_kv: str, twin: bool) -> None:
+@pytest.mark.parametrize("assistant", ["lookup", "twin", "another"])
+def test_assisted(make_model: Make, assistant: str, skipped_kv: str) -> None:
     model = make_model("mixed", skipped_kv=skipped_kv).eval()
     ids_1T = prompt(1, 4).repeat(1, 3)
-    if "prompt_lookup_num_tokens" not in options:
-        layers = 4 if twin else 2  # a twin is right every time, another hardly ever, and tokens are taken back
-        options = options | {
-            "assistant_model": make_model("mixed", skipped_kv=skipped_kv, num_hidden_layers=layers).eval()
-        }
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
+    if assistant != "lookup":
+        layers = 4 if assistant == "twin" else 2  # the other is hardly ever right, and tokens are taken back
+        options = {"assistant_model": make_model("mixed", skipped_kv=skipped_kv, num_hidden_layers=layers).eval()}
     expected = generate(model, ids_1T, use_cache=False)
     counts = count_columns(model)
     assert torch.equal(generate(model, ids_1T, **options), expected)
@@ -148,12 +153,11 @@ def test_assisted(make_model: Make, options: dict, skipped_kv: str, twin: bool) 
 
 
 @SKIPPED_KV
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
-def test_going_on_from_a_cache(make_model: Make, skipped_kv: str, padded: bool, whole: bool) -> None:
+def test_going_on_from_a_cache(make_model: Make, skipped_kv: str, whole: bool) -> None:
     """With the whole text so far, or with the new tokens alone and a mask over all."""
     model = make_model("mixed", skipped_kv=skipped_kv).eval()
-    ids_BT, mask_BT = left_padded() if padded else (prompt(2, 9), torch.ones(2, 9, dtype=torch.long))
+    ids_BT, mask_BT = left_padded()
     first: Any = generate(model, ids_BT, attention_mask=mask_BT, max_new_tokens=5, return_dict_in_generate=True)
     text_BT = torch.cat([first.sequences, prompt(len(ids_BT), 3)], 1)
     more_BT = torch.nn.functional.pad(mask_BT, (0, 8), value=1)
@@ -250,19 +254,21 @@ def test_other_caches_are_refused_by_name(make_model: Make) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*cache_implementation.*")
-@pytest.mark.parametrize("kind", [*ALL_CACHE_IMPLEMENTATIONS, "paged"])
-def test_every_cache_implementation_is_refused_by_name(make_model: Make, kind: str) -> None:
+def test_every_cache_implementation_is_refused_by_name(make_model: Make) -> None:
     model = make_model().eval()
     counts = count_columns(model)
-    message = f"cache_implementation is '{kind}'; midskip has one kind of cache"
-    with pytest.raises(ValueError, match=message):
-        generate(model, prompt(1, 4), cache_implementation=kind)
-    config = GenerationConfig(max_new_tokens=2, cache_implementation=kind)
-    with pytest.raises(ValueError, match=message):
-        model.generate(prompt(1, 4), config)
-    model.generation_config = config
-    with pytest.raises(ValueError, match=message):
-        model.generate(prompt(1, 4))
+    plain = model.generation_config
+    for kind in (*ALL_CACHE_IMPLEMENTATIONS, "paged"):
+        message = f"cache_implementation is '{kind}'; midskip has one kind of cache"
+        with pytest.raises(ValueError, match=message):
+            generate(model, prompt(1, 4), cache_implementation=kind)
+        config = GenerationConfig(max_new_tokens=2, cache_implementation=kind)
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompt(1, 4), config)
+        model.generation_config = config
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompt(1, 4))
+        model.generation_config = plain
     assert not counts
 
 

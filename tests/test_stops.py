@@ -47,8 +47,7 @@ class Poison(FeedbackRegularizer):
         return term * float(self.kind)
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("kind", ["nan", "inf", "-inf", "gradient"])
+@pytest.mark.parametrize(("kind", "passes"), [("nan", 1), ("inf", 2), ("gradient", 1), ("gradient", 2)])
 def test_a_step_that_is_not_finite_is_not_taken(
     make_recipe: MakeRecipe, trainers: list[MidskipTrainer], kind: str, passes: int
 ) -> None:
