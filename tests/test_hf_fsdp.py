@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import accelerate.state
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
+from fsdp_on_cpus import shard_on_cpus
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -32,19 +31,6 @@ POLICIES: dict[str, dict[str, Any]] = {
     "hard": {"policy_settings": {"gates": "hard"}},
 }
 STEPS = 3
-
-
-def shard_on_cpus() -> None:
-    """Have accelerate take its path for FSDP where it would make DDP of it."""
-    make = accelerate.state.AcceleratorState.__init__
-
-    def told(self: Any, *args: Any, fsdp_plugin: Any = None, **more: Any) -> None:
-        make(self, *args, fsdp_plugin=fsdp_plugin, **more)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    accelerate.state.AcceleratorState.__init__ = told
 
 
 def fit(folder: Path, name: str, num_ranks: int, device: str, sharded: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tiny_runs import QUIET, history, write_documents
 from midskip.data import ShardWriter, bytes_tokenizer, encode_documents, open_prepared
 from midskip.train import Recipe, train
 from midskip.train.checkpoints import check_disk
+from midskip.train.fsdp import SETTINGS
 from midskip.train.trainer import MidskipTrainer
 
 MakeRecipe = Callable[..., Recipe]
@@ -65,7 +66,12 @@ def test_accelerates_fsdp(
 ) -> None:
     for value in ("true", "1"):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
-        refused(make_recipe(), "accelerate was told to use FSDP, with which .* not been tested", trainers)
+        refused(make_recipe(), r"accelerate was told to use FSDP, which it does on GPUs alone", trainers)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for name, (option, wanted) in SETTINGS.items():
+        refused(make_recipe(), f"use FSDP with {option} None; expected {wanted}: accelerate launch", trainers)
+        monkeypatch.setenv(name, wanted)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     train(make_recipe(steps=1), console=QUIET)
 

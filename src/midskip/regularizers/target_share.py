@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from midskip.policies.base import Policy
 from midskip.policies.middle_out import MiddleOut
@@ -145,4 +146,8 @@ class TargetShare(Regularizer):
             )
         if policy.num_layers != self.num_layers:
             raise ValueError(f"target_share is for {self.num_layers} layers and the model has {policy.num_layers}")
-        policy.bias.requires_grad_(False).copy_(policy.open_bias + self.bias)
+        bias = policy.bias.requires_grad_(False)
+        values = policy.open_bias + self.bias
+        if isinstance(bias, DTensor):  # sharded weights
+            values = distribute_tensor(values.to(bias.device), bias.device_mesh, bias.placements)
+        bias.copy_(values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +36,7 @@ from midskip.train.checkpoints import (
     step_of,
 )
 from midskip.train.folder import begin, check_folder
+from midskip.train.fsdp import check_fsdp, whole_state
 from midskip.train.health import Health
 from midskip.train.optimizer import num_warmup_steps
 from midskip.train.peak import peak_flops
@@ -134,10 +134,14 @@ def train(
     metrics = trainer.metrics()
     if settings.eval_steps:
         trainer.keep_best(metrics["loss"])
+    state = whole_state(trainer)
     if not is_first:
         return {}
+    trainer.bare_model.save_pretrained(folder, state_dict=state)
     model = trainer.bare_model
-    model.save_pretrained(folder)
+    if state is not None:  # the other processes are gone, and with them their parts of the weights
+        model = MidskipForCausalLM.from_pretrained(folder)
+        model.to(trainer.args.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
     report = _report(recipe, model, metrics, trainer.history, {"flops_per_s": peak, "from": peak_source}, dense)
     report["text"] = source_name(text.summary.get("settings", {}).get("source") or recipe.data.source)
     if (folder / BEST_FOLDER / BEST_FILE).is_file():
@@ -297,12 +301,7 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
 def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
     """The settings as transformers has them; making them joins the other processes, if there are any."""
     on_cpu = not torch.cuda.is_available()
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise ValueError(
-            "accelerate was told to use FSDP, with which `midskip train` has not been tested and would save one rank's "
-            "part of the weights (without a GPU it would be DDP, and not say so): use plain data parallelism, as "
-            "`torchrun -m midskip.cli train ...` does, or a plain transformers.Trainer, which works with FSDP2"
-        )
+    check_fsdp(on_cpu)
     num_processes = num_launched()
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -30,6 +30,7 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
 from midskip.runs import write_atomically
 from midskip.train.checkpoints import HISTORY_FILE, REGULARIZER_FILE, mark_complete, remove_old
+from midskip.train.fsdp import whole_state
 from midskip.train.health import Health
 from midskip.train.optimizer import build_optimizer, build_scheduler, num_warmup_steps
 from midskip.train.recipe import TrainingSettings
@@ -155,9 +156,10 @@ class MidskipTrainer(Trainer):
         if not loss < earlier:
             return
         self.check_weights()
+        state = whole_state(self)
         if self.args.should_save:
             part = best.with_name(best.name + ".part")
-            self.bare_model.save_pretrained(part)
+            self.bare_model.save_pretrained(part, state_dict=state)
             self.tokenizer.save_pretrained(part)
             best.mkdir(exist_ok=True)
             for file in part.iterdir():
@@ -167,7 +169,8 @@ class MidskipTrainer(Trainer):
 
     def check_weights(self) -> None:
         """FloatingPointError if a weight is not finite."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.bare_model.parameters()):
+        finite = [parameter.detach().isfinite().all() for parameter in self.bare_model.parameters()]
+        if not all(bool(one.full_tensor() if isinstance(one, DTensor) else one) for one in finite):
             raise FloatingPointError(
                 f"a weight is no longer finite after step {self.state.global_step}: lower the learning rate or clip; "
                 "the last checkpoint is kept"
