@@ -183,6 +183,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+@pytest.fixture(scope="session")
+def pydocs_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the corpus `pydocs` is kept, which takes seconds to build, for as long as the tests run."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
 def make_recipe(prepared: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """make_recipe("target_share", {"target_share": 0.5}, model={...}, **training): a run of a tiny model into "run"."""

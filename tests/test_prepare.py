@@ -121,7 +121,9 @@ def test_reading_stops_with_the_document_that_reaches_the_limit(text: Path, tmp_
         assert found["num_tokens"] == sizes[found["num_documents"] - 1]
 
 
-def test_a_single_document_and_pydocs(tmp_path: Path) -> None:
+@pytest.mark.xdist_group("pydocs")
+def test_a_single_document_and_pydocs(tmp_path: Path, pydocs_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(pydocs_cache))
     (tmp_path / "one.txt").write_text("word " * 1000)
     prepared = prepare(str(tmp_path / "one.txt"), tmp_path / "one")
     assert [prepared.summary[side]["num_documents"] for side in ("training", "validation")] == [1, 1]

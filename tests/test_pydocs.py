@@ -98,8 +98,9 @@ def test_pydocs_without_any_source(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         documents_of_pydocs()
 
 
-def test_pydocs_of_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.mark.xdist_group("pydocs")
+def test_pydocs_of_this_interpreter(pydocs_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(pydocs_cache))
     documents = documents_of_pydocs()
     assert len(documents) > 300 and sum(map(len, documents)) > 1_000_000
     assert any(document.startswith("json\nJSON ") for document in documents)

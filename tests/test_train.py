@@ -280,6 +280,7 @@ def test_best_is_the_model_of_the_lowest_loss(make_recipe: MakeRecipe, monkeypat
     assert evaluate(model, validation, token_bytes(tokenizer), 2)["loss"] == found[best - 1]
 
 
+@quick
 @pytest.mark.parametrize("eval_steps, num_passes", [(0, 1), (2, 2), (3, 2)])
 def test_a_model_is_evaluated_once(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, eval_steps: int, num_passes: int
