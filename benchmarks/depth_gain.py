@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from midskip.bench.results import machine
 from midskip.evaluate import batch_of
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies import Decision
 from midskip.policies.difficulty import NUM_KINDS, drawn, kinds
 from midskip.policies.middle_out import MiddleOut
@@ -55,7 +55,7 @@ class Fresh(MiddleOut):
     def absorb(self) -> None:
         self.num_steps += 1
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
         if self.imposed_N is None:
             return super().decide(layer, h_ND, state, layout)
         return Decision(self.imposed_N > min(layer, self.num_layers - 1 - layer))

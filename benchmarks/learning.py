@@ -120,7 +120,7 @@ def run_one(name: str, seed: int, steps: int, text: Path, folder: Path) -> dict[
     if (output / ROW_FILE).is_file():
         return json.loads((output / ROW_FILE).read_text(encoding="utf-8"))
     common = [
-        f"--output={output}", f"--data.source={text}", f"--training.seed={seed}", f"--training.steps={steps}",
+        f"--output={output}", f"--data.source={text}", f"--training.seed={seed}", f"--training.max_steps={steps}",
         f"--training.eval_steps={steps // 5}", "--training.save_steps=250", "--training.report_to=[]",
         "--dense_layers=[]",
     ]  # fmt: skip
@@ -203,7 +203,7 @@ def under_budgets(output: Path, recipe: Any) -> list[dict[str, Any]]:
 
     rows = []
     for share in BUDGETS:
-        model.model.policy.set_effort(calibration.factor_at(share))
+        model.model.policy.set_limits(calibration.scale_at(share))
         row: dict[str, Any] = {"budget": share, **measured()}
         model.set_budget(share)
         rows.append(row | {"served": measured()})

@@ -152,7 +152,7 @@ def test_a_trained_model_on_text(make_model: Callable[..., MidskipForCausalLM], 
     given = replace(given, dtypes=("bfloat16", "float32"))
     report = bench_run(given, model, windows, tmp_path, Console(file=StringIO()))
     assert model.dtype == DTYPE  # and not rounded by the way
-    assert report["settings"]["run"] == "mine" and report["effort"] == {"factor": 1.0, "ceiling": None}
+    assert report["settings"]["run"] == "mine" and report["limits"] == {"score_scale": 1.0, "max_layers": None}
     assert {row["task"] for row in report["rows"]} == {"prefill", "decode", "training"}
     sides = [row["side"] for row in report["rows"] if (row["task"], row["dtype"]) == ("prefill", "float32")]
     assert sides == ["llama", "dense twin", "trained"]
@@ -203,14 +203,14 @@ def test_a_trained_model_under_a_budget(
     model.set_budget(0.3, 3)
     monitor = DriftMonitor(model, "error").attach()
     report = bench_run(given, model, windows, tmp_path, Console(file=StringIO()))
-    assert report["effort"] == {"factor": pytest.approx(3.6), "ceiling": 3}
+    assert report["limits"] == {"score_scale": pytest.approx(3.6), "max_layers": 3}
     shares = {row["side"]: row["work"]["executed_share"] for row in report["rows"] if row["task"] == "prefill"}
     with pytest.raises(BudgetDriftError):
         model(windows[0]["input_ids"][None])
     monitor.detach()
     gates_LBT = model(windows[0]["input_ids"][None]).gates
     assert shares["dense twin"] == 1 and shares["trained"] == pytest.approx((gates_LBT > 0).double().mean().item())
-    for effort in ({"ceiling": 3}, {"budget": 0.5}):
+    for effort in ({"max_layers": 3}, {"budget": 0.5}):
         model.set_budget(**effort)
         with pytest.raises(ValueError, match="training is to be timed and the model is under a run-time budget"):
             bench_run(replace(given, tasks=("training",)), model, windows, tmp_path / "new")

@@ -168,8 +168,8 @@ def test_imposed_depths_do_not_round(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = type(one.model.model.policy)
     decide = policy.decide
 
-    def wrong(self: Any, layer: int, h_ND: Tensor, state: Any, layout: Any) -> Any:
-        decision = decide(self, layer, h_ND, state, layout)
+    def wrong(self: Any, layer: int, h_ND: Tensor, state: Any, batch: Any) -> Any:
+        decision = decide(self, layer, h_ND, state, batch)
         if layer == 1 and h_ND.dtype == torch.bfloat16 and len(h_ND) > 40:
             keep_N = decision.keep_N.clone()
             keep_N[-1] = ~keep_N[-1]

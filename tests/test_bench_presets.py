@@ -114,7 +114,7 @@ def test_the_training_preset_trains_a_run_on_with_its_regularizer(
     make_recipe: Callable[..., Recipe], tmp_path: Path, no_pictures: None
 ) -> None:
     recipe = make_recipe(
-        "target_share", {"target_share": 0.6}, steps=4, save_steps=2,
+        "target_share", {"target_share": 0.6}, max_steps=4, save_steps=2,
         model={"policy_settings": {"gates": "hard"}},
     )  # fmt: skip
     train(recipe, console=Console(quiet=True))

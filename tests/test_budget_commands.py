@@ -51,15 +51,17 @@ def test_calibrate_evaluate_and_generate(run: Path, tmp_path: Path, capsys: pyte
     assert main(["evaluate", *there, "--budgets", "0.6,1", "--picture", str(picture)]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
-    factors = [Calibration.from_dict(curve).factor_for(budget) for budget in (0.6, 1.0)]
-    assert [(row["budget"], row["factor"]) for row in result["budgets"]] == list(zip((0.6, 1.0), factors, strict=True))
+    score_scales = [Calibration.from_dict(curve).scale_for(budget) for budget in (0.6, 1.0)]
+    assert [(row["budget"], row["score_scale"]) for row in result["budgets"]] == list(
+        zip((0.6, 1.0), score_scales, strict=True)
+    )
     assert result["budgets"][0]["executed_share"] != pytest.approx(result["executed_share"])
     assert "there: cats" in captured.err and picture.read_bytes().startswith(b"\x89PNG")
 
     file = run / "config.json"  # with a curve on which the whole model is best
     file.write_text(json.dumps(json.loads(file.read_text()) | {"calibration": CURVE}))
     shares = []
-    for more in ([], ["--budget", "1"], ["--ceiling", "2"], ["--budget", "1", "--ceiling", "2"]):
+    for more in ([], ["--budget", "1"], ["--max_layers", "2"], ["--budget", "1", "--max_layers", "2"]):
         assert main(["generate", str(run), "--prompt", "the cat", "--max_new_tokens", "5", *more]) == 0
         text, share, legend = capsys.readouterr().out.rstrip("\n").rsplit("\n", 2)
         assert text.startswith("the cat") and share.endswith("% of the blocks ran") and legend.startswith("blocks run")
@@ -79,7 +81,7 @@ def test_budgets_that_cannot_be_used_are_one_line(
         (["evaluate", *here, "--picture", "a.png"], "give --budgets too"),
         (["evaluate", *here, "--budgets", "0.5", "--picture", str(tmp_path / "no" / "a.png")], "there is no folder"),
         (["generate", str(run), "--prompt", "a", "--budget", "0.5"], "has no calibration"),
-        (["generate", str(run), "--prompt", "a", "--ceiling", "9"], "ceiling is 9"),
+        (["generate", str(run), "--prompt", "a", "--max_layers", "9"], "max_layers is 9"),
         (
             ["generate", str(run), "--prompt", "a", "--on_drift", "error"],
             "no budget whose drift to look for: add --budget",

@@ -30,9 +30,9 @@ def test_no_budget_is_the_model_as_trained(calibrated: MidskipForCausalLM, ragge
         ({"budget": 0.0}, r"budget is 0\.0; expected a share of the blocks, above 0 and up to 1, or None"),
         ({"budget": 1.5}, r"budget is 1\.5"),
         ({"budget": 30}, "budget is 30"),
-        ({"ceiling": 0}, "ceiling is 0; expected a whole number of blocks from 1 to 4"),
-        ({"ceiling": 5}, "ceiling is 5"),
-        ({"budget": 0.5, "ceiling": 5}, "ceiling is 5"),
+        ({"max_layers": 0}, "max_layers is 0; expected a whole number of blocks from 1 to 4"),
+        ({"max_layers": 5}, "max_layers is 5"),
+        ({"budget": 0.5, "max_layers": 5}, "max_layers is 5"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused(calibrated: MidskipForCausalLM, arguments: Any, message: str) -> None:
@@ -40,7 +40,7 @@ def test_budgets_that_cannot_be_are_refused(calibrated: MidskipForCausalLM, argu
     policy = calibrated.model.policy
     with pytest.raises(ValueError, match=message):
         calibrated.set_budget(**arguments)
-    assert (policy.factor, policy.ceiling) == (pytest.approx(0.5), 2), "what was set stays"
+    assert (policy.score_scale, policy.max_layers) == (pytest.approx(0.5), 2), "what was set stays"
 
 
 def test_a_budget_needs_a_calibration_and_a_ceiling_does_not(make_model: Make) -> None:
@@ -48,11 +48,11 @@ def test_a_budget_needs_a_calibration_and_a_ceiling_does_not(make_model: Make) -
     for budget in (0.5, 1.0):
         with pytest.raises(ValueError, match=r"has no calibration, .*: run `midskip calibrate` on its run folder"):
             model.set_budget(budget)
-    model.set_budget(ceiling=2)
+    model.set_budget(max_layers=2)
     assert ((model(torch.tensor([[1, 2, 3]])).gates > 0).sum(0) == 2).all()
     dense = make_model(policy="dense")
     dense.set_budget()
-    for arguments in ({"budget": 0.5}, {"ceiling": 2}):
+    for arguments in ({"budget": 0.5}, {"max_layers": 2}):
         with pytest.raises(ValueError, match="has no run-time budget"):
             dense.set_budget(**arguments)
     model.config.calibration = CURVE | {"share": [1.0, 0.5, 0.6, 0.2]}
@@ -66,18 +66,18 @@ def test_a_budget_below_the_range_warns_once(calibrated: MidskipForCausalLM) -> 
     with pytest.warns(UserWarning, match=message) as found:
         calibrated.set_budget(0.1)
     assert len(found) == 1 and found[0].filename == __file__
-    assert calibrated.model.policy.factor == 4.0
+    assert calibrated.model.policy.score_scale == 4.0
     calibrated.set_budget(0.05)  # a second warning would be an error
 
 
 def test_generation_runs_under_the_budget(calibrated: MidskipForCausalLM) -> None:
     ids_1T = torch.randint(31, (1, 12))
-    for arguments in ({"ceiling": 2}, {"budget": 0.3}, {"budget": 1.0, "ceiling": 2}, {}):
+    for arguments in ({"max_layers": 2}, {"budget": 0.3}, {"budget": 1.0, "max_layers": 2}, {}):
         calibrated.set_budget(**arguments)
         with Meter(calibrated) as meter:
             whole: Any = calibrated.generate(ids_1T, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=True)  # pyright: ignore[reportAttributeAccessIssue]
         with Meter(calibrated) as at_once:
             calibrated(whole[:, :-1])
-        if arguments.get("ceiling"):
+        if arguments.get("max_layers"):
             assert meter.executed_share <= 0.5
         assert meter.query_rows_L == at_once.query_rows_L, "token by token as all at once"

@@ -33,11 +33,11 @@ def held(cache: SkipCache) -> list[Any]:
     layers = [
         [buffer[row, :length].tolist() for buffer in layer.buffers]
         for layer in cache.layers
-        for row, length in enumerate(layer.lengths)
+        for row, length in enumerate(layer.seqlens)
     ]
-    lengths = [layer.lengths for layer in cache.layers]
+    lengths = [layer.seqlens for layer in cache.layers]
     counts = [cache.batch_size, cache.num_columns, cache.num_valid_tokens, cache.num_block_tokens]
-    return [*counts, cache.lengths, lengths, layers]
+    return [*counts, cache.seqlens, lengths, layers]
 
 
 # ---- bytes, lengths, columns
@@ -60,9 +60,9 @@ def test_it_holds_exactly_the_tokens_that_ran(
     ran_LBT = torch.cat(gates, 2) > 0
     held_LBT = ran_LBT if skipped_kv == "drop" else mask_BT.bool().expand_as(ran_LBT)
     for layer, held_BT in zip(cache.layers, held_LBT, strict=True):
-        assert layer.lengths == held_BT.sum(1).tolist()
+        assert layer.seqlens == held_BT.sum(1).tolist()
         for b, columns_S in enumerate(layer.columns):
-            assert columns_S[: layer.lengths[b]].tolist() == held_BT[b].nonzero().squeeze(1).tolist()
+            assert columns_S[: layer.seqlens[b]].tolist() == held_BT[b].nonzero().squeeze(1).tolist()
     assert 0 < ran_LBT.sum() < mask_BT.sum() * 4
     size, gate_bytes = dtype.itemsize, max(4, dtype.itemsize) if fractional and skipped_kv == "drop" else 0
     token_bytes = 2 * 2 * 4 * size + 4 + gate_bytes  # key and value of 2 heads of width 4, column, gate
@@ -120,7 +120,7 @@ def test_after_a_change_it_goes_on(
         logits = model(ids_BT[:, t : t + 1], attention_mask=mask_BT[:, : t + 1], past_key_values=cache).logits
         torch.testing.assert_close(logits[:, 0], expected.logits[:, t], rtol=0, atol=1e-12)
     same = expected.past_key_values
-    assert [layer.lengths for layer in cache.layers] == [layer.lengths for layer in same.layers]
+    assert [layer.seqlens for layer in cache.layers] == [layer.seqlens for layer in same.layers]
     assert cache.num_bytes().used == same.num_bytes().used and cache.num_columns == columns + 5
 
 

@@ -14,7 +14,7 @@ from midskip import MidskipForCausalLM
 from midskip.model import attention
 from midskip.model.cache import SkipCache
 from midskip.model.layer_cache import NO_COLUMN, LayerCache
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 
 Make = Callable[..., MidskipForCausalLM]
 
@@ -46,9 +46,9 @@ class Lists:
 
     def check(self, layer: LayerCache) -> None:
         assert layer.num_tokens == sum(map(len, self.rows))
-        if not layer.lengths:
+        if not layer.seqlens:
             return
-        assert layer.lengths == [len(row) for row in self.rows]
+        assert layer.seqlens == [len(row) for row in self.rows]
         for b, row in enumerate(self.rows):
             assert layer.columns[b].tolist() == [x[0] for x in row] + [NO_COLUMN] * (layer.columns.shape[1] - len(row))
             assert layer.keys[b, : len(row), 0, 0].tolist() == [x[1] for x in row]
@@ -67,7 +67,7 @@ def test_a_layer_holds_what_lists_would(seed: int, memory_of_nan: None) -> None:
         action = draw.random()
         if action < 0.8:
             width, gated, share = draw.choice([1, 1, 1, 4, 20]), draw.random() < 0.5, draw.choice([0.4, 1.0])
-            new = Layout.from_rectangle(
+            new = PackedBatch.from_rectangle(
                 torch.tensor([[draw.random() < share for _ in range(width)] for _ in lists.rows])
             )
             new.first_column = column
@@ -79,18 +79,18 @@ def test_a_layer_holds_what_lists_would(seed: int, memory_of_nan: None) -> None:
                 token = column + place % width, k_MGK[m, 0, 0].item(), v_MGK[m, 1, 2].item(), gate
                 lists.rows[place // width].append(token)
             column += width
-        elif action < 0.9 and layer.lengths:
+        elif action < 0.9 and layer.seqlens:
             column = max(0, column - draw.choice([0, 1, 5]))
-            layer.crop(column, layer.lengths_before(column).tolist())
+            layer.crop(column, layer.seqlens_before(column).tolist())
             lists.rows = [[token for token in row if token[0] < column] for row in lists.rows]
-        elif layer.lengths:
+        elif layer.seqlens:
             rows = [draw.randrange(len(lists.rows)) for _ in range(draw.choice([2, 3, 4]))]
             layer.select(torch.tensor(rows), rows)
             lists.rows = [list(lists.rows[row]) for row in rows]
         lists.check(layer)
     assert layer.num_tokens > 100
     layer.reset()
-    assert (layer.num_tokens, layer.allocated_bytes, layer.lengths) == (0, 0, [])
+    assert (layer.num_tokens, layer.allocated_bytes, layer.seqlens) == (0, 0, [])
 
 
 def test_memory_grows_a_few_times_and_not_with_each_token(make_model: Make) -> None:

@@ -61,18 +61,18 @@ def test_lengths_are_those_of_what_is_left(make_model: Make, ragged: tuple[Tenso
     ids_BT, mask_BT = ragged
     model = make_model("mixed").eval()
     cache = model(ids_BT, attention_mask=mask_BT, use_cache=True).past_key_values
-    assert cache.lengths == mask_BT.sum(1).tolist()
+    assert cache.seqlens == mask_BT.sum(1).tolist()
     cache.crop(-4)
-    assert cache.lengths == mask_BT[:, :5].sum(1).tolist()
+    assert cache.seqlens == mask_BT[:, :5].sum(1).tolist()
     model(ids_BT[:, 5:6], attention_mask=mask_BT[:, :6], past_key_values=cache)
-    assert cache.lengths == mask_BT[:, :6].sum(1).tolist()
+    assert cache.seqlens == mask_BT[:, :6].sum(1).tolist()
 
 
 def test_the_dense_side_of_the_meter_under_assisted_generation(make_model: Make) -> None:
     model, ids_1T = make_model(policy="dense").eval(), prompt(1, 4).repeat(1, 3)
     with midskip.meter(model) as meter:
         model.generate(ids_1T, max_new_tokens=20, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=4)
-    assert max(meter.lengths[1:]) > 1, "else nothing was proposed"
+    assert max(meter.seqlens[1:]) > 1, "else nothing was proposed"
     assert meter.flops() == meter.dense_flops() and meter.bytes == meter.dense_bytes()
 
 
@@ -135,7 +135,7 @@ def test_room_counts_what_the_cache_holds(make_model: Make) -> None:
 def strict(make_model: Make) -> MidskipForCausalLM:
     """A model that raises when it has seen 20 tokens of prompts, whatever they are."""
     model = make_model("mixed").eval()
-    curve = {"factor": [0.0, 1.0], "share": [1.0, 0.5], "share_std": [1.0, 1.0]}
+    curve = {"score_scale": [0.0, 1.0], "share": [1.0, 0.5], "share_std": [1.0, 1.0]}
     curve |= {"loss": [0.0, 0.0], "loss_std": [0.0, 0.0]}
     curve |= {"share_by_place": [[1.0] * 12, [0.5] * 12], "loss_by_place": [[0.0] * 12] * 2}
     model.config.calibration = {"text": "x", "num_tokens": 99, "block_tokens": 20, "num_dropped": 0, **curve}
@@ -148,7 +148,7 @@ def test_proposed_tokens_are_no_prompts(strict: MidskipForCausalLM) -> None:
     options = {"do_sample": False, "pad_token_id": 0, "prompt_lookup_num_tokens": 4}
     with midskip.meter(strict) as meter:
         strict.generate(prompt(1, 3).repeat(1, 4), max_new_tokens=40, **options)
-    assert sum(length for length in meter.lengths[1:] if length > 1) > 20, "else nothing was proposed"
+    assert sum(length for length in meter.seqlens[1:] if length > 1) > 20, "else nothing was proposed"
     with pytest.raises(BudgetDriftError, match="loss"):
         strict.generate(prompt(1, 30), max_new_tokens=5, **options)
 
@@ -158,4 +158,4 @@ def test_a_drift_that_raises_leaves_the_cache_as_it_was(strict: MidskipForCausal
     cache = SkipCache(strict.config)
     with pytest.raises(BudgetDriftError):
         strict(prompt(1, 30), past_key_values=cache)
-    assert cache.num_columns == 0 and cache.lengths == [] and cache.num_valid_tokens == 0
+    assert cache.num_columns == 0 and cache.seqlens == [] and cache.num_valid_tokens == 0

@@ -28,42 +28,42 @@ Make = Callable[..., MidskipForCausalLM]
 def test_a_budget_becomes_the_factor_between_the_points_measured() -> None:
     curve = Calibration.from_dict(CURVE)
     expected = {1: 0.0, 0.9: 0.5, 0.8: 1.0, 0.65: 1.5, 0.5: 2.0, 0.3: 3.6, 0.25: 4.0, 0.1: 4.0}
-    for budget, factor in expected.items():
-        assert curve.factor_for(budget) == pytest.approx(factor)
+    for budget, score_scale in expected.items():
+        assert curve.scale_for(budget) == pytest.approx(score_scale)
         if budget >= 0.25:
-            assert curve.at(factor)[0] == pytest.approx(budget)
+            assert curve.at(score_scale)[0] == pytest.approx(budget)
     budgets = [number / 100 for number in range(1, 101)]
-    factors = [curve.factor_for(budget) for budget in budgets]
-    assert factors == sorted(factors, reverse=True), "less budget, no smaller factor"
+    score_scales = [curve.scale_for(budget) for budget in budgets]
+    assert score_scales == sorted(score_scales, reverse=True), "less budget, no smaller score_scale"
     assert curve.at(3.0) == pytest.approx((0.375, 2.75)) and curve.at(9.0) == (0.25, 3.0)
     for budget in (0, -0.5, 1.01, math.nan, math.inf, True, "0.5"):
         with pytest.raises(ValueError, match=r"budget is .*; expected a share of the blocks, above 0 and up to 1"):
-            curve.factor_for(budget)  # pyright: ignore[reportArgumentType]
+            curve.scale_for(budget)  # pyright: ignore[reportArgumentType]
 
 
 def test_more_budget_never_gives_more_loss() -> None:
     curve = Calibration.from_dict(CURVE | {"loss": [2.6, 2.1, 2.5, 3.0]})
     expected = {1.0: 1.0, 0.9: 1.0, 0.8: 1.0, 0.795: 1.0, 0.78: 1.0 + 0.02 / 0.3, 0.5: 2.0, 0.491: 2.0}
-    for budget, factor in expected.items():
-        assert curve.factor_for(budget) == pytest.approx(factor), budget
+    for budget, score_scale in expected.items():
+        assert curve.scale_for(budget) == pytest.approx(score_scale), budget
     curve = Calibration.from_dict(CURVE | {"loss": [2.6, 2.7, 2.5, 2.5]})
-    assert curve.factor_for(0.9) == 4.0, "of equal losses the least work"
-    losses = [curve.at(curve.factor_for(number / 100))[1] for number in range(1, 101)]
+    assert curve.scale_for(0.9) == 4.0, "of equal losses the least work"
+    losses = [curve.at(curve.scale_for(number / 100))[1] for number in range(1, 101)]
     assert losses == sorted(losses, reverse=True)
 
 
 def test_the_band_is_four_deviations_around_the_points_on_either_side() -> None:
     curve = Calibration.from_dict(CURVE)
     counts = place_counts([9, 2])
-    for factor, points in ((0.0, [0]), (1.0, [1]), (1.5, [1, 2]), (3.9, [2, 3]), (4.0, [3])):
+    for score_scale, points in ((0.0, [0]), (1.0, [1]), (1.5, [1, 2]), (3.9, [2, 3]), (4.0, [3])):
         share, share_std, loss, loss_std = (
             [CURVE[name][point] for point in points] for name in ("share", "share_std", "loss", "loss_std")
         )
-        low, high = curve.share_band(factor, counts)
+        low, high = curve.share_band(score_scale, counts)
         assert low == pytest.approx(min(a - 4 * b for a, b in zip(share, share_std, strict=True)), abs=2e-6)
         assert high == pytest.approx(max(a + 4 * b for a, b in zip(share, share_std, strict=True)), abs=2e-6)
         expected = max(a + 4 * b for a, b in zip(loss, loss_std, strict=True))
-        assert curve.highest_loss(factor, counts) == pytest.approx(expected)
+        assert curve.highest_loss(score_scale, counts) == pytest.approx(expected)
 
 
 def test_the_band_is_that_of_the_positions() -> None:
@@ -87,17 +87,17 @@ def test_the_band_is_that_of_the_positions() -> None:
         ({"num_tokens": 0}, r"calibration\['num_tokens'\] is 0; expected a whole number of at least 1"),
         ({"block_tokens": 2.5}, r"\['block_tokens'\] is 2.5"),
         ({"num_dropped": True}, r"\['num_dropped'\] is True"),
-        ({"factor": [0.1, 1.0, 2.0, 4.0]}, r"\['factor'\] is .*; expected 0 and then rising numbers"),
-        ({"factor": [0.0, 2.0, 2.0, 4.0]}, r"\['factor'\] is .*; expected 0 and then rising numbers"),
+        ({"score_scale": [0.1, 1.0, 2.0, 4.0]}, r"\['score_scale'\] is .*; expected 0 and then rising numbers"),
+        ({"score_scale": [0.0, 2.0, 2.0, 4.0]}, r"\['score_scale'\] is .*; expected 0 and then rising numbers"),
         ({"share": [1.0, 0.8, 0.8, 0.25]}, r"\['share'\] is .*; expected 1 and then falling numbers"),
         ({"share": [0.9, 0.8, 0.5, 0.25]}, r"\['share'\] is .*; expected 1 and then falling numbers"),
-        ({"share": [1.0, 0.8, 0.5]}, r"\['share'\] is 3 numbers; expected 4, as factor"),
+        ({"share": [1.0, 0.8, 0.5]}, r"\['share'\] is 3 numbers; expected 4, as score_scale"),
         ({"loss": [2.0, 2.1, math.nan, 3.0]}, r"\['loss'\] is .*; expected two or more finite numbers of at least 0"),
         ({"loss_std": [0.1, 0.1, -0.1, 0.1]}, r"\['loss_std'\] is .*; expected two or more finite numbers"),
         ({"share_std": "wide"}, r"\['share_std'\] is 'wide'"),
         ({"loss_by_place": [[1.0] * 12] * 3}, r"\['loss_by_place'\] is .*; expected 4 lists of 12 numbers"),
         ({"share_by_place": [[1.0] * 11] * 4}, r"\['share_by_place'\] is .*; expected 4 lists of 12 numbers"),
-        ({"factor": [0.0], "share": [1.0]}, r"\['factor'\] is \[0.0\]; expected two or more"),
+        ({"score_scale": [0.0], "share": [1.0]}, r"\['score_scale'\] is \[0.0\]; expected two or more"),
         ({"colour": "red"}, r"calibration is \['block_tokens', 'colour', .*; expected a dictionary of text, num_"),
     ],
 )
@@ -147,16 +147,16 @@ def by_hand(model: MidskipForCausalLM, windows: list[dict[str, Tensor]]) -> dict
 @torch.no_grad()
 def test_the_curve_is_what_the_model_does(make_model: Make, windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
     model = make_model("mixed")
-    model.model.policy.set_effort(0.7, 2)
+    model.model.policy.set_limits(0.7, 2)
     calibration = calibrate(model, windows, "noise", lowest=0.2, batch_size=48)
-    assert model.training and (model.model.policy.factor, model.model.policy.ceiling) == (0.7, 2), "as before"
+    assert model.training and (model.model.policy.score_scale, model.model.policy.max_layers) == (0.7, 2), "as before"
     assert calibration.text == "noise" and calibration.num_tokens == 48 * 48 and calibration.block_tokens == 256
-    assert calibration.factor[0] == 0 and calibration.share[0] == 1
+    assert calibration.score_scale[0] == 0 and calibration.share[0] == 1
     gaps = [before - after for before, after in pairwise(calibration.share)]
     assert min(gaps) > 0 and max(gaps) <= GAP and len(gaps) > 10
     model.eval()
     for point in (0, 5, len(gaps)):
-        model.model.policy.set_effort(calibration.factor[point])
+        model.model.policy.set_limits(calibration.score_scale[point])
         result = evaluate(model, windows, batch_size=48)
         assert calibration.share[point] == result["executed_share"] and calibration.loss[point] == result["loss"]
         for name, expected in by_hand(model, windows).items():
@@ -175,15 +175,15 @@ def test_the_curve_is_what_the_model_does(make_model: Make, windows: list[dict[s
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The factors at which `calibrate` reads the text."""
-    factors: list[float] = []
+    """The scales at which `calibrate` reads the text."""
+    score_scales: list[float] = []
 
     def spy(model: MidskipForCausalLM, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        factors.append(model.model.policy.factor)
+        score_scales.append(model.model.policy.score_scale)
         return evaluate(model, *args, **kwargs)
 
     monkeypatch.setattr(midskip.budget.calibrate, "evaluate", spy)
-    return factors
+    return score_scales
 
 
 def test_the_curve_ends_where_the_share_no_longer_changes(
@@ -196,8 +196,8 @@ def test_the_curve_ends_where_the_share_no_longer_changes(
         model.model.policy.weight[1:].zero_()
         model.model.policy.bias[0] = 0
     calibration = calibrate(model, windows, batch_size=48)
-    assert 0.3 < calibration.share[-1] < 0.7 and calibration.factor[-1] <= 1000 and len(passes) < 32
-    model.model.policy.set_effort(1e6)
+    assert 0.3 < calibration.share[-1] < 0.7 and calibration.score_scale[-1] <= 1000 and len(passes) < 32
+    model.model.policy.set_limits(1e6)
     assert calibration.share[-1] <= evaluate(model, windows, batch_size=48)["executed_share"] + 0.02
 
 
@@ -221,18 +221,20 @@ def test_points_that_break_the_fall_are_left_out_and_counted(
 
     def bumpy(model: MidskipForCausalLM, *args: Any, **kwargs: Any) -> dict[str, Any]:
         result = evaluate(model, *args, **kwargs)
-        factor = model.model.policy.factor
-        share = max(0.0, 1 - 0.2 * factor) + (0.06 if 1.5 < factor < 2 else -0.15 if 0.3 < factor < 0.9 else 0)
-        measured.append((factor, share))
+        score_scale = model.model.policy.score_scale
+        share = max(0.0, 1 - 0.2 * score_scale) + (
+            0.06 if 1.5 < score_scale < 2 else -0.15 if 0.3 < score_scale < 0.9 else 0
+        )
+        measured.append((score_scale, share))
         return result | {"executed_share": share}
 
     monkeypatch.setattr(midskip.budget.calibrate, "evaluate", bumpy)
     calibration = calibrate(model, windows, batch_size=48)
-    kept = dict(zip(calibration.factor, calibration.share, strict=True))
+    kept = dict(zip(calibration.score_scale, calibration.share, strict=True))
     assert kept[1.0] == 0.8 and {0.0, 2.0} <= kept.keys(), "as trained"
-    dropped = {factor for factor, _ in measured if factor < calibration.factor[-1]} - kept.keys()
+    dropped = {score_scale for score_scale, _ in measured if score_scale < calibration.score_scale[-1]} - kept.keys()
     assert calibration.num_dropped == len(dropped) > 3
-    assert all(0.3 < factor < 0.9 or 1 < factor <= 2 for factor in dropped)
+    assert all(0.3 < score_scale < 0.9 or 1 < score_scale <= 2 for score_scale in dropped)
     assert calibration.share == sorted(calibration.share, reverse=True)
 
 
@@ -241,18 +243,18 @@ def test_the_model_as_trained_is_on_the_curve_however_little_runs(
     make_model: Make, windows: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch, lowest: float
 ) -> None:
     def steep(model: MidskipForCausalLM, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        share = max(0.01, 1 - 0.9 * min(model.model.policy.factor, 1) - 0.01 * model.model.policy.factor)
+        share = max(0.01, 1 - 0.9 * min(model.model.policy.score_scale, 1) - 0.01 * model.model.policy.score_scale)
         return evaluate(model, *args, **kwargs) | {"executed_share": share}
 
     monkeypatch.setattr(midskip.budget.calibrate, "evaluate", steep)
     calibration = calibrate(make_model("mixed", torch.float32), windows, lowest=lowest, batch_size=48)
-    assert calibration.factor[-1] == 1 and calibration.share[-1] == pytest.approx(0.09)
+    assert calibration.score_scale[-1] == 1 and calibration.share[-1] == pytest.approx(0.09)
     assert calibration.share == sorted(calibration.share, reverse=True) and calibration.num_dropped == 0
 
 
 def test_what_cannot_be_calibrated_is_refused(make_model: Make, windows: list[dict[str, Tensor]]) -> None:
     model = make_model("mixed", torch.float32)
-    model.model.policy.set_effort(0.7)
+    model.model.policy.set_limits(0.7)
     for more, message in (
         ({"lowest": 0.0}, "lowest is 0.0; expected a share of the blocks between 0 and 1"),
         ({"lowest": 1.0}, "lowest is 1.0"),
@@ -261,10 +263,10 @@ def test_what_cannot_be_calibrated_is_refused(make_model: Make, windows: list[di
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, windows, batch_size=48, **more)  # pyright: ignore[reportArgumentType]
-        assert model.config.calibration is None and model.model.policy.factor == 0.7, "as before"
+        assert model.config.calibration is None and model.model.policy.score_scale == 0.7, "as before"
     with pytest.raises(ValueError, match=r"the policy Dense has no run-time budget: there is nothing to calibrate"):
         calibrate(make_model(policy="dense"), windows)
-    with pytest.raises(ValueError, match="no token leaves on this text, whatever the factor: all scores are 0"):
+    with pytest.raises(ValueError, match="no token leaves on this text, whatever the scale: all scores are 0"):
         calibrate(make_model("kept", torch.float32), windows, batch_size=48)
 
 
@@ -282,12 +284,12 @@ def test_loss_by_budget_stands_beside_the_calibrations(
 ) -> None:
     calibrated.set_budget(0.9, 4)
     rows = loss_by_budget(calibrated, windows, [0.3, 0.65, 1.0], batch_size=48)
-    assert calibrated.model.policy.factor == pytest.approx(0.5) and calibrated.model.policy.ceiling == 4
-    assert [row["factor"] for row in rows] == pytest.approx([3.6, 1.5, 0.0])
+    assert calibrated.model.policy.score_scale == pytest.approx(0.5) and calibrated.model.policy.max_layers == 4
+    assert [row["score_scale"] for row in rows] == pytest.approx([3.6, 1.5, 0.0])
     for row, expected in zip(rows, ((0.3, 2.9), (0.65, 2.3), (1.0, 2.0)), strict=True):
         there = row["calibration"]
         assert (there["executed_share"], there["loss"]) == pytest.approx(expected) and there["text"] == "news"
-        calibrated.model.policy.set_effort(row["factor"])
+        calibrated.model.policy.set_limits(row["score_scale"])
         result = evaluate(calibrated, windows, batch_size=48)
         assert (row["executed_share"], row["loss"]) == (result["executed_share"], result["loss"])
         assert row["in_band"] is False, "the loss of noise is above that of the calibration"

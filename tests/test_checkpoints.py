@@ -79,7 +79,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     settings: dict[str, Any],
     family: type[Regularizer],
 ) -> None:
-    common = {"steps": 8, "save_steps": 2, "eval_steps": 3, "logging_steps": 3, "batch_size": 7}  # 1.3 epochs
+    common = {
+        "max_steps": 8,
+        "save_steps": 2,
+        "eval_steps": 3,
+        "logging_steps": 3,
+        "per_device_train_batch_size": 7,
+    }  # 1.3 epochs
     whole, recipe = (
         make_recipe(regularizer, settings, output=f"{name}/run", **common) for name in ("whole", "stopped")
     )
@@ -113,7 +119,7 @@ def place(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
         for name in ("whole", "stopped"):
             more = {
-                "steps": 6,
+                "max_steps": 6,
                 "save_steps": 2,
                 "save_total_limit": 3,
                 "eval_steps": 5,
@@ -196,7 +202,7 @@ def test_a_whole_checkpoint_is_used_without_a_word(place: Path, stopped: Path) -
 
 def test_the_newest_checkpoints_are_kept(make_recipe: MakeRecipe) -> None:
     for kept, expected in ((1, {"checkpoint-5"}), (3, {"checkpoint-3", "checkpoint-4", "checkpoint-5"})):
-        recipe = make_recipe(output=f"{kept}", steps=5, save_steps=1, save_total_limit=kept)
+        recipe = make_recipe(output=f"{kept}", max_steps=5, save_steps=1, save_total_limit=kept)
         train(recipe, console=QUIET)
         assert {path.name for path in Path(recipe.output).glob("checkpoint-*")} == expected
         assert all(fault_of(path) is None for path in Path(recipe.output).glob("checkpoint-*"))
@@ -211,7 +217,7 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_whole(
             assert fault_of(folder / "checkpoint-2") is None, "not yet"
             raise Stop
 
-    recipe = make_recipe(steps=3, save_steps=1, save_total_limit=1)
+    recipe = make_recipe(max_steps=3, save_steps=1, save_total_limit=1)
     monkeypatch.setattr("midskip.train.trainer.remove_old", dying)
     with pytest.raises(Stop):
         train(recipe, console=QUIET)
@@ -219,7 +225,7 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_whole(
 
 
 def test_the_end_is_reached_once(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(*TARGET_SHARE[:2], steps=4, save_steps=2, eval_steps=9)
+    recipe = make_recipe(*TARGET_SHARE[:2], max_steps=4, save_steps=2, eval_steps=9)
     report = train(recipe, console=QUIET)
     folder, rows = Path(recipe.output), history(recipe)
     found = everything(folder)
@@ -240,7 +246,7 @@ def test_the_end_is_reached_once(make_recipe: MakeRecipe) -> None:
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(save_steps=0, steps=2)
+    recipe = make_recipe(save_steps=0, max_steps=2)
     report = train(recipe, console=QUIET)
     rows = history(recipe)
     assert not list(Path(recipe.output).glob("checkpoint-*"))
@@ -284,11 +290,11 @@ def test_the_shape_of_a_model_never_changes(stopped: Path) -> None:
 
 
 def test_a_finished_run_takes_no_other_recipe(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(steps=1)
+    recipe = make_recipe(max_steps=1)
     train(recipe, console=QUIET)
-    longer = replace(recipe, training=replace(recipe.training, steps=2))
+    longer = replace(recipe, training=replace(recipe.training, max_steps=2))
     for accept_changes in (False, True):
-        with pytest.raises(ValueError, match=r"is finished, with another recipe \(training\.steps: 1 -> 2\): give"):
+        with pytest.raises(ValueError, match=r"is finished, with another recipe \(training\.max_steps: 1 -> 2\): give"):
             train(longer, True, accept_changes, console=QUIET)
     with pytest.raises(ValueError, match=r"run' already holds a run; go on with it by --resume, or give another"):
         train(recipe, console=QUIET)
@@ -347,14 +353,14 @@ def test_a_run_killed_as_it_begins_can_go_on(
             original(*args, **kwargs)
         raise Stop
 
-    recipe = make_recipe(steps=1)
+    recipe = make_recipe(max_steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(writer, dying)
         with pytest.raises(Stop):
             train(recipe, console=QUIET)
     assert not Path(recipe.output, "history.jsonl").exists(), "not a step yet"
     train(recipe, resume=True, console=QUIET)
-    whole = make_recipe(steps=1, output="whole/run")
+    whole = make_recipe(max_steps=1, output="whole/run")
     train(whole, console=QUIET)
     assert differences(Path(recipe.output), Path(whole.output)) == []
 
@@ -364,7 +370,7 @@ def test_half_a_page_is_not_the_end(make_recipe: MakeRecipe, monkeypatch: pytest
         path.write_text("<!doctype")
         raise Stop
 
-    recipe = make_recipe(steps=1)
+    recipe = make_recipe(max_steps=1)
     with monkeypatch.context() as patch:
         patch.setattr("midskip.train.run.write_page", half)
         with pytest.raises(Stop):

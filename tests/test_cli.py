@@ -26,7 +26,9 @@ RECIPE = """
 data: {vocab_size: 300, length: 32, validation_share: 0.2}
 model: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 5, num_attention_heads: 2}
 regularizer: {name: target_share, settings: {target_share: 0.5, ramp_steps: 2}}
-training: {steps: 4, batch_size: 2, save_steps: 2, logging_steps: 1, eval_steps: 2, report_to: [], peak_flops: 1e12}
+training:
+  {max_steps: 4, per_device_train_batch_size: 2, save_steps: 2, logging_steps: 1, eval_steps: 2, report_to: [],
+  peak_flops: 1e12}
 """
 
 
@@ -100,7 +102,7 @@ def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) ->
         ("train", ["RECIPE.yaml", "--resume", "--accept_changes", "--training.learning_rate", "width of the hidden"]),
         ("calibrate", ["--data", "--lowest", "--max_tokens", "--batch_size", "--name"]),
         ("evaluate", ["--data", "--batch_size", "--output", "--budgets", "--picture"]),
-        ("generate", ["--prompt", "--temperature", "--seed", "--budget", "--ceiling", "--on_drift"]),
+        ("generate", ["--prompt", "--temperature", "--seed", "--budget", "--max_layers", "--on_drift"]),
         ("bench", ["--tasks", "--batch_sizes", "--shares", "--dtypes", "--gates", "--run", "--shape", "--output"]),
     ],
 )
@@ -129,7 +131,7 @@ def test_an_odd_number_of_layers_trains(place: Path) -> None:
 
 
 def test_train_prints_its_report_and_goes_on(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--training.steps=2"]
+    overrides = [f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--training.max_steps=2"]
     for extra in ([], ["--resume"]):
         assert main(["train", str(place / "recipe.yaml"), *overrides, *extra]) == 0
         report = json.loads(capsys.readouterr().out)
@@ -258,11 +260,11 @@ def test_recipes_that_cannot_be_used(error: Callable[..., str], place: Path, tmp
     assert "'learning_rat'" in error("train", tmp_path / "recipe.yaml")
     recipe = place / "recipe.yaml"
     assert "--training.learning_rat=1" in error("train", recipe, "--training.learning_rat=1")
-    assert "training.steps is 0; expected at least 1" in error("train", recipe, "--training.steps=0")
+    assert "training.max_steps is 0; expected at least 1" in error("train", recipe, "--training.max_steps=0")
     assert "unrecognized arguments" in error("train", recipe, tmp_path / "recipe.yaml")
     missing = "the following arguments are required: RECIPE.yaml; `midskip train --help` tells more"
-    assert error("train") == error("train", "--resume", "--training.steps=3") == missing
-    assert "training.steps is 0" in error("train", "--training.steps=0", recipe), "it may stand anywhere"
+    assert error("train") == error("train", "--resume", "--training.max_steps=3") == missing
+    assert "training.max_steps is 0" in error("train", "--training.max_steps=0", recipe), "it may stand anywhere"
 
 
 def test_text_that_cannot_be_used(error: Callable[..., str], place: Path, tmp_path: Path) -> None:

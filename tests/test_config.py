@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from midskip import MidskipConfig, MidskipForCausalLM, MidskipModel
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.plugins import load_class
 from midskip.policies import Decision, Policy
 
@@ -31,8 +31,8 @@ class EvenOnly(Policy):
         super().__init__(num_layers, width, initializer_range)
         self.spared = spared
 
-    def decide(self, layer: int, h_ND: torch.Tensor, state: dict[str, Any], layout: Layout) -> Decision:
-        return Decision(layout.position_N < self.spared if layer % 2 else None)
+    def decide(self, layer: int, h_ND: torch.Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
+        return Decision(batch.position_N < self.spared if layer % 2 else None)
 
 
 def test_defaults_are_the_papers_model() -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.cost import CONVENTIONS, Flops, LayerWork, Meter, block_flops, dense_flops, head_flops
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 
 Make = Callable[..., MidskipForCausalLM]
 FIXED = "midskip.policies.controls:FixedDepths"
@@ -61,7 +61,7 @@ def test_counter_convention_is_torchs_counter(
     if position_BT is not None:
         assert mask_BT is not None
         lengths = [n for row in mask_BT for n in (row[:3].sum().item(), row[3:8].sum().item(), row[8].item()) if n]
-    assert meter.lengths == lengths and meter.num_tokens == sum(lengths)
+    assert meter.seqlens == lengths and meter.num_tokens == sum(lengths)
     assert meter.dense_flops() == dense_flops(model.config, lengths)
     if run == "dense":
         assert meter.dense_flops("counter") == meter.flops("counter")
@@ -102,12 +102,12 @@ def pairs_one_by_one(query_BT: Tensor, key_BT: Tensor, document_BT: Tensor) -> t
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_pairs_are_those_that_meet(ragged: tuple[Tensor, Tensor], share: float, positions: list[int] | None) -> None:
     valid_BT = ragged[1].bool()
-    layout = Layout.from_rectangle(valid_BT, None if positions is None else torch.tensor([positions]))
-    document_BT = layout.unpack(layout.sequence_N)
-    kept = layout.keep(torch.rand(layout.num_tokens) < share)
+    batch = PackedBatch.from_rectangle(valid_BT, None if positions is None else torch.tensor([positions]))
+    document_BT = batch.unpack(batch.sequence_N)
+    kept = batch.keep(torch.rand(batch.num_tokens) < share)
     kept_BT = kept.unpack(torch.ones(kept.num_tokens)).bool()
     for queries, keys, query_BT, key_BT in (
-        (layout, layout, valid_BT, valid_BT), (kept, kept, kept_BT, kept_BT), (kept, layout, kept_BT, valid_BT),
+        (batch, batch, valid_BT, valid_BT), (kept, kept, kept_BT, kept_BT), (kept, batch, kept_BT, valid_BT),
     ):  # fmt: skip
         work = LayerWork.of(queries, keys, gated=False)
         assert (work.causal_pairs, work.square_pairs) == pairs_one_by_one(query_BT, key_BT, document_BT)
@@ -181,14 +181,14 @@ def test_meter_counts_no_recomputation(make_model: Make, skipped_kv: str, reentr
         assert meter.flops() == plain.flops() and len(calls) == 1
         output.loss.backward()
     assert len(calls) == 2, "the block was run again"
-    assert meter.flops() == plain.flops() and meter.layers == plain.layers and meter.lengths == plain.lengths
+    assert meter.flops() == plain.flops() and meter.layers == plain.layers and meter.seqlens == plain.seqlens
     model = make_model(skipped_kv=skipped_kv)
     embedded_BTD = model.model.embed_tokens(ids_BT).detach().requires_grad_()
     with Meter(model) as meter:  # all of the model again, its policy and head included
         checkpoint(
             lambda x_BTD: model(inputs_embeds=x_BTD).logits, embedded_BTD, use_reentrant=reentrant
         ).sum().backward()
-    assert meter.flops() == plain.flops() and meter.lengths == plain.lengths
+    assert meter.flops() == plain.flops() and meter.seqlens == plain.seqlens
 
 
 def test_meter_lets_go_after_an_error(make_model: Make) -> None:

@@ -40,7 +40,7 @@ def curves(recipe: Recipe) -> dict[str, dict[int, float]]:
 def first_batch(recipe: Recipe) -> dict[str, torch.Tensor]:
     """What the first step of a run reads, in one pass."""
     windows, _ = windows_of(recipe)
-    per_step = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
+    per_step = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
     return batch_of(windows, *WindowOrder(len(windows), per_step, recipe.training.seed))
 
 
@@ -48,7 +48,7 @@ def first_batch(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 
 def test_curves_by_layer_and_their_targets_are_in_tensorboard(make_recipe: MakeRecipe) -> None:
-    more = {"steps": 6, "logging_steps": 2, "eval_steps": 3, "report_to": ["tensorboard"]}
+    more = {"max_steps": 6, "logging_steps": 2, "eval_steps": 3, "report_to": ["tensorboard"]}
     recipe = make_recipe("proportional", TARGETS, model=RELEASED, **more)
     train(recipe, console=QUIET)
     rows, drawn = history(recipe), curves(recipe)
@@ -83,7 +83,7 @@ def test_curves_by_layer_and_their_targets_are_in_tensorboard(make_recipe: MakeR
 
 
 def test_the_learning_rate_of_each_group_is_drawn(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(steps=5, logging_steps=1, report_to=["tensorboard"], warmup_ratio=0.4)
+    recipe = make_recipe(max_steps=5, logging_steps=1, report_to=["tensorboard"], warmup_ratio=0.4)
     train(recipe, console=QUIET)
     drawn = curves(recipe)
     optimizer = build_optimizer(starting_model(recipe), recipe.training)
@@ -97,7 +97,9 @@ def test_the_learning_rate_of_each_group_is_drawn(make_recipe: MakeRecipe) -> No
 
 def test_what_the_budget_regularizer_moves_is_drawn(make_recipe: MakeRecipe) -> None:
     settings = {"target_share": 0.4, "ramp_steps": 2}
-    recipe = make_recipe("target_share", settings, steps=3, logging_steps=3, save_steps=3, report_to=["tensorboard"])
+    recipe = make_recipe(
+        "target_share", settings, max_steps=3, logging_steps=3, save_steps=3, report_to=["tensorboard"]
+    )
     train(recipe, console=QUIET)
     drawn = curves(recipe)
     model, _ = load_run(recipe.output)
@@ -110,7 +112,7 @@ def test_what_the_budget_regularizer_moves_is_drawn(make_recipe: MakeRecipe) -> 
 
 
 def test_evaluation_during_training_is_on_all_held_out_text(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe("sparsity", steps=4, eval_steps=2, save_steps=2, report_to=["tensorboard"])
+    recipe = make_recipe("sparsity", max_steps=4, eval_steps=2, save_steps=2, report_to=["tensorboard"])
     report = train(recipe, console=QUIET)
     drawn = curves(recipe)
     _, tokenizer = load_run(recipe.output)
@@ -132,7 +134,11 @@ def test_evaluation_during_training_is_on_all_held_out_text(make_recipe: MakeRec
 @pytest.mark.parametrize("passes", [1, 3])
 def test_norms_are_those_of_the_tokens_that_go_in_and_come_out(make_recipe: MakeRecipe, passes: int) -> None:
     recipe = make_recipe(
-        model=RELEASED, steps=1, logging_steps=1, batch_size=6 // passes, gradient_accumulation_steps=passes
+        model=RELEASED,
+        max_steps=1,
+        logging_steps=1,
+        per_device_train_batch_size=6 // passes,
+        gradient_accumulation_steps=passes,
     )
     train(recipe, console=QUIET)
     (row,) = history(recipe)
@@ -150,7 +156,7 @@ def test_norms_are_those_of_the_tokens_that_go_in_and_come_out(make_recipe: Make
 
 def test_a_block_that_nobody_reaches_has_no_norm(make_recipe: MakeRecipe) -> None:
     model = {"policy": "midskip.policies.controls:FixedDepths", "policy_settings": {"skip_share": 1.0}}
-    recipe = make_recipe(model=model, steps=1, logging_steps=1, report_to=["tensorboard"])
+    recipe = make_recipe(model=model, max_steps=1, logging_steps=1, report_to=["tensorboard"])
     train(recipe, console=QUIET)
     (row,) = history(recipe)
     nobody = [layer for layer, share in enumerate(row["share_by_layer"]) if share == 0]
@@ -168,7 +174,12 @@ def document_lengths(position_BT: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize("passes", [1, 3])
 def test_flops_are_those_of_what_ran_forward_and_backward(make_recipe: MakeRecipe, passes: int) -> None:
-    more = {"steps": 1, "logging_steps": 1, "batch_size": 6 // passes, "gradient_accumulation_steps": passes}
+    more = {
+        "max_steps": 1,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 6 // passes,
+        "gradient_accumulation_steps": passes,
+    }
     dense, gated = make_recipe(model={"policy": "dense"}, output="dense", **more), make_recipe(model=RELEASED, **more)
     for recipe in (dense, gated):
         train(recipe, console=QUIET)
@@ -193,7 +204,7 @@ def test_flops_are_those_of_what_ran_forward_and_backward(make_recipe: MakeRecip
 
 
 def test_throughput_and_utilisation_follow_from_the_rows(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(steps=7, logging_steps=3, eval_steps=2, save_steps=1, peak_flops=3e9)
+    recipe = make_recipe(max_steps=7, logging_steps=3, eval_steps=2, save_steps=1, peak_flops=3e9)
     report = train(recipe, console=QUIET)
     rows = history(recipe)
     logged = {row["step"]: row for row in rows if "tokens_per_s" in row}
@@ -244,6 +255,6 @@ def test_a_run_on_a_device_that_is_not_known_says_where_its_peak_is_from(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("midskip.train.run.peak_flops", lambda arguments: (5e9, "a large matrix product here"))
-    report: dict[str, Any] = train(make_recipe(steps=2, logging_steps=1, peak_flops=None), console=QUIET)
+    report: dict[str, Any] = train(make_recipe(max_steps=2, logging_steps=1, peak_flops=None), console=QUIET)
     assert report["training"]["peak"] == {"flops_per_s": 5e9, "from": "a large matrix product here"}
     assert report["training"]["utilisation"] > 0

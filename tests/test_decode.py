@@ -104,7 +104,7 @@ def test_steps_give_what_one_pass_gives(make_model: Make, kind: str, skipped_kv:
         close(got, full, 1e-12)
         valid_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         held_LB = ran_LBT.sum(2) if skipped_kv == "drop" else valid_BT.sum(1).expand(len(ran_LBT), -1)
-        assert [layer.lengths or [0] * len(ids_BT) for layer in cache.layers] == held_LB.tolist()
+        assert [layer.seqlens or [0] * len(ids_BT) for layer in cache.layers] == held_LB.tolist()
         assert cache.num_block_tokens == int(ran_LBT.sum())
 
 
@@ -222,10 +222,10 @@ def test_the_whole_length_of_the_model(make_model: Make) -> None:
     close(got, full, 1e-12)
 
 
-@pytest.mark.parametrize("effort", [(0.0, None), (3.0, None), (0.5, 2)])
-def test_steps_under_a_budget(make_model: Make, effort: tuple[float, int | None]) -> None:
+@pytest.mark.parametrize("limits", [(0.0, None), (3.0, None), (0.5, 2)])
+def test_steps_under_a_budget(make_model: Make, limits: tuple[float, int | None]) -> None:
     model = make_model("mixed").eval()
-    model.model.policy.set_effort(*effort)
+    model.model.policy.set_limits(*limits)
     ids_BT, mask_BT = text("left")
     full = by_column(model(ids_BT, attention_mask=mask_BT, output_hidden_states=True))
     got, _ = in_chunks(model, ids_BT, mask_BT, [1] * T)

@@ -8,7 +8,7 @@ from test_exactness import FIXED, check_equal, same
 from torch import Tensor
 
 from midskip import MidskipForCausalLM
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.testing import reference_forward
 
 Make = Callable[..., MidskipForCausalLM]
@@ -61,29 +61,29 @@ def documents(mask_BT: Tensor, position_BT: Tensor) -> list[tuple[int, list[int]
 
 def test_a_position_that_does_not_rise_starts_a_document(packed: tuple[Tensor, Tensor, Tensor]) -> None:
     _, mask_BT, position_BT = packed
-    layout = Layout.from_rectangle(mask_BT.bool(), position_BT)
+    batch = PackedBatch.from_rectangle(mask_BT.bool(), position_BT)
     expected = documents(mask_BT, position_BT)
-    assert layout.lengths == [len(columns) for _, columns in expected] == LENGTHS
-    assert layout.sequence_N.tolist() == [d for d, (_, columns) in enumerate(expected) for _ in columns]
-    assert layout.column_N.tolist() == [b * 11 + t for b, columns in expected for t in columns]
-    assert torch.equal(layout.position_N, position_BT[mask_BT.bool()])
-    one = Layout.from_rectangle(mask_BT.bool(), torch.arange(11)[None])
-    assert one.lengths == mask_BT.sum(1).tolist() and one.document_N is None, "a row is one sequence"
-    assert Layout.from_rectangle(torch.ones(2, 6).bool(), torch.tensor([[0, 1, 0, 1, 0, 1]])).is_even
-    nobody = Layout.from_rectangle(torch.zeros(2, 3).bool(), torch.zeros(2, 3).long())
-    assert nobody.num_tokens == 0 and nobody.lengths == [0, 0] and nobody.is_even
+    assert batch.seqlens == [len(columns) for _, columns in expected] == LENGTHS
+    assert batch.sequence_N.tolist() == [d for d, (_, columns) in enumerate(expected) for _ in columns]
+    assert batch.column_N.tolist() == [b * 11 + t for b, columns in expected for t in columns]
+    assert torch.equal(batch.position_N, position_BT[mask_BT.bool()])
+    one = PackedBatch.from_rectangle(mask_BT.bool(), torch.arange(11)[None])
+    assert one.seqlens == mask_BT.sum(1).tolist() and one.document_N is None, "a row is one sequence"
+    assert PackedBatch.from_rectangle(torch.ones(2, 6).bool(), torch.tensor([[0, 1, 0, 1, 0, 1]])).is_even
+    nobody = PackedBatch.from_rectangle(torch.zeros(2, 3).bool(), torch.zeros(2, 3).long())
+    assert nobody.num_tokens == 0 and nobody.seqlens == [0, 0] and nobody.is_even
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 def test_keeping_some_keeps_their_documents(packed: tuple[Tensor, Tensor, Tensor], share: float) -> None:
-    layout = Layout.from_rectangle(packed[1].bool(), packed[2])
-    keep_N = torch.rand(layout.num_tokens) < share
-    kept = layout.keep(keep_N)
-    assert torch.equal(kept.sequence_N, layout.sequence_N[keep_N])
-    assert kept.lengths == [int((kept.sequence_N == d).sum()) for d in range(len(LENGTHS))]
-    assert torch.equal(kept.position_N, layout.position_N[keep_N])
+    batch = PackedBatch.from_rectangle(packed[1].bool(), packed[2])
+    keep_N = torch.rand(batch.num_tokens) < share
+    kept = batch.keep(keep_N)
+    assert torch.equal(kept.sequence_N, batch.sequence_N[keep_N])
+    assert kept.seqlens == [int((kept.sequence_N == d).sum()) for d in range(len(LENGTHS))]
+    assert torch.equal(kept.position_N, batch.position_N[keep_N])
     twice = kept.keep(torch.arange(kept.num_tokens) % 2 == 0)
-    assert torch.equal(twice.sequence_N, kept.sequence_N[::2]) and sum(twice.lengths) == twice.num_tokens
+    assert torch.equal(twice.sequence_N, kept.sequence_N[::2]) and sum(twice.seqlens) == twice.num_tokens
 
 
 # ---- values and gradients

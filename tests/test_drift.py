@@ -41,9 +41,9 @@ def test_scored_rows_have_a_next_token_and_are_spread_evenly(seed: int) -> None:
 class Seen:
     """A monitor of prompts of 8 tokens with the share and the loss that a test wants."""
 
-    def __init__(self, model: MidskipForCausalLM, on_drift: str = "keep", ceiling: int | None = None) -> None:
+    def __init__(self, model: MidskipForCausalLM, on_drift: str = "keep", max_layers: int | None = None) -> None:
         self.policy = model.model.policy
-        self.policy.set_effort(2.0, ceiling)
+        self.policy.set_limits(2.0, max_layers)
         model.lm_head = self  # pyright: ignore[reportAttributeAccessIssue]
         self.monitor, self.num_scored = DriftMonitor(model, on_drift), 0
 
@@ -59,7 +59,7 @@ class Seen:
 
 @pytest.fixture
 def see(calibrated: MidskipForCausalLM) -> Callable[..., Seen]:
-    """see(on_drift="keep", ceiling=None)"""
+    """see(on_drift="keep", max_layers=None)"""
     del calibrated._modules["lm_head"]
     calibrated.config.calibration = CURVE
     return lambda *args, **kwargs: Seen(calibrated, *args, **kwargs)
@@ -95,14 +95,14 @@ def test_keep_warns_once_and_goes_on(see: Callable[..., Seen]) -> None:
         seen.look(0.2)
     before = seen.num_scored
     seen.look(0.2, 9.0)  # a second warning would be an error
-    assert seen.policy.factor == 2.0 and seen.num_scored == before, "and costs nothing any more"
+    assert seen.policy.score_scale == 2.0 and seen.num_scored == before, "and costs nothing any more"
 
 
 def test_as_trained_warns_once_and_drops_the_budget(see: Callable[..., Seen]) -> None:
     seen = see("as_trained")
     with pytest.warns(UserWarning, match=r"from now on the gates are those of training, without a budget"):
         seen.look(0.5, 9.0)
-    assert (seen.policy.factor, seen.policy.ceiling) == (1.0, None)
+    assert (seen.policy.score_scale, seen.policy.max_layers) == (1.0, None)
     seen.look(0.2)  # a second warning would be an error
 
 
@@ -126,8 +126,8 @@ def test_steps_of_generation_are_no_prompts(see: Callable[..., Seen]) -> None:
         seen.look(0.0, 99.0, lengths=(6 + step, 4 + step))
     with pytest.raises(BudgetDriftError):
         seen.look(0.0, lengths=(14, 12))
-    # under a ceiling a low share is no drift
-    seen = see("error", ceiling=2)
+    # under a max_layers a low share is no drift
+    seen = see("error", max_layers=2)
     seen.look(0.0)
     with pytest.raises(BudgetDriftError):
         seen.look(0.9)
@@ -136,7 +136,7 @@ def test_steps_of_generation_are_no_prompts(see: Callable[..., Seen]) -> None:
 def test_another_budget_starts_another_pool(see: Callable[..., Seen]) -> None:
     seen = see("error")
     seen.look(0.0, lengths=(7,))
-    seen.policy.set_effort(1.0)
+    seen.policy.set_limits(1.0)
     seen.look(0.8, lengths=(7,))
     with pytest.raises(BudgetDriftError, match=r"0\.400 of the blocks ran on the last 14 tokens, expected 0\.760"):
         seen.look(0.0, lengths=(7,))
@@ -201,14 +201,14 @@ def test_drift_on_live_prompts(calibrated: MidskipForCausalLM, windows: list[dic
             with pytest.raises(BudgetDriftError, match="calibration on 'noise': "):
                 for _ in range(9):  # 64 of each pass are scored
                     calibrated(unlike, logits_to_keep=1)
-    for on_drift, factor in (("keep", calibration.factor_for(0.6)), ("as_trained", 1.0)):
+    for on_drift, score_scale in (("keep", calibration.scale_for(0.6)), ("as_trained", 1.0)):
         calibrated.set_budget(0.6, 4)
         with DriftMonitor(calibrated, on_drift), pytest.warns(UserWarning, match=f"on_drift: {on_drift}") as found:
             for _ in range(9):
                 calibrated(odd)
         assert len(found) == 1
         policy = calibrated.model.policy
-        assert (policy.factor, policy.ceiling) == (factor, 4 if on_drift == "keep" else None)
+        assert (policy.score_scale, policy.max_layers) == (score_scale, 4 if on_drift == "keep" else None)
     calibrated.set_budget(0.6)
     with Meter(calibrated) as meter, DriftMonitor(calibrated, "error"):
         calibrated(whole, logits_to_keep=1)

@@ -15,7 +15,7 @@ from midskip import MidskipForCausalLM, meter
 from midskip.evaluate import depth_of_tokens, evaluate
 from midskip.model.cache import SkipCache
 from midskip.model.outputs import Packed
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies import Decision, Policy
 
 Make = Callable[..., MidskipForCausalLM]
@@ -24,14 +24,14 @@ Make = Callable[..., MidskipForCausalLM]
 class KeysOnly(Policy):
     """Odd positions run each layer for their keys alone: their own output gate is 0."""
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
-        return Decision(None, (layout.position_N % 2 == 0).to(torch.float64), None)
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
+        return Decision(None, (batch.position_N % 2 == 0).to(torch.float64), None)
 
 
 class LooksBack(Policy):
     looks_back = True
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         return Decision()
 
 

@@ -22,7 +22,7 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 
 from midskip import MidskipForCausalLM
 from midskip.model.cache import SkipCache
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies import Decision
 from midskip.policies.middle_out import MiddleOut
 
@@ -303,9 +303,9 @@ class LooksBack(MiddleOut):
 
     looks_back = True
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
-        before_ND = torch.where(layout.index_in_sequence_N[:, None] > 0, h_ND.roll(1, 0), 0)
-        return super().decide(layer, h_ND + before_ND, state, layout)
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
+        before_ND = torch.where(batch.index_in_sequence_N[:, None] > 0, h_ND.roll(1, 0), 0)
+        return super().decide(layer, h_ND + before_ND, state, batch)
 
 
 @SKIPPED_KV

@@ -140,7 +140,7 @@ def test_the_meter_counts_the_same(make_model: Make, batches: dict[str, Batch], 
             model(**batch)
         with Meter(on_gpu) as found:
             on_gpu(**{name: x.to(DEVICE) for name, x in batch.items()})
-        assert found.layers == expected.layers and found.lengths == expected.lengths
+        assert found.layers == expected.layers and found.seqlens == expected.seqlens
         assert found.flops(backward=True) == expected.flops(backward=True)
 
 
@@ -192,7 +192,8 @@ def test_training_in_bfloat16_plain_and_compiled(make_recipe: Callable[..., Any]
     for compiled in (False, True):
         torch._dynamo.reset()
         recipe = make_recipe(
-            "target_share", {"target_share": 0.6}, output=f"run-{compiled}", steps=30, batch_size=4, learning_rate=0.01,
+            "target_share", {"target_share": 0.6}, output=f"run-{compiled}", max_steps=30,
+            per_device_train_batch_size=4, learning_rate=0.01,
             model={"skipped_kv": skipped_kv, "policy_settings": {"start": "spread"}}, bf16=True, torch_compile=compiled,
             gradient_checkpointing=compiled, eval_steps=15, save_steps=15,
         )  # fmt: skip

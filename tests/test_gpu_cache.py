@@ -83,7 +83,7 @@ def test_the_cache_and_the_meter_count_the_same(make_model: Make) -> None:
         with torch.no_grad(), midskip.meter(one) as meter:
             for done in range(9):
                 one(ids_BT[:, done : done + 1].to(one.device), past_key_values=cache)
-        lengths = [layer.lengths for layer in cache.layers]
+        lengths = [layer.seqlens for layer in cache.layers]
         found.append((lengths, cache.num_bytes(), meter.layers, meter.bytes, meter.dense_bytes()))
     assert found[0] == found[1]
 

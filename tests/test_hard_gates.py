@@ -10,14 +10,14 @@ from test_exactness import check_equal, norm
 from torch import Tensor, nn
 
 from midskip import MidskipForCausalLM
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies import Decision, Policy
 from midskip.policies.controls import Redrawn
 from midskip.policies.difficulty import MEMORY, Difficulty, drawn, kinds
 from midskip.policies.middle_out import SCORES, MiddleOut
 from midskip.regularizers import build_regularizer
 from midskip.testing import check_policy
-from midskip.testing.effort import effort
+from midskip.testing.limits import limits
 
 Make = Callable[..., MidskipForCausalLM]
 STATES = {"gates": "hard", "scores": "hidden_states"}
@@ -32,15 +32,15 @@ class Half(Policy):
         super().__init__(num_layers, width, initializer_range)
         self.score = nn.Linear(width, num_layers)
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         score_N = self.score(h_ND)[:, layer]
         return Decision.hard(score_N > 0, score_N)
 
 
-def rectangle(*shape: int, ids: Tensor | None = None) -> Layout:
-    layout = Layout.from_rectangle(torch.ones(shape).bool())
-    layout.token_N = torch.randint(31, layout.column_N.shape) if ids is None else ids
-    return layout
+def rectangle(*shape: int, ids: Tensor | None = None) -> PackedBatch:
+    batch = PackedBatch.from_rectangle(torch.ones(shape).bool())
+    batch.token_N = torch.randint(31, batch.column_N.shape) if ids is None else ids
+    return batch
 
 
 # ---- equations
@@ -51,17 +51,17 @@ def rectangle(*shape: int, ids: Tensor | None = None) -> Layout:
 def test_the_equations(num_layers: int, scores: str) -> None:
     policy = MiddleOut(num_layers, 8, gates="hard", scores=scores)
     nn.init.constant_(policy.bias, -0.5)
-    h_LND, layout = 3 * torch.randn(num_layers, 63, 8), rectangle(7, 9)
+    h_LND, batch = 3 * torch.randn(num_layers, 63, 8), rectangle(7, 9)
     if scores == "difficulty":
         policy.difficulty.seen[:, 0].normal_(std=40)
         policy.difficulty.seen[:, 1].fill_(20)
-        priority_N = policy.difficulty(layout.token_N, layout.previous_token_N)
+        priority_N = policy.difficulty(batch.token_N, batch.previous_token_N)
     elif scores == "hash":
-        priority_N = drawn(layout.token_N, layout.previous_token_N)
+        priority_N = drawn(batch.token_N, batch.previous_token_N)
     else:
         nn.init.normal_(policy.weight)
     state: dict[str, Any] = {}
-    decisions = [policy(layer, h_ND, state, layout) for layer, h_ND in enumerate(h_LND)]
+    decisions = [policy(layer, h_ND, state, batch) for layer, h_ND in enumerate(h_LND)]
     total_N = torch.zeros(63)
     for layer in range((num_layers + 1) // 2):
         if scores != "hidden_states":
@@ -81,9 +81,9 @@ def test_every_token_starts_in_every_layer(scores: str) -> None:
     policy = MiddleOut(12, 768, gates="hard", scores=scores)
     policy.reset_parameters()
     state: dict[str, Any] = {}
-    layout = rectangle(1, 4096)
+    batch = rectangle(1, 4096)
     for layer in range(12):
-        assert policy(layer, torch.randn(4096, 768), state, layout).keep_N.float().mean() > 0.999
+        assert policy(layer, torch.randn(4096, 768), state, batch).keep_N.float().mean() > 0.999
 
 
 # ---- learning
@@ -93,9 +93,9 @@ def test_hidden_states_have_the_gradient_of_one_minus_the_depth_score() -> None:
     policy = MiddleOut(2, 8, **STATES)
     nn.init.normal_(policy.weight)
     nn.init.constant_(policy.bias, -0.5)
-    h_ND, layout = torch.randn(63, 8, requires_grad=True), rectangle(7, 9)
+    h_ND, batch = torch.randn(63, 8, requires_grad=True), rectangle(7, 9)
     state: dict[str, Any] = {}
-    decision = policy(0, h_ND, state, layout)
+    decision = policy(0, h_ND, state, batch)
     value_N = torch.randn(63)
     gate_N = torch.where(decision.keep_N, decision.output_gate_N, 0)
     soft_N = torch.where(decision.keep_N, 1 - state["depth_scores"][0], 0)
@@ -107,7 +107,7 @@ def test_hidden_states_have_the_gradient_of_one_minus_the_depth_score() -> None:
         assert torch.equal(one, other) and one.any()
     assert got[2] is None, "hidden states learn nothing from it"
     with torch.no_grad():
-        assert policy(0, h_ND, {}, layout).output_gate_N is None, "without gradients there is nothing to multiply"
+        assert policy(0, h_ND, {}, batch).output_gate_N is None, "without gradients there is nothing to multiply"
 
 
 def test_difficulty_is_the_mean_excess_of_the_pair() -> None:
@@ -189,15 +189,15 @@ def test_packed_is_reference(
 
 
 @pytest.mark.parametrize("scores", SCORES)
-@pytest.mark.parametrize("factor", [0.0, 0.4, 2.5])
+@pytest.mark.parametrize("score_scale", [0.0, 0.4, 2.5])
 def test_training_under_a_budget_is_reference_too(
-    make_model: Make, ragged: tuple[Tensor, Tensor], factor: float, scores: str
+    make_model: Make, ragged: tuple[Tensor, Tensor], score_scale: float, scores: str
 ) -> None:
     model = make_model("mixed", num_hidden_layers=5, policy_settings={"gates": "hard", "scores": scores})
     as_trained = model(ragged[0], attention_mask=ragged[1]).gates.mean()
-    with effort(model.model.policy, factor):
+    with limits(model.model.policy, score_scale):
         under = check_equal(model, *ragged)[0]["gates"].mean()
-    assert (under > as_trained) == (factor < 1)
+    assert (under > as_trained) == (score_scale < 1)
 
 
 def test_documents_of_a_window_do_not_see_each_others_tokens(make_model: Make) -> None:
@@ -239,7 +239,7 @@ def test_hard_gates_keep_the_contract() -> None:
 
 
 def test_a_policy_that_says_it_is_hard_is_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def soft(self: Half, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+    def soft(self: Half, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         return Decision(None, h_ND.new_full((len(h_ND),), 0.5))
 
     monkeypatch.setattr(Half, "decide", soft)

@@ -80,7 +80,7 @@ def test_a_run_warns_once_and_its_report_says_it(
 ) -> None:
     monkeypatch.setattr(module, "WINDOW", 10)
     monkeypatch.setattr(module, "SMALLEST_GATE", 2.0)  # more than any gate
-    recipe = make_recipe("target_share", {"target_share": 0.5}, steps=16, warmup_ratio=0.0)
+    recipe = make_recipe("target_share", {"target_share": 0.5}, max_steps=16, warmup_ratio=0.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         report = train(recipe, console=QUIET)

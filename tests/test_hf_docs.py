@@ -33,7 +33,7 @@ def test_the_python_runs_as_printed(
     make_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gc.freeze()  # the Trainer collects garbage as it starts, and need not look through all that is imported
-    train(make_recipe(output="runs/mine", data={"length": 64}, batch_size=1), console=QUIET)
+    train(make_recipe(output="runs/mine", data={"length": 64}, per_device_train_batch_size=1), console=QUIET)
     uploads: list[list[str]] = []
 
     def load(name: str, **others: Any) -> ModelCard:

@@ -103,7 +103,7 @@ def test_soft_gates_are_trained_if_the_policy_is_named(
     )
     torch.testing.assert_close(logits_of(loaded.eval()), logits, rtol=0, atol=1e-5)
     whole: Any = model.base_model.model
-    whole.set_budget(ceiling=2)  # reaches the policy that is in force
+    whole.set_budget(max_layers=2)  # reaches the policy that is in force
     assert not torch.equal(logits_of(model), logits)
     whole.set_budget()
     merged: Any = model.merge_and_unload()

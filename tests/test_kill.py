@@ -36,7 +36,7 @@ def recipe_of(folder: Path) -> Recipe:
         write_documents(folder.parent.parent / "text", 50), folder, "target_share",
         {"target_share": 0.4, "ramp_steps": 8}, model={"policy_settings": {"start": "spread"}},
         data={"vocab_size": 300, "length": 64, "validation_share": 0.2},
-        steps=10, batch_size=4, save_steps=1, eval_steps=3, logging_steps=2,
+        max_steps=10, per_device_train_batch_size=4, save_steps=1, eval_steps=3, logging_steps=2,
     )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def kill_at_every_file(folder: Path) -> None:
 
     def recipe(name: str) -> Recipe:
         made = recipe_of(folder / name / "run")
-        return replace(made, training=replace(made.training, steps=2, eval_steps=1, save_total_limit=1))
+        return replace(made, training=replace(made.training, max_steps=2, eval_steps=1, save_total_limit=1))
 
     Attempt(recipe("whole"))
     kills = []

@@ -28,7 +28,7 @@ def means(rows: list[dict[str, Any]], name: str) -> list[float]:
 @pytest.mark.long
 def test_three_thousand_steps_lose_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    changes = [f"--training.steps={STEPS}", "--training.eval_steps=500", "--training.report_to=[]"]
+    changes = [f"--training.max_steps={STEPS}", "--training.eval_steps=500", "--training.report_to=[]"]
     recipe = read_recipe(RECIPE, [f"--output={run}", *changes])
     report = train(recipe, console=QUIET)
     rows, dense = history(run), history(run / "dense-4")

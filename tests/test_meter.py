@@ -101,8 +101,8 @@ def test_bytes_of_a_step(make_model: Make, run: str, dtype: torch.dtype) -> None
     blocks = sum(bytes_of(block) for block, ran in zip(body.layers, ran_L, strict=True) if ran)
     read = 0
     for layer, gate_B in zip(cache.layers, gates_LB, strict=True):
-        a_token = 2 * 2 * 4 * dtype.itemsize + (0 if not layer.lengths or layer.log_gates is None else 4)
-        read += sum(length * a_token for length, gate in zip(layer.lengths or [0] * 3, gate_B.tolist()) if gate)
+        a_token = 2 * 2 * 4 * dtype.itemsize + (0 if not layer.seqlens or layer.log_gates is None else 4)
+        read += sum(length * a_token for length, gate in zip(layer.seqlens or [0] * 3, gate_B.tolist()) if gate)
     assert (meter.bytes.weights, meter.bytes.cache) == (weights + blocks, read)
     assert meter.bytes.total == weights + blocks + read
     dense = meter.dense_bytes()
@@ -155,4 +155,4 @@ def test_training_reads_no_cache(make_model: Make) -> None:
     model, ids_BT = make_model().train(), torch.randint(31, (2, 9))
     with midskip.meter(model) as meter:
         model(ids_BT, labels=ids_BT).loss.backward()
-    assert meter.bytes.cache == meter.dense_bytes().cache == 0 and meter.past_lengths == [0, 0]
+    assert meter.bytes.cache == meter.dense_bytes().cache == 0 and meter.past_seqlens == [0, 0]

@@ -48,7 +48,7 @@ def test_the_scale_of_the_gates_learning_rate_reaches_the_weights(make_recipe: M
 
 @pytest.mark.parametrize(("warmup_ratio", "warmup_start"), [(0.25, 0.0), (0.25, 0.1), (0.0, 0.1)])
 def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine(warmup_ratio: float, warmup_start: float) -> None:
-    settings = TrainingSettings(steps=20, warmup_ratio=warmup_ratio, warmup_start=warmup_start)
+    settings = TrainingSettings(max_steps=20, warmup_ratio=warmup_ratio, warmup_start=warmup_start)
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
     scheduler, found = build_scheduler(optimizer, settings), []
     for _ in range(21):
@@ -63,7 +63,7 @@ def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine(warmup_ratio: f
 
 @pytest.mark.parametrize("max_grad_norm", [0.01, 0.0])
 def test_the_gradient_is_clipped_for_the_step_and_told_unclipped(make_recipe: MakeRecipe, max_grad_norm: float) -> None:
-    recipe = make_recipe(steps=1, save_steps=1, max_grad_norm=max_grad_norm, adam_beta1=0.75)
+    recipe = make_recipe(max_steps=1, save_steps=1, max_grad_norm=max_grad_norm, adam_beta1=0.75)
     train(recipe, console=QUIET)
     (row,) = history(recipe)
     assert row["gradient_norm"] > 0.1

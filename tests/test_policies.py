@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from midskip import MidskipForCausalLM
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies import Decision, Policy, build_policy
 from midskip.policies.controls import FixedDepths
 from midskip.policies.dense import Dense
@@ -20,11 +20,11 @@ Make = Callable[..., MidskipForCausalLM]
 FIXED = "midskip.policies.controls:FixedDepths"
 
 
-def rectangle(*shape: int) -> Layout:
-    return Layout.from_rectangle(torch.ones(shape).bool())
+def rectangle(*shape: int) -> PackedBatch:
+    return PackedBatch.from_rectangle(torch.ones(shape).bool())
 
 
-def decide_all(policy: Policy, h_LND: Tensor, layout: Layout) -> tuple[list[Decision], dict[str, Any]]:
+def decide_all(policy: Policy, h_LND: Tensor, layout: PackedBatch) -> tuple[list[Decision], dict[str, Any]]:
     state: dict[str, Any] = {}
     return [policy(layer, h_ND, state, layout) for layer, h_ND in enumerate(h_LND)], state
 
@@ -171,10 +171,10 @@ class Threshold(Policy):
         super().__init__(num_layers, width, initializer_range)
         self.score = nn.Linear(width, num_layers)
 
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         return torch.sigmoid(self.score(h_ND)[:, layer]) * 1.6
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
         return self.decision(self.scores(layer, h_ND, layout))
 
     def decision(self, score_N: Tensor) -> Decision:
@@ -184,7 +184,7 @@ class Threshold(Policy):
 
 
 class NoDecision(Threshold):
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Any:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Any:
         return self.scores(layer, h_ND, layout) < 1
 
 
@@ -229,44 +229,44 @@ class GateOnlyWrongInTraining(Threshold):
 
 
 class TossesACoin(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         return super().scores(layer, h_ND, layout) * torch.rand(len(h_ND), dtype=h_ND.dtype)
 
 
 class SeesTheNextToken(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         own_N = super().scores(layer, h_ND, layout)
         follows_N = layout.sequence_N == layout.sequence_N.roll(-1)
         return torch.where(follows_N, own_N.roll(-1), own_N)
 
 
 class SeesTheMean(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         return super().scores(layer, h_ND + h_ND.mean(0), layout)
 
 
 class SeesItsBatchMates(Threshold):
     """By the first token of each sequence, which is no future of any."""
 
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         return super().scores(layer, h_ND + h_ND[layout.position_N == 0].mean(0), layout)
 
 
 class CountsPads(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         return super().scores(layer, h_ND, layout) * (layout.column_N % layout.num_columns) / 10
 
 
 class KnowsTheLength(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
-        length_N = torch.tensor(layout.lengths, dtype=h_ND.dtype)[layout.sequence_N]
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        length_N = torch.tensor(layout.seqlens, dtype=h_ND.dtype)[layout.sequence_N]
         return super().scores(layer, h_ND, layout) * length_N / 10
 
 
 class ReadsItsPast(Threshold):
     """Of each sequence, the token before; nothing else is wrong with it."""
 
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         follows_N = layout.sequence_N == layout.sequence_N.roll(1)
         follows_N[:1] = False
         return super().scores(layer, h_ND + torch.where(follows_N[:, None], h_ND.roll(1, 0), 0), layout)
@@ -279,7 +279,7 @@ class ReadsItsPastAndSaysSo(ReadsItsPast):
 class AsksForItsFirstToken(Threshold):
     """It is not there where a pass goes on from a cache."""
 
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         if layout.position_N[layout.index_in_sequence_N == 0].any():
             raise RuntimeError("where is it")
         return super().scores(layer, h_ND, layout)
@@ -288,7 +288,7 @@ class AsksForItsFirstToken(Threshold):
 class SlopeWithoutEnd(Threshold):
     """At its start the weight is 0 in one layer: the square root's slope is infinite there."""
 
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         return super().scores(layer, h_ND, layout) * 0.1 + (h_ND[:, 0] * 0).sqrt()
 
 
@@ -309,7 +309,7 @@ class _ByBatch(torch.autograd.Function):
 
 
 class GradientByBatchSize(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         return _ByBatch.apply(super().scores(layer, h_ND, layout))
 
 
@@ -318,7 +318,7 @@ class GrowsWithEachCall(Threshold):
 
     calls = 0
 
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         self.calls += 1
         return super().scores(layer, h_ND, layout) * 0.5 ** (self.calls % 7)
 
@@ -332,7 +332,7 @@ class Forgets(Threshold):
         super().__init__(num_layers, width, initializer_range)
         self.temper = 1 / (2 + next(self.number))
 
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         return super().scores(layer, h_ND, layout) * self.temper
 
 
@@ -343,7 +343,7 @@ class ForgetsATensor(Threshold):
         super().__init__(num_layers, width, initializer_range)
         self.direction = torch.rand(num_layers)
 
-    def scores(self, layer: int, h_ND: Tensor, layout: Layout) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
         return super().scores(layer, h_ND, layout) * self.direction[layer]
 
 

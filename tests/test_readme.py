@@ -30,7 +30,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TINY = {
     "train": [
         "--data.vocab_size=300", "--data.length=128", "--model.hidden_size=16", "--model.intermediate_size=24",
-        "--model.num_hidden_layers=4", "--training.steps=2", "--training.batch_size=2", "--training.peak_flops=1e12",
+        "--model.num_hidden_layers=4", "--training.max_steps=2", "--training.per_device_train_batch_size=2",
+        "--training.peak_flops=1e12",
     ],
     "bench": [
         "--shape", "tiny", "--dtypes", "float32", "--gates", "fractional", "--repeats", "2", "--shares", "0.5",
@@ -117,7 +118,7 @@ def test_the_readmes_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("bench", "bench.json").is_file() and Path("bench", "bench.png").is_file()
     assert "".join(printed["generate"].split()).startswith("Thefunctionreturns")  # a terminal breaks lines
     recipe = read_recipe("runs/mine/recipe.yaml")
-    assert recipe.data.source == "prepared" and recipe.training.steps == 2
+    assert recipe.data.source == "prepared" and recipe.training.max_steps == 2
 
 
 @pytest.mark.usefixtures("workplace")

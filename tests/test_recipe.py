@@ -42,13 +42,13 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
         "output: there\n"
-        "training: {steps: 3, learning_rate: 1e-4}\n"
+        "training: {max_steps: 3, learning_rate: 1e-4}\n"
         "regularizer: {name: target_share, settings: {target_share: 0.5, gain: 0.1}}\n"
     )
     recipe = read_recipe(
         file,
         [
-            "--training.steps=5",
+            "--training.max_steps=5",
             "--model.skipped_kv",
             "keep",
             "--regularizer.settings.target_share=0.7",
@@ -56,7 +56,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ],
     )
     assert recipe.output == "here" and recipe.model.skipped_kv == "keep"
-    assert recipe.training == TrainingSettings(steps=5, learning_rate=1e-4)
+    assert recipe.training == TrainingSettings(max_steps=5, learning_rate=1e-4)
     assert recipe.regularizer.settings == {"target_share": 0.7, "gain": 0.1}
     assert recipe.data == DataSettings()
 
@@ -81,9 +81,9 @@ def test_changes_are_told_by_name() -> None:
     ("yaml", "message"),
     [
         ("training: {stepz: 3}", "'stepz'"),
-        ("trainin: {steps: 3}", "trainin"),
-        ("training: {steps: many}", r"training\.steps.*many"),
-        ("training: {steps: 1.5}", r"training\.steps.*1\.5"),
+        ("trainin: {max_steps: 3}", "trainin"),
+        ("training: {max_steps: many}", r"training\.max_steps.*many"),
+        ("training: {max_steps: 1.5}", r"training\.max_steps.*1\.5"),
         ("training: {bf16: 3}", r"training\.bf16.*3"),
         ("training: {report_to: tensorboard}", r"training\.report_to.*tensorboard"),
         ("model: {norms: post}", r"model\.norms.*sandwich.*pre.*post"),
@@ -92,7 +92,7 @@ def test_changes_are_told_by_name() -> None:
         ("training: null\noutput: x", "training is None; expected settings by name"),
         ("- a\n- b", "cannot be used"),
         ("", "cannot be used"),
-        ("training: {steps: [", "cannot be used"),
+        ("training: {max_steps: [", "cannot be used"),
         (b"\xff\xfe", "cannot be used.*utf-8"),
     ],
 )
@@ -107,12 +107,12 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, yaml: str | bytes, 
     "override",
     [
         "--training.learning_rat=1",
-        "--training.step=3",
-        "--trainin.steps=3",
+        "--training.max_step=3",
+        "--trainin.max_steps=3",
         "--training.stepz=3",
         "--nonsense=1",
         "nonsense",
-        "--training.steps",
+        "--training.max_steps",
     ],
 )
 def test_overrides_that_are_no_settings_are_refused(override: str) -> None:
@@ -129,8 +129,8 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "bad", "good"),
     [
-        ("steps", (0, -1), (1,)),
-        ("batch_size", (0,), (1,)),
+        ("max_steps", (0, -1), (1,)),
+        ("per_device_train_batch_size", (0,), (1,)),
         ("gradient_accumulation_steps", (0,), (1,)),
         ("logging_steps", (0,), (1,)),
         ("save_total_limit", (0, -1), (1,)),
@@ -158,7 +158,11 @@ def test_settings_out_of_range_are_refused(name: str, bad: tuple, good: tuple) -
 
 
 def test_settings_out_of_range_are_refused_on_the_command_line_too() -> None:
-    for name, text, value in (("steps", "0", "0"), ("learning_rate", ".nan", "nan"), ("max_grad_norm", "-1", "-1.0")):
+    for name, text, value in (
+        ("max_steps", "0", "0"),
+        ("learning_rate", ".nan", "nan"),
+        ("max_grad_norm", "-1", "-1.0"),
+    ):
         with pytest.raises(ValueError, match=rf"training\.{name} is {value}; expected "):
             read_recipe(None, [f"--training.{name}={text}"])
     assert read_recipe(None, ["--training.adam_epsilon=1e-10"]).training.adam_epsilon == 1e-10

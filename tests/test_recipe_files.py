@@ -24,7 +24,7 @@ PAPERS = [path for path in RECIPES if path.stem.startswith("paper-")]
 GPT2_TOKENS = 50257
 SMALL = [
     "--data.length=32", "--model.hidden_size=16", "--model.intermediate_size=24", "--model.num_attention_heads=2",
-    "--training.steps=2", "--training.batch_size=2",
+    "--training.max_steps=2", "--training.per_device_train_batch_size=2",
 ]  # fmt: skip
 
 
@@ -156,8 +156,8 @@ def test_the_papers_gated_model_has_its_shape() -> None:
 def test_the_papers_optimisation(path: Path) -> None:
     recipe = read_recipe(path)
     training = recipe.training
-    tokens_per_step = training.batch_size * training.gradient_accumulation_steps * recipe.data.length
-    assert tokens_per_step == 512 * 1024 and 9.9e9 < tokens_per_step * training.steps < 10.5e9
+    tokens_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * recipe.data.length
+    assert tokens_per_step == 512 * 1024 and 9.9e9 < tokens_per_step * training.max_steps < 10.5e9
     assert not recipe.data.separate_documents and training.bf16
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.8, 0.95, 1e-10)
     assert training.weight_decay == training.max_grad_norm == 0

@@ -73,7 +73,7 @@ def test_accelerates_fsdp(
         monkeypatch.setenv(name, wanted)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    train(make_recipe(steps=1), console=QUIET)
+    train(make_recipe(max_steps=1), console=QUIET)
 
 
 # ---- text
@@ -96,13 +96,13 @@ def test_held_out_text_too_small_for_a_window(
 
 def test_text_too_small_for_a_step(make_recipe: MakeRecipe, prepared: Path, trainers: list[MidskipTrainer]) -> None:
     num_windows = open_prepared(prepared).summary["training"]["num_tokens"] // 16
-    recipe = make_recipe(batch_size=num_windows // 2, gradient_accumulation_steps=3)
+    recipe = make_recipe(per_device_train_batch_size=num_windows // 2, gradient_accumulation_steps=3)
     message = (
         rf"There are \d+ tokens \(.*shards/train_000000\.bin\), which make {num_windows} windows of 16 tokens\. "
         rf"Expected {num_windows // 2 * 3} windows or more; give more text, or choose a shorter length or a smaller "
     )
     refused(recipe, message, trainers)
-    train(replace(recipe, training=replace(recipe.training, gradient_accumulation_steps=2, steps=1)), console=QUIET)
+    train(replace(recipe, training=replace(recipe.training, gradient_accumulation_steps=2, max_steps=1)), console=QUIET)
 
 
 def test_text_that_is_not_there(make_recipe: MakeRecipe, trainers: list[MidskipTrainer], tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def shard_settings(shards: Path, **changes: Any) -> dict[str, Any]:
 
 def test_shards_are_trained_on_as_they_are(make_recipe: MakeRecipe, shards: Path) -> None:
     assert len(list(shards.glob("train_*.bin"))) == 3
-    recipe = make_recipe(**shard_settings(shards), steps=2)
+    recipe = make_recipe(**shard_settings(shards), max_steps=2)
     report = train(recipe, console=QUIET)
     assert report["training"]["num_tokens"] == 64 and report["validation"]["bits_per_byte"] > 1
     assert not Path(recipe.output, "text").exists() and Path(recipe.output, "tokenizer.json").is_file()
@@ -181,7 +181,7 @@ def test_a_disk_without_room(
     )
     refused(recipe, message, trainers)
     monkeypatch.undo()
-    train(replace(recipe, training=replace(recipe.training, steps=1)), console=QUIET)
+    train(replace(recipe, training=replace(recipe.training, max_steps=1)), console=QUIET)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_room_is_needed_for_checkpoints_best_and_last(
 
 
 def test_folders_that_hold_something_else(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(steps=1)
+    recipe = make_recipe(max_steps=1)
     folder = Path(recipe.output)
     folder.write_text("a file")
     with pytest.raises(ValueError, match=r"run', which is a file; expected a folder"):

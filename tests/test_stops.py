@@ -54,9 +54,9 @@ def test_a_step_that_is_not_finite_is_not_taken(
     recipe = make_recipe(
         f"{__name__}:Poison",
         {"kind": kind},
-        steps=6,
+        max_steps=6,
         save_steps=1,
-        batch_size=2 // passes,
+        per_device_train_batch_size=2 // passes,
         gradient_accumulation_steps=passes,
     )
     message = r"step 4 is not finite \(cross-entropy 5\.\d+, regularizer .*, norm of the gradient .*\), so it was not"
@@ -77,7 +77,7 @@ def test_a_step_that_is_not_finite_is_not_taken(
 
 
 def test_the_checkpoint_that_is_kept_is_good(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    common = {"steps": 6, "save_steps": 2}
+    common = {"max_steps": 6, "save_steps": 2}
     recipe, whole = (make_recipe(f"{__name__}:Poison", {"kind": "none"}, output=name, **common) for name in ("a", "b"))
     train(whole, console=QUIET)
     forward, calls = MidskipForCausalLM.forward, []
@@ -112,7 +112,7 @@ class Runaway(Regularizer):
 
 @pytest.mark.parametrize(("save_steps", "eval_steps"), [(0, 0), (1, 0), (0, 1)])
 def test_weights_that_are_not_finite_are_not_kept(make_recipe: MakeRecipe, save_steps: int, eval_steps: int) -> None:
-    recipe = make_recipe(f"{__name__}:Runaway", steps=1, save_steps=save_steps, eval_steps=eval_steps)
+    recipe = make_recipe(f"{__name__}:Runaway", max_steps=1, save_steps=save_steps, eval_steps=eval_steps)
     with pytest.raises(FloatingPointError, match=r"a weight is no longer finite after step 1: lower the learning rate"):
         train(recipe, console=QUIET)
     assert history(recipe)[0]["total"] > 5
@@ -123,7 +123,7 @@ def test_weights_that_are_not_finite_are_not_kept(make_recipe: MakeRecipe, save_
 
 def test_the_cursor_is_back_after_a_stop(make_recipe: MakeRecipe) -> None:
     screen = StringIO()
-    recipe = make_recipe(f"{__name__}:Poison", {"kind": "nan"}, steps=6)
+    recipe = make_recipe(f"{__name__}:Poison", {"kind": "nan"}, max_steps=6)
     with pytest.raises(FloatingPointError):
         train(recipe, console=Console(file=screen, force_terminal=True, width=120))
     hidden, shown = screen.getvalue().rfind("\x1b[?25l"), screen.getvalue().rfind("\x1b[?25h")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies.dense import Dense
 from midskip.policies.middle_out import SCORES, MiddleOut
 from midskip.regularizers import TargetShare, build_regularizer
@@ -150,7 +150,7 @@ def test_steering_sets_the_bias_and_no_optimizer_moves_it() -> None:
         bias = policy.bias.clone()
         assert torch.equal(bias, policy.open_bias + regularizer.bias)
         h_ND = torch.randn(9, 4)
-        decision = policy.decide(0, h_ND, {}, Layout.from_rectangle(torch.ones(1, 9, dtype=torch.bool)))
+        decision = policy.decide(0, h_ND, {}, PackedBatch.from_rectangle(torch.ones(1, 9, dtype=torch.bool)))
         before = policy.weight.detach().clone()
         assert decision.output_gate_N is not None
         decision.output_gate_N.sum().backward()
@@ -180,21 +180,21 @@ def shares_over(regularizer: TargetShare, policy: MiddleOut, steps: int) -> tupl
     if policy.weight is not None:
         policy.weight.normal_(std=0.05, generator=generator)
     drift_D = 0.02 * torch.randn(policy.width, generator=generator)
-    layout = Layout.from_rectangle(torch.ones(4, 128, dtype=torch.bool))
+    batch = PackedBatch.from_rectangle(torch.ones(4, 128, dtype=torch.bool))
     shares, expected = [], []
     for step in range(steps):
         regularizer.steer(policy)
         if policy.adjustable:
-            policy.set_effort(regularizer.score_factors[-1])
+            policy.set_limits(regularizer.score_scales[-1])
         h_ND = torch.randn(512, policy.width, generator=generator) * (1 + step / 300) + step * drift_D
-        layout.token_N = torch.randint(200, (512,), generator=generator)
-        layout.__dict__.pop("previous_token_N", None)  # of the step before
+        batch.token_N = torch.randint(200, (512,), generator=generator)
+        batch.__dict__.pop("previous_token_N", None)  # of the step before
         if policy.difficulty is not None:
-            nats_N = torch.rand(512, generator=generator) + layout.token_N / (100 + step)
-            policy.difficulty.observe(layout.token_N, layout.previous_token_N, nats_N, torch.ones(512).bool())
+            nats_N = torch.rand(512, generator=generator) + batch.token_N / (100 + step)
+            policy.difficulty.observe(batch.token_N, batch.previous_token_N, nats_N, torch.ones(512).bool())
             policy.absorb()
         state: dict[str, Any] = {}
-        keeps = [policy(layer, h_ND, state, layout).keep_N for layer in range(policy.num_layers)]
+        keeps = [policy(layer, h_ND, state, batch).keep_N for layer in range(policy.num_layers)]
         shares.append(torch.stack([keep_N.float().mean() for keep_N in keeps if keep_N is not None]))
         expected.append(regularizer.expected_share)
         give(regularizer, shares[-1])
@@ -232,19 +232,19 @@ def test_shares_are_drawn_every_second_step_and_held_as_at_run_time() -> None:
     errors = shares_SL.mean(1) - torch.tensor(expected)
     assert abs(errors[300::2].mean()) < 0.02 and abs(errors[301::2].mean()) < 0.02
     assert errors[300:].abs().mean() < 0.06
-    all_of_it, lowest, _ = regularizer.score_factors
-    policy.set_effort(lowest)
-    layout = Layout.from_rectangle(torch.ones(4, 128, dtype=torch.bool))
-    layout.token_N, state, h_ND = torch.randint(200, (512,)), {}, torch.zeros(512, 16)
-    kept = [policy(layer, h_ND, state, layout).keep_N for layer in range(8)]
+    all_of_it, lowest, _ = regularizer.score_scales
+    policy.set_limits(lowest)
+    batch = PackedBatch.from_rectangle(torch.ones(4, 128, dtype=torch.bool))
+    batch.token_N, state, h_ND = torch.randint(200, (512,)), {}, torch.zeros(512, 16)
+    kept = [policy(layer, h_ND, state, batch).keep_N for layer in range(8)]
     ran = torch.stack([keep_N for keep_N in kept if keep_N is not None])
     assert all_of_it == 0 and abs(ran.float().mean().item() - 0.3) < 0.06
-    assert make(8, target_share=0.5, lowest_share=0.3).score_factors == (1.0,), "one pass on the ramp"
-    assert make(8, target_share=0.5).score_factors == (1.0,)
+    assert make(8, target_share=0.5, lowest_share=0.3).score_scales == (1.0,), "one pass on the ramp"
+    assert make(8, target_share=0.5).score_scales == (1.0,)
     # the state goes on with the same draws
     other = make(8, target_share=0.5, lowest_share=0.3)
     other.load_state_dict(json.loads(json.dumps(regularizer.state_dict())))
-    assert (other.drawn_share, other.score_factors) == (regularizer.drawn_share, regularizer.score_factors)
+    assert (other.drawn_share, other.score_scales) == (regularizer.drawn_share, regularizer.score_scales)
 
 
 # Settings

@@ -49,7 +49,7 @@ def first_windows(recipe: Recipe, count: int) -> list[int]:
 
 def test_a_run_from_a_folder_of_text_writes_all_its_files(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     data = {"vocab_size": 300, "validation_share": 0.2}
-    more = {"eval_steps": 2, "save_steps": 3, "steps": 4, "logging_steps": 2, "report_to": ["tensorboard"]}
+    more = {"eval_steps": 2, "save_steps": 3, "max_steps": 4, "logging_steps": 2, "report_to": ["tensorboard"]}
     recipe = make_recipe("sparsity", source=write_documents(tmp_path / "text"), data=data, **more)
     report = train(recipe, console=QUIET)
     folder = Path(recipe.output)
@@ -90,7 +90,7 @@ def test_a_run_from_a_folder_of_text_writes_all_its_files(make_recipe: MakeRecip
 
 @quick
 def test_the_loss_falls_on_text_that_repeats_itself(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(steps=40, learning_rate=0.02, batch_size=4)
+    recipe = make_recipe(max_steps=40, learning_rate=0.02, per_device_train_batch_size=4)
     report = train(recipe, console=QUIET)
     losses = [row["cross_entropy"] for row in history(recipe)]
     assert losses[0] > 5.5  # log(300) is 5.7
@@ -100,7 +100,7 @@ def test_the_loss_falls_on_text_that_repeats_itself(make_recipe: MakeRecipe) -> 
 @quick
 def test_progress_is_told_in_lines_where_there_is_no_terminal(make_recipe: MakeRecipe) -> None:
     screen = StringIO()
-    train(make_recipe(steps=12, logging_steps=1), title="[bold]toy", console=Console(file=screen, width=200))
+    train(make_recipe(max_steps=12, logging_steps=1), title="[bold]toy", console=Console(file=screen, width=200))
     lines = [line for line in screen.getvalue().splitlines() if line.startswith("[bold]toy")]
     assert len(lines) == 2
     for line, step in zip(lines, (10, 12), strict=True):
@@ -115,7 +115,9 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(make_recipe: MakeR
 @pytest.mark.parametrize("passes", [1, 2])
 def test_cross_entropy_regularizer_and_total_are_logged_apart(make_recipe: MakeRecipe, passes: int) -> None:
     settings = {"mean_coefficient": 0.5}
-    recipe = make_recipe("sparsity", settings, batch_size=4 // passes, gradient_accumulation_steps=passes, steps=2)
+    recipe = make_recipe(
+        "sparsity", settings, per_device_train_batch_size=4 // passes, gradient_accumulation_steps=passes, max_steps=2
+    )
     train(recipe, console=QUIET)
     rows = history(recipe)
     for row in rows:
@@ -143,14 +145,14 @@ def test_two_passes_of_two_are_one_pass_of_four(
     make_recipe: MakeRecipe, regularizer: str, settings: dict[str, Any]
 ) -> None:
     # a large epsilon, for AdamW makes steps of full size from gradients that are nothing but rounding
-    common = {"steps": 3, "save_steps": 3, "warmup_ratio": 0.0, "adam_epsilon": 1e-3, "learning_rate": 0.02}
+    common = {"max_steps": 3, "save_steps": 3, "warmup_ratio": 0.0, "adam_epsilon": 1e-3, "learning_rate": 0.02}
     common |= {"model": {"policy_settings": {"start": "released"}, "initializer_range": 0.3}}
     recipes = [
         make_recipe(
             regularizer,
             settings,
             output=f"{passes}",
-            batch_size=4 // passes,
+            per_device_train_batch_size=4 // passes,
             gradient_accumulation_steps=passes,
             **common,
         )
@@ -187,7 +189,13 @@ class Recorder(Regularizer):
 def test_the_regularizer_is_updated_once_a_step_from_the_whole_step(make_recipe: MakeRecipe) -> None:
     Recorder.calls.clear()
     released = {"policy_settings": {"start": "released"}}
-    recipe = make_recipe(f"{__name__}:Recorder", model=released, batch_size=1, gradient_accumulation_steps=3, steps=2)
+    recipe = make_recipe(
+        f"{__name__}:Recorder",
+        model=released,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
+        max_steps=2,
+    )
     train(recipe, console=QUIET)
     assert len(Recorder.calls) == 2
     batch = batch_of(windows_of(recipe)[0], *first_windows(recipe, 3))
@@ -201,7 +209,7 @@ def test_the_regularizer_is_updated_once_a_step_from_the_whole_step(make_recipe:
 
 @quick
 def test_the_regularizer_is_part_of_training_alone(make_recipe: MakeRecipe, trainers: list[MidskipTrainer]) -> None:
-    recipe = make_recipe("sparsity", {"mean_coefficient": 100.0}, steps=1)
+    recipe = make_recipe("sparsity", {"mean_coefficient": 100.0}, max_steps=1)
     train(recipe, console=QUIET)
     (trainer,), (_, validation) = trainers, windows_of(recipe)
     model, batch = trainer.bare_model, batch_of(validation, 0)
@@ -216,7 +224,7 @@ def test_the_regularizer_is_part_of_training_alone(make_recipe: MakeRecipe, trai
 
 @quick
 def test_windows_come_shuffled_anew_each_epoch(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = make_recipe(batch_size=5, gradient_accumulation_steps=2, steps=9)
+    recipe = make_recipe(per_device_train_batch_size=5, gradient_accumulation_steps=2, max_steps=9)
     windows, _ = windows_of(recipe)
     seen: list[list[int]] = []
     original = MidskipTrainer.compute_loss
@@ -240,7 +248,9 @@ def test_windows_come_shuffled_anew_each_epoch(make_recipe: MakeRecipe, monkeypa
 def test_documents_are_apart_unless_the_recipe_says_otherwise(make_recipe: MakeRecipe) -> None:
     losses = []
     for apart, others in ((True, {}), (False, {"separate_documents": False})):
-        recipe = make_recipe(output=f"{apart}", data=others, model={"initializer_range": 0.5}, steps=1, batch_size=4)
+        recipe = make_recipe(
+            output=f"{apart}", data=others, model={"initializer_range": 0.5}, max_steps=1, per_device_train_batch_size=4
+        )
         train(recipe, console=QUIET)
         windows, validation = windows_of(recipe)
         assert ("position_ids" in windows[0]) == ("position_ids" in validation[0]) == apart
@@ -260,7 +270,7 @@ def test_documents_are_apart_unless_the_recipe_says_otherwise(make_recipe: MakeR
 @quick
 def test_best_is_the_model_of_the_lowest_loss(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     # a rate at which it soon gets worse
-    recipe = make_recipe(steps=6, eval_steps=1, save_steps=1, save_total_limit=9, learning_rate=1.0)
+    recipe = make_recipe(max_steps=6, eval_steps=1, save_steps=1, save_total_limit=9, learning_rate=1.0)
     found: list[float] = []
     keep_best = MidskipTrainer.keep_best
 
@@ -293,7 +303,7 @@ def test_a_model_is_evaluated_once(
         return evaluate(*arguments, **more)
 
     monkeypatch.setattr("midskip.train.run.evaluate", counted)
-    train(make_recipe(steps=4, eval_steps=eval_steps), console=QUIET)
+    train(make_recipe(max_steps=4, eval_steps=eval_steps), console=QUIET)
     assert len(seen) == num_passes
 
 
@@ -350,7 +360,7 @@ def test_a_policy_and_a_regularizer_from_outside(
     (tmp_path / "outside_regularizer.py").write_text(REGULARIZER)
     monkeypatch.syspath_prepend(str(tmp_path))
     model = {"policy": "outside_policy:Alternate", "policy_settings": {"offset": 0.1}}
-    recipe = make_recipe("outside_regularizer:Rising", {"step": 0.25}, model=model, steps=3, save_steps=3)
+    recipe = make_recipe("outside_regularizer:Rising", {"step": 0.25}, model=model, max_steps=3, save_steps=3)
     recipe.save(tmp_path / "recipe.yaml")
     report = train(read_recipe(tmp_path / "recipe.yaml"), console=QUIET)
     share = report["validation"]["share_by_layer"]

@@ -45,7 +45,7 @@ EARLY = {"policy": "test_train_ranks:Late"}
 LATE_POSITION = 12
 # a large epsilon, for AdamW makes steps of full size from gradients that are nothing but rounding
 STEPS = {
-    "steps": 6,
+    "max_steps": 6,
     "adam_epsilon": 1e-3,
     "learning_rate": 0.02,
     "warmup_ratio": 0.2,
@@ -95,8 +95,8 @@ def recipe_of(folder: Path, name: str, batch_size: int, **more: Any) -> Recipe:
     """Two passes a step; the text is prepared into the folder."""
     return tiny_recipe(
         folder / "text", folder / f"{name}-{batch_size}" / "run", **(RUNS.get(name, {}) | STEPS | more),
-        data={"vocab_size": 300, "validation_share": 0.2}, batch_size=batch_size, gradient_accumulation_steps=2,
-        eval_steps=3,
+        data={"vocab_size": 300, "validation_share": 0.2}, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=2, eval_steps=3,
     )  # fmt: skip
 
 

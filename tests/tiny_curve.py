@@ -7,7 +7,7 @@ CURVE: dict[str, Any] = {
     "num_tokens": 4000,
     "block_tokens": 8,
     "num_dropped": 0,
-    "factor": [0.0, 1.0, 2.0, 4.0],
+    "score_scale": [0.0, 1.0, 2.0, 4.0],
     "share": [1.0, 0.8, 0.5, 0.25],
     "loss": [2.0, 2.1, 2.5, 3.0],
     "share_by_place": [[share] * 12 for share in (1.0, 0.8, 0.5, 0.25)],

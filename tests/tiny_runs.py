@@ -38,7 +38,13 @@ def tiny_recipe(
 ) -> Recipe:  # fmt: skip
     """A run of a tiny model, over in a moment."""
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
-    optimisation = {"steps": 4, "batch_size": 2, "save_steps": 0, "peak_flops": 1e12, "report_to": []}
+    optimisation = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "save_steps": 0,
+        "peak_flops": 1e12,
+        "report_to": [],
+    }
     return Recipe(
         str(output),
         DataSettings(str(source), **({"length": 16} | (data or {}))),

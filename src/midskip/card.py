@@ -186,8 +186,8 @@ def _measured(
 
 def _calibrated(calibration: Calibration) -> list[str]:
     rows = [
-        (f"{share:.3f}", f"{loss:.4f}", f"{factor:.4g}")
-        for share, loss, factor in zip(calibration.share, calibration.loss, calibration.factor, strict=True)
+        (f"{share:.3f}", f"{loss:.4f}", f"{score_scale:.4g}")
+        for share, loss, score_scale in zip(calibration.share, calibration.loss, calibration.score_scale, strict=True)
     ]
     intro = (
         "`model.set_budget(0.5)` lets the model run at most half of its block-tokens, by this curve, measured on "
@@ -196,7 +196,7 @@ def _calibrated(calibration: Calibration) -> list[str]:
     return [
         "## A budget at run time",
         intro,
-        _table(("share that ran", "loss, nats a token", "factor of scores"), rows),
+        _table(("share that ran", "loss, nats a token", "score_scale of scores"), rows),
     ]
 
 

@@ -25,7 +25,7 @@ from midskip.model.config import MidskipConfig
 from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Block
 from midskip.model.modeling import MidskipForCausalLM
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies import Policy
 
 CONVENTIONS = ("causal", "counter")
@@ -52,19 +52,19 @@ class LayerWork:
     cache_tokens: int = 0
 
     @classmethod
-    def of(cls, queries: Layout, keys: Layout, gated: bool, past: LayerCache | None = None) -> LayerWork:
+    def of(cls, queries: PackedBatch, keys: PackedBatch, gated: bool, past: LayerCache | None = None) -> LayerWork:
         """The work of a block on these queries and keys, the latter just added to `past`, if that is given."""
         if queries is keys:
-            causal = sum(n * (n + 1) // 2 for n in queries.lengths)
+            causal = sum(n * (n + 1) // 2 for n in queries.seqlens)
         else:  # a key's place in its sequence is how many keys came before it
-            starts = torch.tensor([0, *keys.lengths[:-1]]).cumsum(0).repeat_interleave(torch.tensor(queries.lengths))
-            rows = torch.arange(keys.num_tokens) if queries.rows_N is None else queries.rows_N.cpu()
+            starts = torch.tensor([0, *keys.seqlens[:-1]]).cumsum(0).repeat_interleave(torch.tensor(queries.seqlens))
+            rows = torch.arange(keys.num_tokens) if queries.indices_N is None else queries.indices_N.cpu()
             causal = int((rows - starts + 1).sum())
-        seen = past.lengths if past is not None and past.lengths else keys.lengths
-        earlier = sum(n * (all_ - m) for n, m, all_ in zip(queries.lengths, keys.lengths, seen, strict=True))
-        square = sum(n * m for n, m in zip(queries.lengths, seen, strict=True))
-        goes_on = sum(seen) > sum(keys.lengths)
-        read = sum(m for n, m in zip(queries.lengths, seen, strict=True) if n) if goes_on else 0
+        seen = past.seqlens if past is not None and past.seqlens else keys.seqlens
+        earlier = sum(n * (all_ - m) for n, m, all_ in zip(queries.seqlens, keys.seqlens, seen, strict=True))
+        square = sum(n * m for n, m in zip(queries.seqlens, seen, strict=True))
+        goes_on = sum(seen) > sum(keys.seqlens)
+        read = sum(m for n, m in zip(queries.seqlens, seen, strict=True) if n) if goes_on else 0
         return cls(queries.num_tokens, keys.num_tokens, causal + earlier, square, gated and not goes_on, read)
 
 
@@ -136,21 +136,21 @@ def head_flops(config: MidskipConfig, rows: int) -> Flops:
 
 
 def dense_flops(
-    config: MidskipConfig, lengths: Sequence[int], head_rows: int | None = None, convention: str = "causal",
-    past_lengths: Sequence[int] | None = None,
+    config: MidskipConfig, seqlens: Sequence[int], head_rows: int | None = None, convention: str = "causal",
+    past_seqlens: Sequence[int] | None = None,
 ) -> Flops:  # fmt: skip
     """FLOPs of a forward pass in which nothing is skipped and no key is gated.
 
     Args:
-        lengths: valid tokens of each sequence, or of each document where positions tell several in one row apart.
+        seqlens: valid tokens of each sequence, or of each document where positions tell several in one row apart.
         head_rows: tokens that the head runs on; all by default.
-        past_lengths: tokens of each sequence that a cache holds; none by default.
+        past_seqlens: tokens of each sequence that a cache holds; none by default.
     """
-    held = sum(n * past for n, past in zip(lengths, past_lengths, strict=True)) if past_lengths else 0
-    causal, square = held + sum(n * (n + 1) // 2 for n in lengths), held + sum(n * n for n in lengths)
-    work = LayerWork(sum(lengths), sum(lengths), causal, square, gated=False)
+    held = sum(n * past for n, past in zip(seqlens, past_seqlens, strict=True)) if past_seqlens else 0
+    causal, square = held + sum(n * (n + 1) // 2 for n in seqlens), held + sum(n * n for n in seqlens)
+    work = LayerWork(sum(seqlens), sum(seqlens), causal, square, gated=False)
     blocks = block_flops(config, work, convention) * config.num_hidden_layers
-    return blocks + head_flops(config, sum(lengths) if head_rows is None else head_rows)
+    return blocks + head_flops(config, sum(seqlens) if head_rows is None else head_rows)
 
 
 class Meter:
@@ -161,9 +161,9 @@ class Meter:
     Attributes:
         query_rows_L: rows that went through each block.
         layers: for each layer, the `LayerWork` of each of its calls, in order.
-        lengths, past_lengths: tokens of each sequence (or document) that entered layer 0, and of those before them in a
+        seqlens, past_seqlens: tokens of each sequence (or document) that entered layer 0, and of those before them in a
             cache.
-        num_tokens: the sum of `lengths`.
+        num_tokens: the sum of `seqlens`.
         head_rows: rows that went through the head.
         bytes: `Bytes` read.
     """
@@ -176,8 +176,8 @@ class Meter:
     def reset(self) -> None:
         """Forget what was counted."""
         self.layers: list[list[LayerWork]] = [[] for _ in range(self.config.num_hidden_layers)]
-        self.lengths: list[int] = []
-        self.past_lengths: list[int] = []
+        self.seqlens: list[int] = []
+        self.past_seqlens: list[int] = []
         self.policy_flops = self.head_rows = 0
         self.bytes, self._dense_bytes = Bytes(), Bytes()
 
@@ -199,7 +199,7 @@ class Meter:
 
     @property
     def num_tokens(self) -> int:
-        return sum(self.lengths)
+        return sum(self.seqlens)
 
     @property
     def query_rows_L(self) -> list[int]:
@@ -220,7 +220,7 @@ class Meter:
 
     def dense_flops(self, convention: str = "causal") -> Flops:
         """FLOPs of the same forward passes with nothing skipped and no key gated, the head as it ran."""
-        return dense_flops(self.config, self.lengths, self.head_rows, convention, self.past_lengths)
+        return dense_flops(self.config, self.seqlens, self.head_rows, convention, self.past_seqlens)
 
     def dense_bytes(self) -> Bytes:
         """Bytes that the same forward passes would read with nothing skipped and no key gated."""
@@ -247,17 +247,17 @@ class Meter:
     def _on_policy(self, policy: Policy, arguments: tuple[Any, ...], output: Any) -> None:
         if is_backward():
             return
-        layer, h_ND, state, layout = arguments
-        self.policy_flops += policy.flops(layer, state, layout)
+        layer, h_ND, state, batch = arguments
+        self.policy_flops += policy.flops(layer, state, batch)
         if layer:
             return
-        past = layout.past_lengths or [0] * len(layout.lengths)
-        self.lengths += layout.lengths
-        self.past_lengths += past
+        past = batch.past_seqlens or [0] * len(batch.seqlens)
+        self.seqlens += batch.seqlens
+        self.past_seqlens += past
         body = self.model.model
         others = sum(map(_bytes_of, (body.embed_layernorm, body.norm)))
         self.bytes += Bytes(others + _bytes_of(policy))
-        seen = sum(n + held for n, held in zip(layout.lengths, past, strict=True) if n) if any(past) else 0
+        seen = sum(n + held for n, held in zip(batch.seqlens, past, strict=True) if n) if any(past) else 0
         key_width, device = self.config.num_key_value_heads * self.config.head_dim, h_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
         a_token = 2 * key_width * dtype.itemsize * len(body.layers)

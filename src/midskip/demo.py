@@ -38,7 +38,7 @@ def demo_recipe(output: str, steps: int = STEPS, source: str = "pydocs") -> Reci
         data=DataSettings(source=source),
         model=ModelSettings(policy_settings={"gates": "hard"}),
         regularizer=RegularizerSettings("target_share", {"target_share": 0.5, "outer": 1}),
-        training=TrainingSettings(steps=steps, gate_learning_rate_scale=0.3, save_steps=0, report_to=[]),
+        training=TrainingSettings(max_steps=steps, gate_learning_rate_scale=0.3, save_steps=0, report_to=[]),
         dense_layers=[4],
     )
 

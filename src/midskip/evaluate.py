@@ -26,15 +26,15 @@ from midskip.report import TokenDepth
 
 
 @contextmanager
-def effort_kept(model: MidskipForCausalLM) -> Iterator[None]:
-    """What is run within is not live: no monitor looks at it, and afterwards the effort is that of before."""
+def limits_kept(model: MidskipForCausalLM) -> Iterator[None]:
+    """What is run within is not live: no monitor looks at it, and afterwards the limits are those of before."""
     policy = model.model.policy
-    before = policy.factor, policy.ceiling
+    before = policy.score_scale, policy.max_layers
     try:
         with not_live():
             yield
     finally:
-        policy.set_effort(*before)
+        policy.set_limits(*before)
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with Meter(model) as meter, effort_kept(model):
+        with Meter(model) as meter, limits_kept(model):
             for start in progress_bar(own, title, progress and rank == 0):
                 batch = batch_of(windows, range(start, min(start + batch_size, len(windows))), model.device)
                 labels_BT = batch.pop("labels")
@@ -200,7 +200,7 @@ def depth_of_tokens(
     that `positions` tell apart. A monitor of live prompts does not see it."""
     ids_1T = torch.tensor([list(ids)], device=model.device)
     position_1T = None if positions is None else torch.tensor([list(positions)], device=model.device)
-    with effort_kept(model):
+    with limits_kept(model):
         output = model(ids_1T, position_ids=position_1T, use_cache=False)
     losses = -output.logits[0, :-1].float().log_softmax(-1).gather(1, ids_1T[0, 1:, None]).squeeze(1)
     blocks_T, gates_TL = output.executed[:, 0].sum(0).tolist(), output.gates[:, 0].T.tolist()

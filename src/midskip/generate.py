@@ -80,12 +80,12 @@ def blocks_counted(model: MidskipForCausalLM) -> Iterator[list[int]]:
     blocks: list[int] = []
 
     def count(_: nn.Module, arguments: tuple[Any, ...], decision: Any) -> None:
-        layer, h_ND, _, layout = arguments
+        layer, h_ND, _, batch = arguments
         if layer == 0:
-            if len(layout.lengths) != 1:
-                raise ValueError(f"blocks are counted of one sequence, and a pass has {len(layout.lengths)}")
-            if layout.first_column < sum(map(len, counts)):  # columns were taken back, or there is no cache
-                counts[:] = [torch.cat(counts)[: layout.first_column]]
+            if len(batch.seqlens) != 1:
+                raise ValueError(f"blocks are counted of one sequence, and a pass has {len(batch.seqlens)}")
+            if batch.first_column < sum(map(len, counts)):  # columns were taken back, or there is no cache
+                counts[:] = [torch.cat(counts)[: batch.first_column]]
             counts.append(torch.zeros(len(h_ND), dtype=torch.int64, device=h_ND.device))
         counts[-1] += 1 if decision.keep_N is None else decision.keep_N
 

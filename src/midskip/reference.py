@@ -13,7 +13,7 @@ from torch import Tensor
 
 from midskip.model.layers import Block, RMSNorm
 from midskip.model.modeling import MidskipForCausalLM
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies import Policy
 from midskip.policies.difficulty import NUM_KINDS, PRIOR
 from midskip.policies.middle_out import LARGEST_EXPONENT, MiddleOut
@@ -85,11 +85,11 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Re
         for t in document:
             sees_TT[t, document[0] : t + 1] = True
     hidden, gates, scores = [x_TD], [], []
-    asked: list[tuple[dict[str, Any], Layout]] = []
+    asked: list[tuple[dict[str, Any], PackedBatch]] = []
     for document in documents:
-        layout = Layout.from_rectangle(torch.ones(1, len(document), dtype=torch.bool), position_T[None, document])
-        layout.token_N = ids_T[document]
-        asked.append(({}, layout))
+        batch = PackedBatch.from_rectangle(torch.ones(1, len(document), dtype=torch.bool), position_T[None, document])
+        batch.token_N = ids_T[document]
+        asked.append(({}, batch))
     priority_T = _priorities(body.policy, ids_T, documents).to(x_TD.dtype)
     for layer, block in enumerate(body.layers):
         if isinstance(body.policy, MiddleOut):
@@ -98,8 +98,8 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Re
                 key_gate_T = key_gate_T.detach()  # the surrogate gradient is of what a block adds, not of its keys
         else:
             pairs = [
-                _decided_gates(body.policy, layer, x_TD[document], state, layout)
-                for document, (state, layout) in zip(documents, asked, strict=True)
+                _decided_gates(body.policy, layer, x_TD[document], state, batch)
+                for document, (state, batch) in zip(documents, asked, strict=True)
             ]
             output_gate_T, key_gate_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         gates.append(output_gate_T)
@@ -127,10 +127,10 @@ def _documents(position_T: Tensor) -> list[list[int]]:
 
 
 def _decided_gates(
-    policy: Policy, layer: int, x_TD: Tensor, state: dict[str, Any], layout: Layout
+    policy: Policy, layer: int, x_TD: Tensor, state: dict[str, Any], batch: PackedBatch
 ) -> tuple[Tensor, Tensor]:
     """The gates of outputs and of keys as the policy decides on one document, 0 where a token is not kept."""
-    decision = policy.decide(layer, x_TD, state, layout)
+    decision = policy.decide(layer, x_TD, state, batch)
     present_T = x_TD.new_ones(len(x_TD)) if decision.keep_N is None else decision.keep_N.to(x_TD.dtype)
     output_gate_T, key_gate_T = (
         present_T if gate is None else torch.where(present_T > 0, gate.to(x_TD.dtype), 0)
@@ -178,16 +178,16 @@ def _middle_out_gate(
         return gates[policy.num_layers - 1 - layer]
     bias = policy.bias[layer]
     if policy.weight is None:
-        score_T = policy.factor * torch.exp((bias - priority_T).clamp(max=LARGEST_EXPONENT))
+        score_T = policy.score_scale * torch.exp((bias - priority_T).clamp(max=LARGEST_EXPONENT))
     elif policy.is_hard:
         weight_D = policy.weight[layer]
         y_TD = x_TD.detach()  # hidden states learn nothing from the surrogate gradient
         cosine_T = (y_TD @ weight_D) / (y_TD.pow(2).sum(-1).sqrt() * weight_D.pow(2).sum().sqrt())
-        score_T = policy.factor * torch.exp((policy.width**0.5 * cosine_T + bias).clamp(max=LARGEST_EXPONENT))
+        score_T = policy.score_scale * torch.exp((policy.width**0.5 * cosine_T + bias).clamp(max=LARGEST_EXPONENT))
     else:
-        score_T = policy.factor * torch.relu(x_TD @ policy.weight[layer] + bias)
+        score_T = policy.score_scale * torch.relu(x_TD @ policy.weight[layer] + bias)
     depth_score_T = score_T if layer == 0 else scores[-1] + score_T
-    if policy.ceiling is not None and _outer_blocks(policy, layer) > policy.ceiling:
+    if policy.max_layers is not None and _outer_blocks(policy, layer) > policy.max_layers:
         depth_score_T = depth_score_T.clamp(min=1)
     scores.append(depth_score_T)
     soft_T = 1 - scores[-1]

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from midskip.model import attention
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 
 BLOCK = 128  # rows and columns of the blocks in which FlexAttention leaves work out
 BACKEND = "inductor"  # of torch.compile
 
-_prepared: WeakKeyDictionary[Layout, dict[str, Any]] = WeakKeyDictionary()
+_prepared: WeakKeyDictionary[PackedBatch, dict[str, Any]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -44,12 +44,14 @@ def attention_by(name: str) -> Iterator[None]:
         return
     library, (prepare, run) = attention.attend, KERNELS[name]
 
-    def attend(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, queries: Layout, keys: Layout, width: int) -> Tensor:
+    def attend(
+        q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, queries: PackedBatch, keys: PackedBatch, width: int
+    ) -> Tensor:  # fmt: skip
         if queries is not keys:
             raise ValueError(f'attention by {name!r} is for skipped_kv="drop": leave it out')
         if not queries.num_tokens:
             return library(q_NHJ, k_NHJ, v_NHJ, queries, keys, width)
-        made = _prepared.setdefault(queries, {})  # two layers share a layout
+        made = _prepared.setdefault(queries, {})  # two layers share a batch
         if name not in made:
             made[name] = prepare(queries)
         return run(q_NHJ, k_NHJ, v_NHJ, made[name], width)
@@ -61,19 +63,19 @@ def attention_by(name: str) -> Iterator[None]:
         attention.attend = library
 
 
-def _starts(layout: Layout) -> Tensor:
+def _starts(batch: PackedBatch) -> Tensor:
     """int64 [S + 1], the row each sequence starts at, and N."""
-    starts = [0, *itertools.accumulate(layout.lengths)]
-    return torch.tensor(starts).to(layout.column_N.device, non_blocking=True)
+    starts = [0, *itertools.accumulate(batch.seqlens)]
+    return torch.tensor(starts).to(batch.column_N.device, non_blocking=True)
 
 
 # ---- one call, every sequence padded to the longest
 
 
-def _places(layout: Layout) -> tuple[Tensor, tuple[int, int]]:
+def _places(batch: PackedBatch) -> tuple[Tensor, tuple[int, int]]:
     """int64 [N], where each token goes in the flat rectangle; and the sequences and places of that."""
-    longest = max(layout.lengths)
-    return layout.sequence_N * longest + layout.index_in_sequence_N, (len(layout.lengths), longest)
+    longest = max(batch.seqlens)
+    return batch.sequence_N * longest + batch.index_in_sequence_N, (len(batch.seqlens), longest)
 
 
 def _padded(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, places: tuple[Tensor, Any], width: int) -> Tensor:
@@ -87,15 +89,15 @@ def _padded(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, places: tuple[Tensor, A
     return out_SHPJ.transpose(1, 2).flatten(0, 1).index_select(0, place_N)
 
 
-# ---- the kernel for variable lengths
+# ---- the kernel for variable seqlens
 
 
-def _ends(layout: Layout) -> tuple[Tensor, int]:
-    return _starts(layout).int(), max(layout.lengths)
+def _ends(batch: PackedBatch) -> tuple[Tensor, int]:
+    return _starts(batch).int(), max(batch.seqlens)
 
 
-def _varlen(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, layout: tuple[Tensor, int], width: int) -> Tensor:
-    ends, longest = layout
+def _varlen(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, batch: tuple[Tensor, int], width: int) -> Tensor:
+    ends, longest = batch
     wide = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (q_NHJ, k_NHJ, v_NHJ))  # the kernel takes no other widths
     # -1, 0: all to the left, none to the right
     kernel: Any = varlen_attn
@@ -131,15 +133,15 @@ def _flex_packed(q: Tensor, k: Tensor, v: Tensor, log_gate_N: Tensor | None, mas
     return out[0].transpose(0, 1)
 
 
-def _block_mask(layout: Layout) -> flex.BlockMask:
+def _block_mask(batch: PackedBatch) -> flex.BlockMask:
     """Causal within each sequence, from the sequences alone: no N x N mask is ever made, and nothing waits.
 
     Rows are ordered by sequence, so block i of queries sees the blocks of keys from the one in which the sequence of
     its first row starts to itself. Those between, of nothing but the sequence of its last row, are seen as a whole.
     """
-    sequence_N, num_tokens = layout.sequence_N, layout.num_tokens
+    sequence_N, num_tokens = batch.sequence_N, batch.num_tokens
     device, num_blocks = sequence_N.device, -(-num_tokens // BLOCK)
-    starts_S = _starts(layout)
+    starts_S = _starts(batch)
     own_Q = torch.arange(num_blocks, device=device)
     last_Q = (own_Q + 1) * BLOCK - 1
     begin_Q = starts_S[sequence_N[own_Q * BLOCK]] // BLOCK
@@ -159,7 +161,7 @@ def _block_mask(layout: Layout) -> flex.BlockMask:
     )
 
 
-KERNELS: dict[str, tuple[Callable[[Layout], Any], Callable[..., Tensor]]] = {
+KERNELS: dict[str, tuple[Callable[[PackedBatch], Any], Callable[..., Tensor]]] = {
     "padded": (_places, _padded),
     "varlen": (_ends, _varlen),
     "flex": (_block_mask, _flex),

@@ -84,8 +84,8 @@ def bench_run(
 ) -> dict[str, Any]:  # fmt: skip
     """The same with the learned gates of a trained model, on text: against the model with nothing skipped, and Llama.
 
-    Under a budget or a ceiling (`set_budget`) the model is timed as it then runs, and
-    `effort` in what is returned says which.
+    Under a budget or a max_layers (`set_budget`) the model is timed as it then runs, and
+    `limits` in what is returned says which.
 
     Args:
         settings: as `run_settings` gives them.
@@ -96,7 +96,7 @@ def bench_run(
         ValueError: as `bench`, and too little text, more tokens than the model takes, or training under a budget.
     """
     policy, limit = model.model.policy, model.config.max_position_embeddings
-    if settings.takes_gradients and (policy.factor, policy.ceiling) != (1.0, None):
+    if settings.takes_gradients and (policy.score_scale, policy.max_layers) != (1.0, None):
         raise ValueError(
             "training is to be timed and the model is under a run-time budget, which is for evaluation: leave "
             '"training" and "trainer" out of the tasks, or call model.set_budget() to go back to the gates as trained'
@@ -124,7 +124,7 @@ def bench_run(
     job = _Bench(settings, Path(output), console)
     job.regularizer = regularizer
     job.result["regularizer"] = regularizer and type(regularizer).__name__
-    job.result["effort"] = {"factor": policy.factor, "ceiling": policy.ceiling}
+    job.result["limits"] = {"score_scale": policy.score_scale, "max_layers": policy.max_layers}
     with not_live():
         return job.run(
             _trained_groups(settings, model), 1, lambda num_rows, num_columns: ids_WT[:num_rows, :num_columns]

@@ -133,7 +133,8 @@ class TrainerSteps(Training):
     def _trainer(self, side: Side) -> tuple[Trainer, _Marks, tempfile.TemporaryDirectory[str]]:
         """A Trainer of a copy of the side's model: in float32, as its weights are kept where products are rounded."""
         settings = TrainingSettings(
-            steps=WARM_UP_STEPS + TIMED_STEPS, batch_size=self.batch_size, warmup_ratio=0.0, learning_rate=1e-6,
+            max_steps=WARM_UP_STEPS + TIMED_STEPS, per_device_train_batch_size=self.batch_size,
+            warmup_ratio=0.0, learning_rate=1e-6,
             logging_steps=WARM_UP_STEPS + TIMED_STEPS, save_steps=0, report_to=[],
             bf16=side.model.dtype == torch.bfloat16,
         )  # fmt: skip

@@ -17,15 +17,15 @@ from torch import Tensor
 from midskip.budget.calibration import NUM_PLACES, Calibration, calibration_in, place_of
 from midskip.data import TokenWindows
 from midskip.distributed import rank_and_world_size
-from midskip.evaluate import effort_kept, evaluate
+from midskip.evaluate import evaluate, limits_kept
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.runs import write_atomically
 
 GAP = 0.05  # the most that the shares of two neighbouring points should differ by
-CLOSE = 0.01  # factors that differ by no more than this part of them are not told apart
+CLOSE = 0.01  # scales that differ by no more than this part of them are not told apart
 MOST_POINTS = 48
-LARGEST_FACTOR = 2.0**20
-FLAT = 0.01  # a share that is above that at the largest factor by no more than this does not change any more
+LARGEST_SCALE = 2.0**20
+FLAT = 0.01  # a share that is above that at the largest scale by no more than this does not change any more
 FEWEST_BLOCKS = 8  # for a standard deviation
 
 Windows = TokenWindows | Sequence[dict[str, Tensor]]
@@ -35,10 +35,10 @@ def calibrate(
     model: MidskipForCausalLM, windows: Windows, text: str = "", *, lowest: float = 0.1, block_tokens: int = 256,
     batch_size: int = 8, progress: bool = False,
 ) -> Calibration:  # fmt: skip
-    """Measure share and loss at factors of the scores from 0 up, and write the curve into `model.config.calibration`.
+    """Measure share and loss at scales of the scores from 0 up, and write the curve into `model.config.calibration`.
 
     The text is read once for each point, some 20 to 40 times. A point is added between two whose shares differ by more
-    than `GAP`. Since hidden states change with the factor, the share may also rise for a while. The curve has points at
+    than `GAP`. Since hidden states change with the scale, the share may also rise for a while. The curve has points at
     which it falls, the model as trained among them (unless it skips nothing), however low its share; those that would
     break this are left out and counted.
 
@@ -48,7 +48,7 @@ def calibrate(
     Args:
         windows: held-out text like the prompts to come, as `evaluate` takes it.
         text: what it is, in a few words.
-        lowest: share of block-tokens below which no stricter factor is tried, in (0, 1).
+        lowest: share of block-tokens below which no stricter scale is tried, in (0, 1).
         block_tokens: how many consecutive tokens live prompts are compared by.
         batch_size: windows of a forward pass.
         progress: show a bar in a terminal for each point.
@@ -57,22 +57,22 @@ def calibrate(
         The calibration, which `MidskipForCausalLM.set_budget` goes by. The budget in force stays as it was.
 
     Raises:
-        ValueError: a policy without a budget, settings out of range, too little text, a text on which no factor sends
+        ValueError: a policy without a budget, settings out of range, too little text, a text on which no scale sends
             a token away, or several processes.
     """
     check_settings(model, lowest, block_tokens)
     curve = _Curve(model, windows, lowest, block_tokens, batch_size, progress)
-    with effort_kept(model):
+    with limits_kept(model):
         curve.measure(0.0)
-        floor = curve.measure(LARGEST_FACTOR)
+        floor = curve.measure(LARGEST_SCALE)
         if floor == 1:
             raise ValueError(
-                "no token leaves on this text, whatever the factor: all scores are 0, and there is nothing to calibrate"
+                "no token leaves on this text, whatever the scale: all scores are 0, and there is nothing to calibrate"
             )
-        factor = 1.0
-        while curve.measure(factor) > max(lowest, floor + FLAT) and factor < LARGEST_FACTOR / 2:
-            factor *= 2
-        del curve.points[LARGEST_FACTOR]
+        score_scale = 1.0
+        while curve.measure(score_scale) > max(lowest, floor + FLAT) and score_scale < LARGEST_SCALE / 2:
+            score_scale *= 2
+        del curve.points[LARGEST_SCALE]
         while len(curve.points) < MOST_POINTS and (between := curve.widest_gap()) is not None:
             curve.measure(between)
     calibration = curve.calibration(text)
@@ -107,7 +107,7 @@ def thinned(windows: TokenWindows, max_tokens: int) -> Windows:
 
 
 class _Curve:
-    """The points measured, by factor."""
+    """The points measured, by scale."""
 
     def __init__(
         self, model: MidskipForCausalLM, windows: Windows, lowest: float, block_tokens: int, batch_size: int,
@@ -118,18 +118,18 @@ class _Curve:
         self.points: dict[float, dict[str, Any]] = {}
         self.num_tokens = 0
 
-    def measure(self, factor: float) -> float:
-        """Add the point at this factor. Gives its share."""
-        if factor in self.points:
-            return self.points[factor]["share"]
+    def measure(self, score_scale: float) -> float:
+        """Add the point at this scale. Gives its share."""
+        if score_scale in self.points:
+            return self.points[score_scale]["share"]
         batches: list[Tensor] = []
-        self.model.model.policy.set_effort(factor)
+        self.model.model.policy.set_limits(score_scale)
         result = evaluate(
             self.model,
             self.windows,
             batch_size=self.batch_size,
             progress=self.progress,
-            title=f"Calibrating, point {len(self.points) + 1}, factor {factor:.4g}",
+            title=f"Calibrating, point {len(self.points) + 1}, score_scale {score_scale:.4g}",
             each=lambda *values_N: batches.append(torch.stack(values_N).cpu()),
         )
         self.num_tokens = result["num_tokens"]
@@ -143,7 +143,7 @@ class _Curve:
         place_N = torch.frexp(position_N).exponent.long().clamp(0, NUM_PLACES - 1)  # as `place_of`
         share_P, share_std = self._by_place(blocks_N / self.model.config.num_hidden_layers, place_N)
         loss_P, loss_std = self._by_place(loss_N, place_N)
-        self.points[factor] = {
+        self.points[score_scale] = {
             "share": result["executed_share"], "share_by_place": share_P, "share_std": share_std,
             "loss": result["loss"], "loss_by_place": loss_P, "loss_std": loss_std,
         }  # fmt: skip
@@ -165,7 +165,7 @@ class _Curve:
         return means, excess_K[excess_K.isfinite()].std().item()
 
     def widest_gap(self) -> float | None:
-        """A factor midway between the two neighbours whose shares differ most; None if all are near enough."""
+        """A scale midway between the two neighbours whose shares differ most; None if all are near enough."""
         gaps = [
             (self.points[low]["share"] - self.points[high]["share"], (low + high) / 2)
             for low, high in pairwise(sorted(self.points))
@@ -179,27 +179,27 @@ class _Curve:
         that comes later. The model as trained, where it is often best, is one of them, so before it the share has to
         stay above its."""
         kept, num_dropped, as_trained = [0.0], 0, self.points[1.0]["share"]
-        for factor in sorted(self.points)[1:]:
-            share, before = self.points[factor]["share"], self.points[kept[-1]]["share"]
-            if before <= self.lowest and factor > 1:
+        for score_scale in sorted(self.points)[1:]:
+            share, before = self.points[score_scale]["share"], self.points[kept[-1]]["share"]
+            if before <= self.lowest and score_scale > 1:
                 break
-            if share < before and (share > as_trained or factor >= 1):
-                kept.append(factor)
+            if share < before and (share > as_trained or score_scale >= 1):
+                kept.append(score_scale)
             elif share != before:
                 num_dropped += 1
-        curves = {name: [self.points[factor][name] for factor in kept] for name in self.points[0.0]}
+        curves = {name: [self.points[score_scale][name] for score_scale in kept] for name in self.points[0.0]}
         counts = {"num_tokens": self.num_tokens, "block_tokens": self.block_tokens, "num_dropped": num_dropped}
-        return Calibration.from_dict({"text": text, **counts, "factor": kept, **curves})
+        return Calibration.from_dict({"text": text, **counts, "score_scale": kept, **curves})
 
 
-def factors_for(model: MidskipForCausalLM, budgets: Sequence[float]) -> tuple[Calibration, list[float]]:
-    """The model's calibration, and the factor of the scores at each budget.
+def scales_for(model: MidskipForCausalLM, budgets: Sequence[float]) -> tuple[Calibration, list[float]]:
+    """The model's calibration, and the scale of the scores at each budget.
 
     Raises:
         ValueError: a budget out of range, no calibration, or a policy without a budget.
     """
     calibration = calibration_in(model.config.calibration, model.model.policy.adjustable)
-    return calibration, [calibration.factor_for(budget) for budget in budgets]
+    return calibration, [calibration.scale_for(budget) for budget in budgets]
 
 
 def loss_by_budget(
@@ -210,31 +210,32 @@ def loss_by_budget(
     Where `torch.distributed` is initialised every rank has to call this, as `evaluate`.
 
     Returns:
-        For each budget: `budget`; `factor` of the scores; `executed_share` and `loss` on this text; and under
+        For each budget: `budget`; `score_scale`; `executed_share` and `loss` on this text; and under
         `calibration` both as read off the curve, and `in_band`, whether this text as a whole is where blocks of the
         calibration text are.
 
     Raises:
         ValueError: a budget out of range, no calibration, or nothing to evaluate on.
     """
-    calibration, factors = factors_for(model, budgets)
+    calibration, score_scales = scales_for(model, budgets)
     rows = []
-    for budget, factor in zip(budgets, factors, strict=True):
-        with effort_kept(model):
-            model.model.policy.set_effort(factor)
+    for budget, score_scale in zip(budgets, score_scales, strict=True):
+        with limits_kept(model):
+            model.model.policy.set_limits(score_scale)
             result = evaluate(
                 model, windows, batch_size=batch_size, progress=progress, title=f"Evaluating, budget {budget:g}"
             )
         share, loss = result["executed_share"], result["loss"]
-        calibrated_share, calibrated_loss = calibration.at(factor)
+        calibrated_share, calibrated_loss = calibration.at(score_scale)
         counts = [0] * NUM_PLACES
         for position, count in enumerate(result["num_targets_by_position"]):
             counts[place_of(position)] += count
-        (low, high), highest = calibration.share_band(factor, counts), calibration.highest_loss(factor, counts)
+        low, high = calibration.share_band(score_scale, counts)
+        highest = calibration.highest_loss(score_scale, counts)
         rows.append(
             {
                 "budget": budget,
-                "factor": factor,
+                "score_scale": score_scale,
                 "executed_share": share,
                 "loss": loss,
                 "calibration": {"text": calibration.text, "executed_share": calibrated_share, "loss": calibrated_loss},

@@ -12,20 +12,20 @@ from typing import Any
 TOLERANCE = 0.02  # of a budget, by which the share of a point that serves it may be above
 BAND_STDS = 4  # half the width of the band that blocks of live prompts have to stay in
 NUM_PLACES = 12  # groups of positions: 0, 1, 2 to 3, 4 to 7, and so on; the last one from 1024 on
-_CURVES = ("factor", "share", "loss", "share_std", "loss_std")
+_CURVES = ("score_scale", "share", "loss", "share_std", "loss_std")
 _BY_PLACE = ("share_by_place", "loss_by_place")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What factors of the scores cost and save on a text. Entry k of each list is the k-th point of the curve.
+    """What scales of the scores cost and save on a text. Entry k of each list is the k-th point of the curve.
 
     Attributes:
         text: what the text is, in a few words of the user's.
         num_tokens: how much of it went in.
         block_tokens: how many consecutive tokens the standard deviations are over.
         num_dropped: points that were measured and left out, so that the share falls from each to the next.
-        factor: of the scores, from 0 up.
+        score_scale: of the scores, from 0 up.
         share: of block-tokens that ran, from 1 down.
         loss: nats a token.
         share_by_place, loss_by_place: lists of both for tokens at positions 0, 1, 2 to 3, 4 to 7, ... of their
@@ -39,7 +39,7 @@ class Calibration:
     num_tokens: int
     block_tokens: int
     num_dropped: int
-    factor: list[float]
+    score_scale: list[float]
     share: list[float]
     loss: list[float]
     share_by_place: list[list[float]]
@@ -68,17 +68,18 @@ class Calibration:
             curve = values[name]
             if not isinstance(curve, list | tuple) or len(curve) < 2 or not all(map(_is_amount, curve)):
                 raise _broken(f"calibration[{name!r}]", repr(curve), "two or more finite numbers of at least 0")
-            if len(curve) != len(values["factor"]):
-                raise _broken(f"calibration[{name!r}]", f"{len(curve)} numbers", f"{len(values['factor'])}, as factor")
+            if len(curve) != len(values["score_scale"]):
+                expected = f"{len(values['score_scale'])}, as score_scale"
+                raise _broken(f"calibration[{name!r}]", f"{len(curve)} numbers", expected)
         for name in _BY_PLACE:
-            curve, expected = values[name], f"{len(values['factor'])} lists of {NUM_PLACES} numbers of at least 0"
-            if not isinstance(curve, list | tuple) or len(curve) != len(values["factor"]):
+            curve, expected = values[name], f"{len(values['score_scale'])} lists of {NUM_PLACES} numbers of at least 0"
+            if not isinstance(curve, list | tuple) or len(curve) != len(values["score_scale"]):
                 raise _broken(f"calibration[{name!r}]", repr(curve), expected)
             for point in curve:
                 if not isinstance(point, list | tuple) or len(point) != NUM_PLACES or not all(map(_is_amount, point)):
                     raise _broken(f"calibration[{name!r}]", repr(curve), expected)
-        if values["factor"][0] != 0 or any(after <= before for before, after in pairwise(values["factor"])):
-            raise _broken("calibration['factor']", repr(values["factor"]), "0 and then rising numbers")
+        if values["score_scale"][0] != 0 or any(after <= before for before, after in pairwise(values["score_scale"])):
+            raise _broken("calibration['score_scale']", repr(values["score_scale"]), "0 and then rising numbers")
         if values["share"][0] != 1 or any(after >= before for before, after in pairwise(values["share"])):
             raise _broken("calibration['share']", repr(values["share"]), "1 and then falling numbers")
         return cls(**{**values, **{name: [float(value) for value in values[name]] for name in _CURVES}})
@@ -86,12 +87,12 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def factor_for(self, budget: float) -> float:
-        """The factor of the lowest loss, of those at which no more than this share of block-tokens ran, in (0, 1].
+    def scale_for(self, budget: float) -> float:
+        """The scale of the lowest loss, of those at which no more than this share of block-tokens ran, in (0, 1].
 
         So a larger budget never gives a larger loss on the text of the calibration. Candidates are the points measured,
         whose share may be above the budget by a `TOLERANCE` (so that the model as trained serves the budget it was
-        trained for), and the place on the curve where the share is the budget. The largest factor for less than ever
+        trained for), and the place on the curve where the share is the budget. The largest scale for less than ever
         ran.
 
         Raises:
@@ -99,48 +100,50 @@ class Calibration:
         """
         if not _is_amount(budget) or not 0 < budget <= 1:
             raise ValueError(f"budget is {budget!r}; expected a share of the blocks, above 0 and up to 1, or None")
-        exact = self.factor_at(budget)
-        served = [f for f, share in zip(self.factor, self.share, strict=True) if share <= budget * (1 + TOLERANCE)]
-        share_and_loss = {factor: self.at(factor) for factor in (*served, exact)}
-        return min(share_and_loss, key=lambda factor: share_and_loss[factor][::-1])  # of equal losses the least work
+        exact = self.scale_at(budget)
+        most = budget * (1 + TOLERANCE)
+        served = [scale for scale, share in zip(self.score_scale, self.share, strict=True) if share <= most]
+        share_and_loss = {scale: self.at(scale) for scale in (*served, exact)}
+        return min(share_and_loss, key=lambda scale: share_and_loss[scale][::-1])  # of equal losses the least work
 
-    def factor_at(self, share: float) -> float:
-        """The factor at which this share of block-tokens ran, on the line between the points measured."""
-        return _interpolated(-share, [-measured for measured in self.share], self.factor)
+    def scale_at(self, share: float) -> float:
+        """The scale at which this share of block-tokens ran, on the line between the points measured."""
+        return _interpolated(-share, [-measured for measured in self.share], self.score_scale)
 
-    def at(self, factor: float) -> tuple[float, float]:
-        """Share and loss at a factor, on the line between the points measured."""
-        return _interpolated(factor, self.factor, self.share), _interpolated(factor, self.factor, self.loss)
+    def at(self, score_scale: float) -> tuple[float, float]:
+        """Share and loss at a scale, on the line between the points measured."""
+        scales = self.score_scale
+        return _interpolated(score_scale, scales, self.share), _interpolated(score_scale, scales, self.loss)
 
-    def share_band(self, factor: float, counts: Sequence[float]) -> tuple[float, float]:
-        """Lowest and highest share that a block of tokens should have at a factor.
+    def share_band(self, score_scale: float, counts: Sequence[float]) -> tuple[float, float]:
+        """Lowest and highest share that a block of tokens should have at a scale.
 
         Args:
             counts: tokens of the block in each group of positions, `NUM_PLACES` numbers; see `place_counts`.
 
         Returns:
             The mean at those positions, and `BAND_STDS` standard deviations on either side, of the points measured on
-            either side of the factor (of one, where it was measured): the widest.
+            either side of the scale (of one, where it was measured): the widest.
         """
-        means = [(_weighted(self.share_by_place[point], counts), point) for point in self._around(factor)]
+        means = [(_weighted(self.share_by_place[point], counts), point) for point in self._around(score_scale)]
         rounding = 1e-6  # where every block had the same share
         return (
             min(mean - BAND_STDS * self.share_std[point] for mean, point in means) - rounding,
             max(mean + BAND_STDS * self.share_std[point] for mean, point in means) + rounding,
         )
 
-    def highest_loss(self, factor: float, counts: Sequence[float]) -> float:
-        """The highest loss that a block of tokens should have at a factor; a low one is welcome. As `share_band`."""
+    def highest_loss(self, score_scale: float, counts: Sequence[float]) -> float:
+        """The highest loss that a block of tokens should have at a scale; a low one is welcome. As `share_band`."""
         return max(
             _weighted(self.loss_by_place[point], counts) + BAND_STDS * self.loss_std[point]
-            for point in self._around(factor)
+            for point in self._around(score_scale)
         )
 
-    def _around(self, factor: float) -> range:
-        """The points on either side of a factor."""
-        last = len(self.factor) - 1
-        after = min(bisect_left(self.factor, factor), last)
-        before = after if after == 0 or self.factor[after] <= factor else after - 1
+    def _around(self, score_scale: float) -> range:
+        """The points on either side of a scale."""
+        last = len(self.score_scale) - 1
+        after = min(bisect_left(self.score_scale, score_scale), last)
+        before = after if after == 0 or self.score_scale[after] <= score_scale else after - 1
         return range(before, after + 1)
 
 
@@ -149,11 +152,11 @@ def place_of(position: int) -> int:
     return min(position.bit_length(), NUM_PLACES - 1)
 
 
-def place_counts(lengths: Sequence[int]) -> list[int]:
-    """How many tokens of documents of these lengths are in each group of positions."""
+def place_counts(seqlens: Sequence[int]) -> list[int]:
+    """How many tokens of documents of these seqlens are in each group of positions."""
     starts = [0, *(2**place for place in range(NUM_PLACES - 1))]
-    ends = [*starts[1:], max(lengths, default=0)]
-    return [sum(max(0, min(length, end) - start) for length in lengths) for start, end in zip(starts, ends)]
+    ends = [*starts[1:], max(seqlens, default=0)]
+    return [sum(max(0, min(length, end) - start) for length in seqlens) for start, end in zip(starts, ends)]
 
 
 def calibration_in(values: Any, adjustable: bool) -> Calibration:

@@ -53,14 +53,14 @@ class DriftMonitor:
 
     Two things are compared with what the calibration measured at the same positions: the share of block-tokens that
     ran, which may leave the band on either side, and the loss of predicting the prompts' own tokens, which may leave it
-    above. Under a ceiling, which the calibration knew nothing of, a low share is no drift. It costs the head
+    above. Under `max_layers`, which the calibration knew nothing of, a low share is no drift. It costs the head
     on at most `SCORED_ROWS` tokens of each prompt pass, spread evenly over it, which meters do not count, and a wait
-    for the device once in a block. If the effort changes (`set_budget`), pooling starts again.
+    for the device once in a block. If the limits change (`set_budget`), pooling starts again.
 
     Args:
         model: a calibrated `MidskipForCausalLM`.
-        on_drift: `"keep"` warns once and goes on; `"as_trained"` warns once and drops budget and ceiling, from the next
-            pass on; `"error"` raises `BudgetDriftError` in the pass, which takes back what it added to a cache.
+        on_drift: `"keep"` warns once and goes on; `"as_trained"` warns once and drops budget and `max_layers`, from the
+            next pass on; `"error"` raises `BudgetDriftError` in the pass, which takes back what it added to a cache.
 
     Raises:
         ValueError: another `on_drift`, or a model without a calibration or without a policy that has budgets.
@@ -76,8 +76,8 @@ class DriftMonitor:
         self._hooks: list[Any] = []
         self._layout: Any = None  # of the pass that is looked at
         self._num_ran = 0
-        self._lengths: list[int] = []
-        self._effort: Any = None
+        self._seqlens: list[int] = []
+        self._limits: Any = None
         self._start()
 
     def _start(self) -> None:
@@ -114,26 +114,26 @@ class DriftMonitor:
         self.detach()
 
     def _on_policy(self, policy: nn.Module, arguments: tuple[Any, ...], decision: Any) -> None:
-        layer, _, _, layout = arguments
+        layer, _, _, batch = arguments
         if layer == 0:
-            is_prompt = not (policy.training or layout.first_column) and _is_live.get()
-            self._layout, self._num_ran = layout if is_prompt else None, 0
+            is_prompt = not (policy.training or batch.first_column) and _is_live.get()
+            self._layout, self._num_ran = batch if is_prompt else None, 0
         if self._layout is not None:
-            self._num_ran += layout.keep(decision.keep_N).num_tokens
+            self._num_ran += batch.keep(decision.keep_N).num_tokens
 
     def _on_norm(self, norm: nn.Module, arguments: tuple[Any, ...], h_ND: Tensor) -> None:
-        layout, self._layout = self._layout, None
-        if layout is not None and layout.num_tokens:
-            share = self._num_ran / (layout.num_tokens * self.policy.num_layers)
-            self.look(layout.lengths, share, h_ND, layout.token_N)
+        batch, self._layout = self._layout, None
+        if batch is not None and batch.num_tokens:
+            share = self._num_ran / (batch.num_tokens * self.policy.num_layers)
+            self.look(batch.seqlens, share, h_ND, batch.token_N)
 
     @torch.no_grad()
-    def look(self, lengths: Sequence[int], share: float, h_ND: Tensor, ids_N: Tensor | None) -> None:
+    def look(self, seqlens: Sequence[int], share: float, h_ND: Tensor, ids_N: Tensor | None) -> None:
         """Look at a pass. One in which no sequence has two tokens is a step of generation and not looked at; so is
         one that is a token longer in every sequence than the last, as in generation without a cache.
 
         Args:
-            lengths: tokens of each sequence, or of each document.
+            seqlens: tokens of each sequence, or of each document.
             share: of block-tokens that ran.
             h_ND: what goes into the head.
             ids_N: int64 [N], the tokens; None where they are not known: the loss is then not compared.
@@ -141,18 +141,18 @@ class DriftMonitor:
         Raises:
             BudgetDriftError: a block left the band, and `on_drift` is "error".
         """
-        if self.is_over or max(lengths) < 2:
+        if self.is_over or max(seqlens) < 2:
             return
-        before, self._lengths = self._lengths, list(lengths)
-        if self._lengths == [length + 1 for length in before]:
+        before, self._seqlens = self._seqlens, list(seqlens)
+        if self._seqlens == [length + 1 for length in before]:
             return
-        if self._effort != (effort := (self.policy.factor, self.policy.ceiling)):
-            self._effort = effort
+        if self._limits != (limits := (self.policy.score_scale, self.policy.max_layers)):
+            self._limits = limits
             self._start()
-        self._ran += share * sum(lengths)
-        self._places = [a + b for a, b in zip(self._places, place_counts(lengths), strict=True)]
+        self._ran += share * sum(seqlens)
+        self._places = [a + b for a, b in zip(self._places, place_counts(seqlens), strict=True)]
         if ids_N is not None:
-            rows, positions = _scored(lengths)
+            rows, positions = _scored(seqlens)
             rows_R = torch.tensor(rows, device=h_ND.device)
             # not as a module call: that is what meters count
             logits_RV = self.model.lm_head.forward(h_ND.index_select(0, rows_R)).float()
@@ -163,15 +163,16 @@ class DriftMonitor:
         self._judge()
 
     def _judge(self) -> None:
-        block, (factor, ceiling), found = self.calibration.block_tokens, self._effort, []
+        block, (score_scale, max_layers), found = self.calibration.block_tokens, self._limits, []
         if (num_tokens := sum(self._places)) >= block:
-            share, (low, high) = self._ran / num_tokens, self.calibration.share_band(factor, self._places)
+            share, (low, high) = self._ran / num_tokens, self.calibration.share_band(score_scale, self._places)
             self._forget_share()
-            if share > high or (share < low and ceiling is None):
-                expected = f"{0 if ceiling else max(0, low):.3f} to {min(1, high):.3f}"
+            if share > high or (share < low and max_layers is None):
+                expected = f"{0 if max_layers else max(0, low):.3f} to {min(1, high):.3f}"
                 found.append(f"{share:.3f} of the blocks ran on the last {num_tokens} tokens, expected {expected}")
         if (num_scored := sum(self._scored_places)) >= block:
-            loss, highest = self._nats.item() / num_scored, self.calibration.highest_loss(factor, self._scored_places)
+            loss = self._nats.item() / num_scored
+            highest = self.calibration.highest_loss(score_scale, self._scored_places)
             self._forget_loss()
             if not loss <= highest:
                 expected = f"at most {highest:.3f}"
@@ -187,17 +188,17 @@ class DriftMonitor:
             )
         self.is_over = True
         if self.on_drift == "as_trained":
-            self.policy.set_effort()
+            self.policy.set_limits()
             message += "; from now on the gates are those of training, without a budget (on_drift: as_trained)"
         else:
             message += "; the budget stays, and this is said once (on_drift: keep)"
         warnings.warn(message, stacklevel=2)
 
 
-def _scored(lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+def _scored(seqlens: Sequence[int]) -> tuple[list[int], list[int]]:
     """At most `SCORED_ROWS` rows, evenly spaced among those that the same sequence has a token after, and the position
     of each in its sequence."""
-    before_end = list(accumulate(length - 1 for length in lengths if length))
+    before_end = list(accumulate(length - 1 for length in seqlens if length))
     count = min(SCORED_ROWS, before_end[-1])
     places = [(2 * number + 1) * before_end[-1] // (2 * count) for number in range(count)]
     sequences = [bisect_right(before_end, place) for place in places]

@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> None:
         raise ValueError("--picture draws loss at several budgets: give --budgets too")
     if options.picture and not options.picture.parent.is_dir():
         raise ValueError(f"there is no folder {str(options.picture.parent)!r} to draw the picture into: make it first")
-    from midskip.budget.calibrate import factors_for, loss_by_budget
+    from midskip.budget.calibrate import loss_by_budget, scales_for
     from midskip.data import DataError, token_bytes
     from midskip.distributed import joined_ranks
     from midskip.evaluate import evaluate
@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> None:
 
     with joined_ranks() as rank:
         model, tokenizer = load_run(options.run)
-        calibration = factors_for(model, options.budgets)[0] if options.budgets else None
+        calibration = scales_for(model, options.budgets)[0] if options.budgets else None
         console = Console(stderr=True, quiet=rank > 0)
         windows = text_of(options, model, tokenizer, console)
         num_bytes = None

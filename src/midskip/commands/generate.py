@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--top_k", type=int, default=50, help="draw among the k most likely (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     parser.add_argument("--budget", type=float, help="share of the blocks to run, in (0, 1] (default: as trained)")
-    parser.add_argument("--ceiling", type=at_least_one, help="the most blocks that a token may run (default: all)")
+    parser.add_argument("--max_layers", type=at_least_one, help="the most blocks that a token may run (default: all)")
     parser.add_argument(
         "--on_drift", choices=ON_DRIFT, default="keep", help="if the prompt is unlike what the budget was calibrated on"
     )
@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> None:
     from midskip.runs import load_run
 
     model, tokenizer = load_run(options.run)
-    model.set_budget(options.budget, options.ceiling)
+    model.set_budget(options.budget, options.max_layers)
     if options.budget is None and options.on_drift != "keep":
         raise ValueError(
             f"on_drift is {options.on_drift!r} and there is no budget whose drift to look for: add --budget"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from midskip.model.layer_cache import NO_COLUMN, LayerCache
 from midskip.model.ops import rotate
-from midskip.model.packing import Layout, Rotary
+from midskip.model.packing import PackedBatch, Rotary
 
 
 class Attention(nn.Module):
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         return rotate_and_gate(q_NHK, k_MGK, v_MGK, queries, keys, key_gate_M)
 
     def attend(
-        self, q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: Layout, keys: Layout,
+        self, q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: PackedBatch, keys: PackedBatch,
         key_gate_M: Tensor | None = None, past: LayerCache | None = None,
     ) -> Tensor:  # fmt: skip
         """[N, H, J]: what each query finds among the keys of its sequence at the same or an earlier column, those of a
@@ -79,12 +79,12 @@ def rotate_and_gate(
     return rotate(q_NHK, queries, one_N), rotate(k_MGK, keys, log_gate_M), v_MGK
 
 
-def attend(q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: Layout, keys: Layout, width: int) -> Tensor:
+def attend(q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: PackedBatch, keys: PackedBatch, width: int) -> Tensor:
     """Attention of packed queries to packed keys of the same sequence at the same or an earlier column.
 
     Args:
         q_NHJ, k_MGJ, v_MGJ: from `rotate_and_gate`.
-        queries, keys: who the rows are. If they are the same layout, attention is plain causal attention of each
+        queries, keys: who the rows are. If they are the same batch, attention is plain causal attention of each
             sequence; otherwise the queries' columns must be among the keys'.
         width: K; scores are divided by its root.
 
@@ -97,20 +97,20 @@ def attend(q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: Layout, keys: L
         return q_NHJ + 0 * unused.repeat_interleave(num_heads // num_key_heads, 0)
     scale = 1 / math.sqrt(width)
     if queries is keys and queries.is_even:
-        length = queries.lengths[0]
+        length = queries.seqlens[0]
         q, k, v = (x.unflatten(0, (-1, length)) for x in (q_NHJ, k_MGJ, v_MGJ))
         return _attend(q, k, v, scale).flatten(0, 1)
     return torch.cat(_attend_each(q_NHJ, k_MGJ, v_MGJ, queries, keys, scale))
 
 
 def _attend_each(
-    q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: Layout, keys: Layout, scale: float
+    q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: PackedBatch, keys: PackedBatch, scale: float
 ) -> list[Tensor]:
     """One call a sequence: cheaper than padding all to the longest."""
     outputs = []
-    columns = queries.column_N.split(queries.lengths), keys.column_N.split(keys.lengths)
+    columns = queries.column_N.split(queries.seqlens), keys.column_N.split(keys.seqlens)
     rows = zip(
-        q_NHJ.split(queries.lengths), k_MGJ.split(keys.lengths), v_MGJ.split(keys.lengths), *columns, strict=True
+        q_NHJ.split(queries.seqlens), k_MGJ.split(keys.seqlens), v_MGJ.split(keys.seqlens), *columns, strict=True
     )
     for q, k, v, query_columns, key_columns in rows:
         if q.shape[0]:
@@ -120,7 +120,7 @@ def _attend_each(
     return outputs
 
 
-def attend_past(q_NHK: Tensor, queries: Layout, past: LayerCache) -> Tensor:
+def attend_past(q_NHK: Tensor, queries: PackedBatch, past: LayerCache) -> Tensor:
     """Attention of packed queries to what a layer's cache holds of their sequences, at the same or an earlier column.
 
     Gates of the keys are added to the scores as logarithms: where attention goes by positions a bias costs nothing
@@ -143,8 +143,8 @@ def attend_past(q_NHK: Tensor, queries: Layout, past: LayerCache) -> Tensor:
     if _alone_is_cheaper(q_NHK.device):
         return torch.cat(_attend_past_each(q_NHK, column_N, queries, past))
     # one launch for all, with queries in the places of those that do not ask
-    place_N = queries.sequence_N * max(queries.lengths) + queries.index_in_sequence_N
-    shape = queries.batch_size, max(queries.lengths)
+    place_N = queries.sequence_N * max(queries.seqlens) + queries.index_in_sequence_N
+    shape = queries.batch_size, max(queries.seqlens)
     q_BTHK = q_NHK.new_zeros(shape[0] * shape[1], *q_NHK.shape[1:]).index_copy_(0, place_N, q_NHK).unflatten(0, shape)
     column_BT = None
     if column_N is not None:
@@ -157,10 +157,10 @@ def _alone_is_cheaper(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _attend_past_each(q_NHK: Tensor, column_N: Tensor | None, queries: Layout, past: LayerCache) -> list[Tensor]:
+def _attend_past_each(q_NHK: Tensor, column_N: Tensor | None, queries: PackedBatch, past: LayerCache) -> list[Tensor]:
     """One call for each sequence that asks: the others' keys, and slots that are free, are not read."""
     outputs, start = [], 0
-    for row, length in enumerate(queries.lengths):
+    for row, length in enumerate(queries.seqlens):
         if length:
             rows = slice(start, start + length)
             column_BT = None if column_N is None else column_N[None, rows]
@@ -172,9 +172,9 @@ def _attend_past_each(q_NHK: Tensor, column_N: Tensor | None, queries: Layout, p
 def _attend_slots(q_BTHK: Tensor, column_BT: Tensor | None, past: LayerCache, row: int | None = None) -> Tensor:
     """Attention of queries to the slots of all sequences, or of one, up to the queries' columns if given."""
     if row is None:
-        rows, num_slots, even = slice(None), max(past.lengths), past.is_even
+        rows, num_slots, even = slice(None), max(past.seqlens), past.is_even
     else:
-        rows, num_slots, even = slice(row, row + 1), past.lengths[row], True
+        rows, num_slots, even = slice(row, row + 1), past.seqlens[row], True
     k_BSGK, v_BSGK, column_BS, *gates = (buffer[rows, :num_slots] for buffer in past.buffers)
     bias = gates[0][:, None] if gates else None
     if column_BT is not None or not even:

@@ -17,7 +17,7 @@ from transformers import Cache
 
 from midskip.model.config import MidskipConfig
 from midskip.model.layer_cache import ROUND, SPARE, LayerCache, writable
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 
 IN_GENERATE = "in generate(), give the whole text so far, or an attention_mask over the cached columns too"
 
@@ -46,9 +46,9 @@ class SkipCache(Cache):
         config: of the model that it is for.
 
     Attributes:
-        layers: a `LayerCache` for each layer, with `lengths`, `columns` and `keys` of what it holds.
+        layers: a `LayerCache` for each layer, with `seqlens`, `columns` and `keys` of what it holds.
         num_columns: columns seen, pads included; `get_seq_length()` is the same.
-        lengths: tokens of each row among them, pads not counted, on the host; empty while nothing came.
+        seqlens: tokens of each row among them, pads not counted, on the host; empty while nothing came.
         num_valid_tokens: tokens among them that were no pads, of all passes; never made less.
         num_block_tokens: tokens that ran, summed over the layers and all passes; never made less.
     """
@@ -69,7 +69,7 @@ class SkipCache(Cache):
         for layer in self.layers:
             layer.reset()
         self.num_columns = 0
-        self.lengths: list[int] = []
+        self.seqlens: list[int] = []
         # int32 [B, C, 2], position (-1: a pad) and token (-1: unknown) of each column seen; some spare
         self._seen_BC2: Tensor | None = None
         self._model: ReferenceType[nn.Module] | None = None
@@ -105,8 +105,8 @@ class SkipCache(Cache):
     def admit(
         self, model: nn.Module, shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None,
         device: torch.device, input_ids: Tensor | None = None,
-    ) -> Layout:  # fmt: skip
-        """Note the next columns, and give the layout of their tokens.
+    ) -> PackedBatch:  # fmt: skip
+        """Note the next columns, and give their tokens, packed.
 
         Args:
             model: whose pass it is.
@@ -146,7 +146,7 @@ class SkipCache(Cache):
         facts = [
             (marks_BC[:, :past] != valid_BC).any(), (valid_BT & (position_BT <= before_BT)).any(), position_BT.max(),
         ]  # fmt: skip
-        differs, late, highest, *lengths = torch.cat([torch.stack([f.long() for f in facts]), valid_BT.sum(1)]).tolist()
+        differs, late, highest, *seqlens = torch.cat([torch.stack([f.long() for f in facts]), valid_BT.sum(1)]).tolist()
         if differs:
             raise ValueError(
                 "attention_mask marks other columns as pads than it did when they were cached: give the same marks for "
@@ -164,15 +164,15 @@ class SkipCache(Cache):
         self._model = ref(model)
         token_BT = torch.full_like(position_BT, -1) if input_ids is None else input_ids
         self._note(torch.stack([position_BT, token_BT], -1))
-        past_lengths = self.lengths or [0] * batch_size
-        self.lengths = [held + more for held, more in zip(past_lengths, lengths, strict=True)]
-        if sum(lengths) == valid_BT.numel():
+        past_seqlens = self.seqlens or [0] * batch_size
+        self.seqlens = [held + more for held, more in zip(past_seqlens, seqlens, strict=True)]
+        if sum(seqlens) == valid_BT.numel():
             column_N = torch.arange(valid_BT.numel(), device=device)
         else:
-            column_N = torch.nonzero_static(valid_BT.flatten(), size=sum(lengths)).squeeze(1)
+            column_N = torch.nonzero_static(valid_BT.flatten(), size=sum(seqlens)).squeeze(1)
         position_N = position_BT.flatten().index_select(0, column_N)
-        return Layout(
-            batch_size, num_new, column_N, position_N, lengths, first_column=past, past_lengths=past_lengths,
+        return PackedBatch(
+            batch_size, num_new, column_N, position_N, seqlens, first_column=past, past_seqlens=past_seqlens,
             past_token_B=past_token_B,
         )  # fmt: skip
 
@@ -230,11 +230,11 @@ class SkipCache(Cache):
         if not tokens_to_remove or self._seen_BC2 is None:
             return
         self.num_columns = column
-        filled = [layer for layer in self.layers if layer.lengths]
-        counts = [(self._seen_BC2[:, :column, 0] >= 0).sum(1), *(layer.lengths_before(column) for layer in filled)]
-        self.lengths, *lengths = torch.stack(counts).tolist()
-        for layer, layer_lengths in zip(filled, lengths, strict=True):
-            layer.crop(column, layer_lengths)
+        filled = [layer for layer in self.layers if layer.seqlens]
+        counts = [(self._seen_BC2[:, :column, 0] >= 0).sum(1), *(layer.seqlens_before(column) for layer in filled)]
+        self.seqlens, *seqlens = torch.stack(counts).tolist()
+        for layer, layer_seqlens in zip(filled, seqlens, strict=True):
+            layer.crop(column, layer_seqlens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row r what row `beam_idx[r]` was, as beam search asks."""
@@ -258,7 +258,7 @@ class SkipCache(Cache):
             raise ValueError("no row of the cache is selected: give at least one, or call reset() to empty it")
         row_R, rows = indices.to(self._seen_BC2.device), indices.tolist()
         self._seen_BC2 = self._seen_BC2.index_select(0, row_R)
-        self.lengths = [self.lengths[row] for row in rows]
+        self.seqlens = [self.seqlens[row] for row in rows]
         for layer in self.layers:
             layer.select(row_R, rows)
 

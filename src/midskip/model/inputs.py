@@ -1,4 +1,4 @@
-"""What a forward pass is given: checked, and made a layout of packed tokens and a cache.
+"""What a forward pass is given: checked, and made a batch of packed tokens and a cache.
 
 B sequences, T columns, D width.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from midskip.model.cache import IN_GENERATE, SkipCache
 from midskip.model.generation import check_kind
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 
 _WITHOUT_EFFECT = ("cache_position", "token_type_ids")  # what Llama takes and makes no use of
 
@@ -35,7 +35,7 @@ def check_others(others: dict[str, Any]) -> None:
 def inputs_for(
     model: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
     inputs_embeds: Tensor | None, past_key_values: Any, use_cache: bool | None,
-) -> tuple[Layout, SkipCache | None]:  # fmt: skip
+) -> tuple[PackedBatch, SkipCache | None]:  # fmt: skip
     """Check the input; say who is where, and which cache is used: the one given, a new one, or none.
 
     Arguments and errors are those of `MidskipModel.forward`. Unless told, a pass without gradients makes a cache if
@@ -54,14 +54,14 @@ def inputs_for(
         cache = SkipCache(config)
     may_cache = use_cache is None and config.use_cache and not (looks_back or torch.is_grad_enabled())
     if cache is None:
-        layout = _layout(given, attention_mask, position_ids, config.max_position_embeddings)
-        if not may_cache or layout.document_N is not None:
-            return layout, None
+        batch = _layout(given, attention_mask, position_ids, config.max_position_embeddings)
+        if not may_cache or batch.document_N is not None:
+            return batch, None
         cache = SkipCache(config)
     return cache.admit(model, (shape[0], shape[1]), attention_mask, position_ids, given.device, input_ids), cache
 
 
-def _layout(given: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, limit: int) -> Layout:
+def _layout(given: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, limit: int) -> PackedBatch:
     """Without a cache."""
     shape = given.shape[:2]
     if attention_mask is None:
@@ -70,11 +70,11 @@ def _layout(given: Tensor, attention_mask: Tensor | None, position_ids: Tensor |
         raise ValueError(f"attention_mask has the shape {list(attention_mask.shape)}; expected {list(shape)}")
     else:
         valid_BT = attention_mask.bool()
-    layout = Layout.from_rectangle(valid_BT, position_ids, all_valid=attention_mask is None)
-    low, high = layout.position_range or (0, 0)
+    batch = PackedBatch.from_rectangle(valid_BT, position_ids, all_valid=attention_mask is None)
+    low, high = batch.position_range or (0, 0)
     if low < 0 or high >= limit:
         raise ValueError(f"position_ids reach from {low} to {high}; this model takes 0 to {limit - 1}")
-    return layout
+    return batch
 
 
 def _check_cache(model: nn.Module, cache: Any, use_cache: bool | None, looks_back: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 
 NO_COLUMN = torch.iinfo(torch.int32).max  # of a slot that is free: later than any that asks
 SPARE, ROUND = 8, 16  # an eighth more slots than needed, in steps: a token is copied a few times, not at every step
@@ -22,10 +22,10 @@ def writable(buffers: list[Tensor]) -> list[Tensor]:
 
 
 class LayerCache:
-    """One layer's part of a cache. Sequence b fills its first `lengths[b]` slots, in the order of its columns.
+    """One layer's part of a cache. Sequence b fills its first `seqlens[b]` slots, in the order of its columns.
 
     Attributes:
-        lengths: tokens held of each sequence, on the host; empty while nothing came.
+        seqlens: tokens held of each sequence, on the host; empty while nothing came.
         buffers: keys, values, columns and, once gates were given, their logarithms, each [B, S, ...]; empty likewise.
     """
 
@@ -34,8 +34,8 @@ class LayerCache:
 
     def reset(self) -> None:
         """Forget everything, and give its memory back."""
-        self.lengths: list[int] = []
-        self._length_B: Tensor | None = None  # `lengths` on the device, while it is known there
+        self.seqlens: list[int] = []
+        self._length_B: Tensor | None = None  # `seqlens` on the device, while it is known there
         self.buffers: list[Tensor] = []
 
     @property
@@ -61,12 +61,12 @@ class LayerCache:
     @property
     def num_tokens(self) -> int:
         """Tokens held, of all sequences."""
-        return sum(self.lengths)
+        return sum(self.seqlens)
 
     @property
     def is_even(self) -> bool:
         """Whether it holds equally many tokens of all sequences."""
-        return len(set(self.lengths)) <= 1
+        return len(set(self.seqlens)) <= 1
 
     @property
     def token_bytes(self) -> int:
@@ -77,7 +77,7 @@ class LayerCache:
     def allocated_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers)
 
-    def append(self, k_MGK: Tensor, v_MGK: Tensor, key_gate_M: Tensor | None, new: Layout) -> None:
+    def append(self, k_MGK: Tensor, v_MGK: Tensor, key_gate_M: Tensor | None, new: PackedBatch) -> None:
         """Add keys and values of the tokens of `new`, each after those that its sequence has.
 
         Args:
@@ -94,8 +94,8 @@ class LayerCache:
                 f"the cache holds keys of {self.keys.dtype} and {k_MGK.dtype} ones come: run all passes over a cache "
                 "in one dtype, and all inside autocast or all outside"
             )
-        before = self.lengths or [0] * new.batch_size
-        after = [held + more for held, more in zip(before, new.lengths, strict=True)]
+        before = self.seqlens or [0] * new.batch_size
+        after = [held + more for held, more in zip(before, new.seqlens, strict=True)]
         self.buffers = writable(self.buffers)
         self._make_room(after, k_MGK, gated=key_gate_M is not None)
         news = [k_MGK, v_MGK, new.absolute_column_N]
@@ -111,12 +111,12 @@ class LayerCache:
             slot_M = self._slots(before, new)
             for buffer, tensor in zip(self.buffers, news, strict=True):
                 buffer.flatten(0, 1).index_copy_(0, slot_M, tensor if tensor.ndim else tensor.expand(slot_M.shape[0]))
-        self.lengths = after
+        self.seqlens = after
 
-    def _make_room(self, lengths: list[int], like_MGK: Tensor, gated: bool) -> None:
-        if not self.buffers or max(lengths) > self.columns.shape[1]:
-            num_slots = max(lengths) * (SPARE + 1) // SPARE
-            shape = len(lengths), num_slots + -num_slots % ROUND
+    def _make_room(self, seqlens: list[int], like_MGK: Tensor, gated: bool) -> None:
+        if not self.buffers or max(seqlens) > self.columns.shape[1]:
+            num_slots = max(seqlens) * (SPARE + 1) // SPARE
+            shape = len(seqlens), num_slots + -num_slots % ROUND
             grown = [
                 like_MGK.new_empty(*shape, *like_MGK.shape[1:]),
                 like_MGK.new_empty(*shape, *like_MGK.shape[1:]),
@@ -124,8 +124,8 @@ class LayerCache:
                 *(gates.new_empty(shape) for gates in self.buffers[3:]),
             ]
             for buffer in grown[:2] + grown[3:]:
-                buffer[:, min(lengths) :] = 0  # free slots may be read, and what they hold is multiplied by 0
-            used = slice(0, max(self.lengths, default=0))
+                buffer[:, min(seqlens) :] = 0  # free slots may be read, and what they hold is multiplied by 0
+            used = slice(0, max(self.seqlens, default=0))
             for buffer, old in zip(grown, self.buffers):
                 buffer[:, used] = old[:, used]
             self.buffers = grown
@@ -133,7 +133,7 @@ class LayerCache:
             wide = torch.promote_types(torch.float32, like_MGK.dtype)
             self.buffers.append(self.columns.new_zeros(self.columns.shape, dtype=wide))
 
-    def _slots(self, before: list[int], new: Layout) -> Tensor:
+    def _slots(self, before: list[int], new: PackedBatch) -> Tensor:
         """int64 [M], the place of each new token among the B * S slots."""
         row_M = new.sequence_N
         if self._length_B is None:  # zeros need no copy from the host, for which a GPU is waited
@@ -145,17 +145,17 @@ class LayerCache:
 
     def select(self, row_R: Tensor, rows: list[int]) -> None:
         """Make sequence r what sequence `rows[r]` was; `row_R` says the same on the device."""
-        if self.lengths:
+        if self.seqlens:
             self.buffers = [buffer.index_select(0, row_R) for buffer in self.buffers]
-            self.lengths = [self.lengths[row] for row in rows]
+            self.seqlens = [self.seqlens[row] for row in rows]
             self._length_B = None if self._length_B is None else self._length_B.index_select(0, row_R)
 
-    def lengths_before(self, column: int) -> Tensor:
+    def seqlens_before(self, column: int) -> Tensor:
         """int64 [B], tokens held of each sequence whose column is earlier than this one."""
         return (self.columns < column).sum(1)
 
-    def crop(self, column: int, lengths: list[int]) -> None:
-        """Forget the tokens from a column on; `lengths` is what `lengths_before` gives of it."""
+    def crop(self, column: int, seqlens: list[int]) -> None:
+        """Forget the tokens from a column on; `seqlens` is what `seqlens_before` gives of it."""
         self.buffers = writable(self.buffers)
         self.columns.masked_fill_(self.columns >= column, NO_COLUMN)
-        self.lengths, self._length_B = lengths, None
+        self.seqlens, self._length_B = seqlens, None

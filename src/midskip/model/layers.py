@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from midskip.model.attention import Attention
 from midskip.model.layer_cache import LayerCache
 from midskip.model.ops import scaled_norm
-from midskip.model.packing import Layout, Rotary
+from midskip.model.packing import PackedBatch, Rotary
 
 
 class RMSNorm(nn.Module):
@@ -122,7 +122,7 @@ class Block(nn.Module):
             self.post_attention_layernorm = self.post_feedforward_layernorm = _GatedSum()
 
     def forward(
-        self, x_ND: Tensor, others_MD: Tensor | None, queries: Layout, keys: Layout,
+        self, x_ND: Tensor, others_MD: Tensor | None, queries: PackedBatch, keys: PackedBatch,
         output_gate_N: Tensor | None = None, key_gate_M: Tensor | None = None, past: LayerCache | None = None,
     ) -> Tensor:  # fmt: skip
         """Run the block.
@@ -141,24 +141,24 @@ class Block(nn.Module):
         before, after = Block._before_attention, Block._after_attention
         if self.backend is not None and x_ND.shape[0] > 1:  # 0 and 1 would each be compiled apart, for nothing
             before, after = _compiled(self.backend)
-        rows_N = None if others_MD is None else queries.rows_N
+        indices_N = None if others_MD is None else queries.indices_N
         in_cache = past is not None and past.num_tokens  # against a cache, gates are in there
         gates = None if in_cache else key_gate_M
-        q_NHJ, k_MGJ, v_MGJ = before(self, x_ND, others_MD, rows_N, queries.rotary, keys.rotary, gates)
+        q_NHJ, k_MGJ, v_MGJ = before(self, x_ND, others_MD, indices_N, queries.rotary, keys.rotary, gates)
         out_NHJ = self.self_attn.attend(q_NHJ, k_MGJ, v_MGJ, queries, keys, key_gate_M, past)
         return after(self, x_ND, out_NHJ, output_gate_N)
 
     # What stands before and after the attention kernel: arithmetic on rows, which torch.compile may take
 
     def _before_attention(
-        self, x_ND: Tensor, others_MD: Tensor | None, rows_N: Tensor | None, queries: Rotary, keys: Rotary,
+        self, x_ND: Tensor, others_MD: Tensor | None, indices_N: Tensor | None, queries: Rotary, keys: Rotary,
         key_gate_M: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        if others_MD is None or rows_N is None:
+        if others_MD is None or indices_N is None:
             normed = context = self.input_layernorm(x_ND)
         else:
             context = self.input_layernorm(others_MD)
-            normed = context.index_select(0, rows_N)
+            normed = context.index_select(0, indices_N)
         return self.self_attn.project(normed, context, queries, keys, key_gate_M)
 
     def _after_attention(self, x_ND: Tensor, out_NHJ: Tensor, output_gate_N: Tensor | None) -> Tensor:

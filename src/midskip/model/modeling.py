@@ -26,7 +26,7 @@ from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Block, RMSNorm, RotaryEmbedding
 from midskip.model.loss import IGNORED, cross_entropy
 from midskip.model.outputs import MidskipCausalLMOutput, MidskipModelOutput, Packed
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies import Decision, Policy, build_policy
 
 
@@ -119,7 +119,7 @@ class MidskipModel(MidskipPreTrainedModel):
             packed = self.run(
                 input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
             )
-        return MidskipModelOutput(last_hidden_state=packed.layout.unpack(packed.h_ND), **packed.outputs(output_gates))
+        return MidskipModelOutput(last_hidden_state=packed.batch.unpack(packed.h_ND), **packed.outputs(output_gates))
 
     def run(
         self,
@@ -132,62 +132,62 @@ class MidskipModel(MidskipPreTrainedModel):
         use_cache: bool | None = None,
     ) -> Packed:
         """The pass of `forward`, its results still packed. Whoever calls it holds `unchanged_if_broken_off`."""
-        layout, cache = inputs_for(
+        batch, cache = inputs_for(
             self, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache
         )
         if inputs_embeds is not None:
-            h_ND = layout.pack(inputs_embeds)
+            h_ND = batch.pack(inputs_embeds)
         else:
             assert input_ids is not None
-            layout.token_N = layout.pack(input_ids)
-            h_ND = self.embed_tokens(layout.token_N)
+            batch.token_N = batch.pack(input_ids)
+            h_ND = self.embed_tokens(batch.token_N)
         h_ND = self.embed_layernorm(h_ND)
-        layout.rotary = self.rotary(layout.position_N, h_ND.dtype)
+        batch.rotary = self.rotary(batch.position_N, h_ND.dtype)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [h_ND] if output_hidden_states else None
         decisions, state = [], {}
         for layer, block in enumerate(self.layers):
-            decision = self.policy(layer, h_ND, state, layout)
+            decision = self.policy(layer, h_ND, state, batch)
             decisions.append(decision)
             past = None if cache is None else cache.layers[layer]
-            h_ND = self._run_block(block, h_ND, decision, layout, past)
+            h_ND = self._run_block(block, h_ND, decision, batch, past)
             if hidden_states is not None and layer + 1 < len(self.layers):
                 hidden_states.append(h_ND)
         h_ND = self.norm(h_ND)
         if hidden_states is not None:
             hidden_states.append(h_ND)
-        packed = Packed(h_ND, layout, decisions, state, hidden_states, cache)
+        packed = Packed(h_ND, batch, decisions, state, hidden_states, cache)
         if cache is not None:
-            cache.num_valid_tokens += layout.num_tokens
+            cache.num_valid_tokens += batch.num_tokens
             cache.num_block_tokens += packed.num_block_tokens
         return packed
 
     def _run_block(
-        self, block: nn.Module, h_ND: Tensor, decision: Decision, layout: Layout, past: LayerCache | None
+        self, block: nn.Module, h_ND: Tensor, decision: Decision, batch: PackedBatch, past: LayerCache | None
     ) -> Tensor:
         """Take the tokens present, run the block on them as if the others did not exist, put the results back."""
-        present = layout.keep(decision.keep_N)
-        rows_N = present.rows_N
+        present = batch.keep(decision.keep_N)
+        indices_N = present.indices_N
         gated = self.config.skipped_kv == "drop"
         for_others = not gated and past is not None  # keys and values of all tokens are wanted later
         if not (present.num_tokens or for_others or self.training or is_initialized()):
             return h_ND
-        x_ND = h_ND if rows_N is None else h_ND.index_select(0, rows_N)
+        x_ND = h_ND if indices_N is None else h_ND.index_select(0, indices_N)
         output_gate_N, key_gate_N = (
-            gate if gate is None or rows_N is None else gate.index_select(0, rows_N)
+            gate if gate is None or indices_N is None else gate.index_select(0, indices_N)
             for gate in (decision.output_gate_N, decision.key_gate_N if gated else None)
         )
-        others_MD = None if gated or rows_N is None or not (present.num_tokens or for_others) else h_ND
-        keys = present if others_MD is None else layout
+        others_MD = None if gated or indices_N is None or not (present.num_tokens or for_others) else h_ND
+        keys = present if others_MD is None else batch
         arguments = (x_ND, others_MD, present, keys, output_gate_N, key_gate_N, past)
         if self.gradient_checkpointing and self.training:
             x_ND = self._gradient_checkpointing_func(block.__call__, *arguments)
         else:
             x_ND = block(*arguments)
-        if rows_N is None:
+        if indices_N is None:
             return x_ND
-        return h_ND.index_copy(0, rows_N, x_ND.to(h_ND.dtype))  # a copy: a policy or a hook may hold the tensor
+        return h_ND.index_copy(0, indices_N, x_ND.to(h_ND.dtype))  # a copy: a policy or a hook may hold the tensor
 
 
 class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMixin):
@@ -202,17 +202,17 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         self._warned_of_range = False
         self.post_init()
 
-    def set_budget(self, budget: float | None = None, ceiling: int | None = None) -> None:
+    def set_budget(self, budget: float | None = None, max_layers: int | None = None) -> None:
         """How much may be computed from now on, in training mode too. Without arguments: the gates as trained.
 
         What is decided about a token still depends on it and its past alone, not on who shares its batch.
 
         Args:
-            budget: share of the block-tokens that may run on average, in (0, 1]. It becomes a factor of the policy's
+            budget: share of the block-tokens that may run on average, in (0, 1]. It becomes a scale of the policy's
                 scores, by the calibration in `config.calibration`: of those within the budget the one of the lowest
-                loss, which need not be the one that runs most. Below the shares calibrated the largest factor is taken,
+                loss, which need not be the one that runs most. Below the shares calibrated the largest scale is taken,
                 with a warning, once.
-            ceiling: the most blocks that one token may run, 1 to L, for a latency that is known beforehand.
+            max_layers: the most blocks that one token may run, 1 to L, for a latency that is known beforehand.
 
         Whether live prompts are like the text of the calibration is what a `DriftMonitor` looks at.
 
@@ -221,10 +221,10 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         """
         policy = self.model.policy
         if budget is None:
-            policy.set_effort(1.0, ceiling)
+            policy.set_limits(1.0, max_layers)
             return
         calibration = calibration_in(self.config.calibration, policy.adjustable)
-        policy.set_effort(calibration.factor_for(budget), ceiling)
+        policy.set_limits(calibration.scale_for(budget), max_layers)
         if budget < calibration.share[-1] and not self._warned_of_range:
             self._warned_of_range = True
             lowest = f"{calibration.share[-1]:.3f}"
@@ -277,30 +277,30 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
 
     def _logits(self, packed: Packed, logits_to_keep: int | Tensor) -> Tensor:
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            return packed.layout.unpack(self.lm_head(packed.h_ND))
+            return packed.batch.unpack(self.lm_head(packed.h_ND))
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 for all columns, or how many of the last")
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return self.lm_head(packed.layout.unpack(packed.h_ND)[:, columns])
+        return self.lm_head(packed.batch.unpack(packed.h_ND)[:, columns])
 
     def _loss_and_logits(
         self, packed: Packed, labels: Tensor, logits_to_keep: int | Tensor, output_logits: bool,
         num_items: int | Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        layout = packed.layout
-        shape = (layout.batch_size, layout.num_columns)
+        batch = packed.batch
+        shape = (batch.batch_size, batch.num_columns)
         if labels.shape != shape:
             raise ValueError(f"labels has the shape {list(labels.shape)}; expected {list(shape)}")
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             raise ValueError("labels need the logits of all columns: leave logits_to_keep out")
         logits_NV = self.lm_head(packed.h_ND)
-        valid_BT = layout.unpack(torch.ones_like(layout.column_N))
+        valid_BT = batch.unpack(torch.ones_like(batch.column_N))
         next_BT = F.pad(torch.where(valid_BT.bool(), labels, IGNORED)[:, 1:], (0, 1), value=IGNORED)
-        target_N = layout.pack(next_BT)
+        target_N = batch.pack(next_BT)
         is_held = output_logits or bool(self.lm_head._forward_hooks)  # a hook may hold them
         nats_N = cross_entropy(logits_NV, target_N, overwrite=not is_held)
         scored_N = target_N != IGNORED
         if self.training and self.model.policy.is_observing:
             self.model.policy.observe(packed.state, nats_N.detach(), scored_N)
         loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)
-        return loss, layout.unpack(logits_NV) if output_logits else None
+        return loss, batch.unpack(logits_NV) if output_logits else None

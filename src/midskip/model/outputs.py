@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from midskip.model.cache import SkipCache
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies import Decision
 
 
@@ -66,7 +66,7 @@ class Packed:
     """One pass through the layers, still packed."""
 
     h_ND: Tensor
-    layout: Layout
+    batch: PackedBatch
     decisions: list[Decision]
     state: dict[str, Any]
     hidden_states: list[Tensor] | None
@@ -75,37 +75,37 @@ class Packed:
     @property
     def num_block_tokens(self) -> int:
         """Tokens that ran, summed over the layers; the host knows it already."""
-        return sum(self.layout.keep(decision.keep_N).num_tokens for decision in self.decisions)
+        return sum(self.batch.keep(decision.keep_N).num_tokens for decision in self.decisions)
 
     @property
     def executed_share(self) -> float:
         """Share of block-tokens that ran."""
-        return self.num_block_tokens / max(1, self.layout.num_tokens * len(self.decisions))
+        return self.num_block_tokens / max(1, self.batch.num_tokens * len(self.decisions))
 
     def gates_LBT(self) -> Tensor:
-        ones_N = torch.ones(self.layout.num_tokens, device=self.h_ND.device)
+        ones_N = torch.ones(self.batch.num_tokens, device=self.h_ND.device)
         gates: dict[Decision, Tensor] = {}  # mirrored layers share a decision
         for decision in self.decisions:
             if decision not in gates:
                 gate_N = ones_N if decision.output_gate_N is None else decision.output_gate_N
                 gates[decision] = gate_N if decision.keep_N is None else torch.where(decision.keep_N, gate_N, 0)
-        return self.layout.unpack(torch.stack([gates[one] for one in self.decisions], 1)).movedim(-1, 0)
+        return self.batch.unpack(torch.stack([gates[one] for one in self.decisions], 1)).movedim(-1, 0)
 
     def executed_LBT(self) -> Tensor:
-        all_N = torch.ones(self.layout.num_tokens, dtype=torch.bool, device=self.h_ND.device)
+        all_N = torch.ones(self.batch.num_tokens, dtype=torch.bool, device=self.h_ND.device)
         kept = [all_N if decision.keep_N is None else decision.keep_N for decision in self.decisions]
-        return self.layout.unpack(torch.stack(kept, 1)).movedim(-1, 0)
+        return self.batch.unpack(torch.stack(kept, 1)).movedim(-1, 0)
 
     def outputs(self, output_gates: bool) -> dict[str, Any]:
         """The fields of both kinds of output."""
         scores, hidden = self.state.get("depth_scores"), self.hidden_states
         found = {
-            "hidden_states": None if hidden is None else tuple(self.layout.unpack(h_ND) for h_ND in hidden),
+            "hidden_states": None if hidden is None else tuple(self.batch.unpack(h_ND) for h_ND in hidden),
             "past_key_values": self.cache,
             "executed_share": self.executed_share,
         }
         if output_gates:
             found |= {"gates": self.gates_LBT(), "executed": self.executed_LBT()}
             if scores:
-                found["depth_scores"] = self.layout.unpack(torch.stack(scores, 1)).movedim(-1, 0)
+                found["depth_scores"] = self.batch.unpack(torch.stack(scores, 1)).movedim(-1, 0)
         return found

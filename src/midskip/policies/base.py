@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.plugins import load_class
 
 BUILT_IN = {"dense": "midskip.policies.dense:Dense", "middle_out": "midskip.policies.middle_out:MiddleOut"}
@@ -25,8 +25,8 @@ class Decision:
 
     Attributes:
         keep_N: bool [N], True where the token is present; None means all are.
-        output_gate_N: float32 [N] in [0, 1], factor of what the layer adds; None means 1. Read only where kept.
-        key_gate_N: float32 [N], above 0 and up to 1, factor of the token's key; None means 1. Read only where kept,
+        output_gate_N: float32 [N] in [0, 1], multiplies what the layer adds; None means 1. Read only where kept.
+        key_gate_N: float32 [N], above 0 and up to 1, weighs the token's key; None means 1. Read only where kept,
             and only with `skipped_kv="drop"`.
 
     A policy that keeps the same tokens in two layers returns the same tensor `keep_N`, best the same `Decision`:
@@ -67,8 +67,8 @@ class Policy(nn.Module):
         settings: the policy's own, from `config.policy_settings`, as keyword arguments.
 
     Attributes:
-        adjustable: whether `decide` honours `factor` and `ceiling`; a subclass that does sets it.
-        factor, ceiling: the effort in force, of `set_effort`; not saved.
+        adjustable: whether `decide` honours `score_scale` and `max_layers`; a subclass that does sets it.
+        score_scale, max_layers: the limits in force, of `set_limits`; not saved.
         is_observing: whether training passes are shown to `observe`; False in all but the last of several passes over
             one batch.
         looks_back: whether `decide` reads hidden states of a token's past beside its own; a subclass that does sets it.
@@ -85,17 +85,17 @@ class Policy(nn.Module):
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02):
         super().__init__()
         self.num_layers, self.width, self.initializer_range = num_layers, width, initializer_range
-        self.factor, self.ceiling, self.is_observing = 1.0, None, True
+        self.score_scale, self.max_layers, self.is_observing = 1.0, None, True
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Set the starting values of the policy's own parameters, through `init` (`torch.nn.init`, or transformers'
         own, which leaves alone what a checkpoint has set). Linear layers inside a policy need none of it."""
 
-    def forward(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+    def forward(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         """`decide`, as a module call, so that hooks (meters, sharded weights) see it."""
-        return self.decide(layer, h_ND, state, layout)
+        return self.decide(layer, h_ND, state, batch)
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         """Who runs layer `layer`.
 
         Args:
@@ -104,7 +104,7 @@ class Policy(nn.Module):
             state: a dict that is empty at the first layer of a forward pass and the policy's own until its end.
                 `state["depth_scores"]`, if set, is a list of [N] tensors that the model returns as
                 `output.depth_scores` [len, B, T].
-            layout: who the N rows are.
+            batch: who the N rows are.
         """
         raise NotImplementedError
 
@@ -123,33 +123,33 @@ class Policy(nn.Module):
         Here: nothing. Decisions must not change between two calls.
         """
 
-    def set_effort(self, factor: float = 1.0, ceiling: int | None = None) -> None:
+    def set_limits(self, score_scale: float = 1.0, max_layers: int | None = None) -> None:
         """From now on do more or less work than as trained. Without arguments: as trained.
 
-        A policy that is `adjustable` reads `self.factor` and `self.ceiling` in `decide`. The contract: with (1.0, None)
-        nothing changes; with factor 0 every token runs every block with gate 1; a larger factor keeps no token that a
-        smaller one sends away from the same hidden state; no token runs more blocks than the ceiling; and the decision
-        about a token still depends on that token and its past alone.
+        A policy that is `adjustable` reads `self.score_scale` and `self.max_layers` in `decide`. The contract: with
+        (1.0, None) nothing changes; with scale 0 every token runs every block with gate 1; a larger scale keeps no
+        token that a smaller one sends away from the same hidden state; no token runs more blocks than `max_layers`; and
+        the decision about a token still depends on that token and its past alone.
 
         Args:
-            factor: of the readiness to skip, at least 0.
-            ceiling: the most blocks that one token may run, 1 to L; None: all of them.
+            score_scale: of the readiness to skip, at least 0.
+            max_layers: the most blocks that one token may run, 1 to L; None: all of them.
 
         Raises:
-            ValueError: a value out of range, or any effort for a policy that is not adjustable.
+            ValueError: a value out of range, or any limit for a policy that is not adjustable.
         """
-        if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 <= factor < math.inf:
-            raise ValueError(f"factor is {factor!r}; expected a finite number of at least 0")
-        whole = isinstance(ceiling, int) and not isinstance(ceiling, bool)
-        if ceiling is not None and not (whole and 1 <= ceiling <= self.num_layers):
+        if not isinstance(score_scale, int | float) or isinstance(score_scale, bool) or not 0 <= score_scale < math.inf:
+            raise ValueError(f"score_scale is {score_scale!r}; expected a finite number of at least 0")
+        whole = isinstance(max_layers, int) and not isinstance(max_layers, bool)
+        if max_layers is not None and not (whole and 1 <= max_layers <= self.num_layers):
             raise ValueError(
-                f"ceiling is {ceiling!r}; expected a whole number of blocks from 1 to {self.num_layers}, or None"
+                f"max_layers is {max_layers!r}; expected a whole number of blocks from 1 to {self.num_layers}, or None"
             )
-        if (factor, ceiling) != (1.0, None) and not self.adjustable:
+        if (score_scale, max_layers) != (1.0, None) and not self.adjustable:
             raise ValueError(f"the policy {type(self).__name__} has no run-time budget: its gates run as they are")
-        self.factor, self.ceiling = float(factor), ceiling
+        self.score_scale, self.max_layers = float(score_scale), max_layers
 
-    def flops(self, layer: int, state: dict[str, Any], layout: Layout) -> int:
+    def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
         """FLOPs of the matrix products that `decide`, just called with the same arguments, has cost."""
         return 0
 

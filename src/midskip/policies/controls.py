@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, Policy
 from midskip.policies.difficulty import drawn
 from midskip.policies.middle_out import MiddleOut
@@ -43,27 +43,27 @@ class FixedDepths(Policy):
         self.num_gates = (num_layers + 1) // 2
         self._drawn: dict[int, Tensor] = {}
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         if layer == 0:
-            state["decisions"] = [self._decision(gate, layout) for gate in range(self.num_gates)]
-            layout.count([decision.keep_N for decision in state["decisions"]])
+            state["decisions"] = [self._decision(gate, batch) for gate in range(self.num_gates)]
+            batch.count([decision.keep_N for decision in state["decisions"]])
         return state["decisions"][min(layer, self.num_layers - 1 - layer)]
 
-    def _decision(self, layer: int, layout: Layout) -> Decision:
+    def _decision(self, layer: int, batch: PackedBatch) -> Decision:
         # the layer that a token leaves at is spread evenly and has the mean that gives the share asked for
         spread = self.num_gates * 2 * min(self.skip_share, 1 - self.skip_share)
-        leaves_N = self.num_gates * max(0, 1 - 2 * self.skip_share) + spread * self._uniform(0, layout)
+        leaves_N = self.num_gates * max(0, 1 - 2 * self.skip_share) + spread * self._uniform(0, batch)
         keep_N = leaves_N.round() > layer
-        gate_N = 0.5 + 0.5 * self._uniform(layer + 1, layout) if self.fractional else None
+        gate_N = 0.5 + 0.5 * self._uniform(layer + 1, batch) if self.fractional else None
         return Decision(None if self.skip_share == 0 else keep_N, gate_N, gate_N)
 
-    def _uniform(self, stream: int, layout: Layout) -> Tensor:
+    def _uniform(self, stream: int, batch: PackedBatch) -> Tensor:
         """float32 [N] in [0, 1), the same for the same position."""
-        device = layout.position_N.device
+        device = batch.position_N.device
         if stream not in self._drawn or self._drawn[stream].device != device:
             generator = torch.Generator().manual_seed(self.seed * 1000 + stream)
             self._drawn[stream] = torch.rand(NUM_DRAWN, generator=generator).to(device)
-        return self._drawn[stream][layout.position_N % NUM_DRAWN]
+        return self._drawn[stream][batch.position_N % NUM_DRAWN]
 
 
 class Redrawn(MiddleOut):

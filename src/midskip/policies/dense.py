@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, Policy
 
 
@@ -13,5 +13,5 @@ class Dense(Policy):
 
     is_hard = True
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         return Decision()

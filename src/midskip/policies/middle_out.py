@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midskip.model.packing import Layout
+from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, Policy
 from midskip.policies.difficulty import Difficulty, drawn
 
@@ -19,7 +19,7 @@ GATES = ("soft", "hard")
 SOFT_OPEN_SCORE = 0.1  # depth score at which the innermost soft gate starts
 HARD_OPEN_BIAS = -4.0  # of hard gates, or lower in deep models; priorities reach down to -2
 SCORES = ("hash", "difficulty", "hidden_states")
-LARGEST_EXPONENT = 30.0  # a score is finite under any factor, and so is its gradient
+LARGEST_EXPONENT = 30.0  # a score is finite under any scale, and so is its gradient
 
 
 class MiddleOut(Policy):
@@ -41,11 +41,11 @@ class MiddleOut(Policy):
     go on from (`Difficulty`), a running mean of losses without a gradient: what is easy leaves. The cosine learns by a
     surrogate gradient, that of 1 - S (straight-through, see `Decision.hard`), which reaches w and b and not the hidden
     states. How many leave is set by b, which a regularizer moves. An exponential is never 0, so that a larger b or
-    factor sends any token away.
+    scale sends any token away.
 
-    Under an effort (`set_effort`) the score is multiplied by the factor, hence S too; and where the ceiling closes a
-    layer, S is at least 1. Layer l < L/2 and its mirror are two blocks, so l is open under a ceiling of 2 (l + 1) or
-    more, and the middle one of an odd L under L: with L > 1, a ceiling of 1 stops all.
+    Under limits (`set_limits`) the score is multiplied by the scale, hence S too; and where `max_layers` closes a
+    layer, S is at least 1. Layer l < L/2 and its mirror are two blocks, so l is open under `max_layers` of 2 (l + 1) or
+    more, and the middle one of an odd L under L: with L > 1, 1 stops all.
 
     Args:
         gates: `"soft"` or `"hard"`.
@@ -96,28 +96,28 @@ class MiddleOut(Policy):
             std = self.initializer_range if self.start == "released" else 0.2 / self.width**0.5
             init.normal_(self.weight, std=std)
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Layout) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         if layer == 0:
             state.update(depth_scores=[], decisions=[])
             if self.weight is None:
-                self._decide_by_tokens(state, layout, _wide(h_ND))
+                self._decide_by_tokens(state, batch, _wide(h_ND))
         if layer >= self.num_gates:
             return state["decisions"][self.num_layers - 1 - layer]
         if self.weight is not None:
             before_N = state["depth_scores"][-1] if layer else h_ND.new_zeros(len(h_ND), dtype=_wide(h_ND))
-            rows_N = self._scored(layer, state, layout).rows_N
+            indices_N = self._scored(layer, state, batch).indices_N
             if self._closed(layer):
                 self._decide(state, before_N.clamp(min=1))
-            elif rows_N is None:
+            elif indices_N is None:
                 self._decide(state, before_N + self._score(layer, h_ND))
             else:
-                score_N = self._score(layer, h_ND.index_select(0, rows_N))
-                self._decide(state, before_N.index_add(0, rows_N, score_N))
+                score_N = self._score(layer, h_ND.index_select(0, indices_N))
+                self._decide(state, before_N.index_add(0, indices_N, score_N))
         return state["decisions"][layer]
 
-    def _decide_by_tokens(self, state: dict[str, Any], layout: Layout, dtype: torch.dtype) -> None:
+    def _decide_by_tokens(self, state: dict[str, Any], batch: PackedBatch, dtype: torch.dtype) -> None:
         """All decisions at once, since they are known from the ids."""
-        state["pair"] = _pair(layout)
+        state["pair"] = _pair(batch)
         priority_N = self.priority(*state["pair"]).to(dtype)
         depth_score_N = torch.zeros_like(priority_N)
         for layer in range(self.num_gates):
@@ -127,7 +127,7 @@ class MiddleOut(Policy):
                 more_N = depth_score_N + self._score(layer, priority_N)
                 depth_score_N = torch.where(depth_score_N < 1, more_N, depth_score_N)
             self._decide(state, depth_score_N)
-        layout.count([decision.keep_N for decision in state["decisions"]])
+        batch.count([decision.keep_N for decision in state["decisions"]])
 
     def _decide(self, state: dict[str, Any], depth_score_N: Tensor) -> None:
         """Add the decision that follows from the scores."""
@@ -155,13 +155,13 @@ class MiddleOut(Policy):
         if self.difficulty is not None:
             self.difficulty.absorb()
 
-    def _scored(self, layer: int, state: dict[str, Any], layout: Layout) -> Layout:
+    def _scored(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> PackedBatch:
         """Who gets a score in this layer: the tokens that have not left before."""
-        return layout.keep(state["decisions"][layer - 1].keep_N) if layer else layout
+        return batch.keep(state["decisions"][layer - 1].keep_N) if layer else batch
 
     def _closed(self, layer: int) -> bool:
-        """Whether the ceiling lets nobody into this layer and those between it and its mirror."""
-        return self.ceiling is not None and min(2 * (layer + 1), self.num_layers) > self.ceiling
+        """Whether `max_layers` lets nobody into this layer and those between it and its mirror."""
+        return self.max_layers is not None and min(2 * (layer + 1), self.num_layers) > self.max_layers
 
     def _score(self, layer: int, seen_ND: Tensor) -> Tensor:
         """Of hidden states [N, D], or of priorities of tokens [N]."""
@@ -172,7 +172,7 @@ class MiddleOut(Policy):
         else:
             with torch.autocast(seen_ND.device.type, enabled=False):
                 score_N = self._score_states(seen_ND, self.weight[layer : layer + 1].to(wide), bias)
-        return score_N if self.factor == 1.0 else self.factor * score_N
+        return score_N if self.score_scale == 1.0 else self.score_scale * score_N
 
     def _score_states(self, h_ND: Tensor, weight_1D: Tensor, bias: Tensor) -> Tensor:
         if not self.is_hard:
@@ -182,20 +182,20 @@ class MiddleOut(Policy):
         cosine_N = F.linear(h_ND, weight_1D).squeeze(1) / sizes_N.clamp(min=torch.finfo(h_ND.dtype).tiny)
         return (self.width**0.5 * cosine_N + bias).clamp(max=LARGEST_EXPONENT).exp()
 
-    def flops(self, layer: int, state: dict[str, Any], layout: Layout) -> int:
+    def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
         if self.weight is None or layer >= self.num_gates or self._closed(layer):
             return 0
-        return 2 * self.width * self._scored(layer, state, layout).num_tokens
+        return 2 * self.width * self._scored(layer, state, batch).num_tokens
 
 
-def _pair(layout: Layout) -> tuple[Tensor, Tensor]:
+def _pair(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """The tokens, and those before them."""
-    if layout.token_N is None:
+    if batch.token_N is None:
         raise ValueError(
             "the gates of this model go by token ids, and it was given inputs_embeds: give input_ids, or train it with "
             "the policy setting scores: hidden_states"
         )
-    return layout.token_N, layout.previous_token_N
+    return batch.token_N, batch.previous_token_N
 
 
 def _wide(h_ND: Tensor) -> torch.dtype:

@@ -10,10 +10,10 @@ from midskip.policies.base import Policy
 from midskip.policies.middle_out import MiddleOut
 from midskip.regularizers.base import Regularizer, floats, number
 
-NUM_KNOTS = 9  # shares whose factor of the scores is tracked; between them it is straight in its logarithm
-FACTOR_GAIN = 2  # gain of a factor of the scores, as a multiple of `gain`: each hears of its own shares alone
+NUM_KNOTS = 9  # shares whose scale of the scores is tracked; between them it is straight in its logarithm
+SCALE_GAIN = 2  # gain of a scale of the scores, as a multiple of `gain`: each hears of its own shares alone
 FASTER, SLOWER = 1.2, 0.6  # what a layer's gain is multiplied by while its error keeps its sign, and when it turns
-LARGEST_LOG_FACTOR = 10.0
+LARGEST_LOG_SCALE = 10.0
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, less their whole parts, spread evenly however many are taken
 
 
@@ -32,7 +32,7 @@ class TargetShare(Regularizer):
     With `lowest_share` one model learns to serve every share from there to 1. After the ramp each batch runs three
     times: with everything, at the lowest share, and at a third one, which is `target_share` in every second step, and
     drawn evenly from [lowest_share, 1] in the others. (The two ends in every step are the sandwich rule of slimmable
-    networks, Yu and Huang 2019, arXiv 1903.05134.) The factor of the scores that each share takes, as at run time, is
+    networks, Yu and Huang 2019, arXiv 1903.05134.) The scale of the scores that each share takes, as at run time, is
     tracked by the share that ran.
     """
 
@@ -61,8 +61,8 @@ class TargetShare(Regularizer):
                     f"lowest_share is {lowest_share} and target_share {target_share}; expected the first below the "
                     "second: lower it, or leave it out"
                 )
-            self.log_factors = torch.zeros(NUM_KNOTS)
-            self.changing = (*self.changing, "log_factors")
+            self.log_scales = torch.zeros(NUM_KNOTS)
+            self.changing = (*self.changing, "log_scales")
 
     def _falling(self, num_inner: int, outer: int, spread: float) -> Tensor:
         """Targets of the first half of the `num_inner` layers within the outer ones."""
@@ -95,12 +95,12 @@ class TargetShare(Regularizer):
         return 1 - (1 - (self.target_share if drawn is None else drawn)) * self._ramp()
 
     @property
-    def score_factors(self) -> tuple[float, ...]:
+    def score_scales(self) -> tuple[float, ...]:
         """As in `Regularizer`: with `lowest_share` and after the ramp three."""
         if self.lowest_share is None:
             return (1.0,)
-        last = 1.0 if self.drawn_share is None else self._factor(self.drawn_share)
-        return (last,) if self._ramp() < 1 else (0.0, self._factor(self.lowest_share), last)
+        last = 1.0 if self.drawn_share is None else self._scale(self.drawn_share)
+        return (last,) if self._ramp() < 1 else (0.0, self._scale(self.lowest_share), last)
 
     def update(self, mean_L: Tensor, variance_L: Tensor, share_L: Tensor | None = None) -> None:
         """As in `Regularizer`; only the share is used, and must be given."""
@@ -115,8 +115,8 @@ class TargetShare(Regularizer):
             self.errors = errors
         else:
             error = share_L.mean() - self.expected_share
-            moved = FACTOR_GAIN * self.gain * error * self._knots(self.drawn_share)
-            self.log_factors = (self.log_factors + moved).clamp(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR)
+            moved = SCALE_GAIN * self.gain * error * self._knots(self.drawn_share)
+            self.log_scales = (self.log_scales + moved).clamp(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
         self.num_updates = self.num_updates + 1
 
     def _ramp(self) -> float:
@@ -129,9 +129,9 @@ class TargetShare(Regularizer):
         place = (share - self.lowest_share) / (1 - self.lowest_share) * (NUM_KNOTS - 1)
         return (1 - (torch.arange(NUM_KNOTS) - place).abs()).clamp(min=0)
 
-    def _factor(self, share: float) -> float:
+    def _scale(self, share: float) -> float:
         """Of the scores, at which this share runs."""
-        return float((self._knots(share) * self.log_factors).sum().exp())
+        return float((self._knots(share) * self.log_scales).sum().exp())
 
     def curves(self) -> dict[str, Tensor]:
         """The biases, and the targets they are moved towards."""

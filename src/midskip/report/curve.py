@@ -44,9 +44,9 @@ def write_curves(
 
 def calibration_table(calibration: Calibration) -> Table:
     """The curve, a row for each point."""
-    points = zip(calibration.factor, calibration.share, calibration.loss, strict=True)
-    rows = [(f"{factor:.4g}", f"{share:.3f}", f"{loss:.4f}") for factor, share, loss in points]
-    columns = "factor", "share that ran", "loss (nats)"
+    points = zip(calibration.score_scale, calibration.share, calibration.loss, strict=True)
+    rows = [(f"{score_scale:.4g}", f"{share:.3f}", f"{loss:.4f}") for score_scale, share, loss in points]
+    columns = "scale of the scores", "share that ran", "loss (nats)"
     return comparison_table(rows, columns, f"Calibrated on {calibration.text}, {calibration.num_tokens:,} tokens")
 
 
@@ -58,7 +58,7 @@ def budget_table(rows: Sequence[Mapping[str, Any]], text: str) -> Table:
         shares = f"{row['executed_share']:.3f}", f"{before['executed_share']:.3f}"
         losses = f"{row['loss']:.4f}", f"{before['loss']:.4f}"
         shown.append(
-            (f"{row['budget']:g}", f"{row['factor']:.4g}", *shares, *losses, "yes" if row["in_band"] else "no")
+            (f"{row['budget']:g}", f"{row['score_scale']:.4g}", *shares, *losses, "yes" if row["in_band"] else "no")
         )
-    columns = "budget", "factor", "share here", "share there", "loss here", "loss there", "in the band"
+    columns = "budget", "scale of the scores", "share here", "share there", "loss here", "loss there", "in the band"
     return comparison_table(shown, columns, f"Here: {text}; there: {rows[0]['calibration']['text']}")

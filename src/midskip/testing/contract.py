@@ -20,7 +20,7 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import Decision
 from midskip.reference import reference_forward
 from midskip.testing.decode import in_steps
-from midskip.testing.effort import broken_effort, effort
+from midskip.testing.limits import broken_effort, limits
 from midskip.testing.trial import NUM_COLUMNS, VALID_BT, Trial, by_token, distance_of
 
 
@@ -50,8 +50,8 @@ def check_policy(
     - *packed = reference*: the same values and gradients as `reference_forward`, which asks the policy about one
       sequence at a time and multiplies gates in;
     - *state*: a saved and loaded model gives the same outputs;
-    - *budget*, of a policy that is `adjustable`: what `Policy.set_effort` says, and the checks from *no future leak* to
-      *packed = reference* under a factor and a ceiling.
+    - *budget*, of a policy that is `adjustable`: what `Policy.set_limits` says, and the checks from *no future leak* to
+      *packed = reference* under a scale and `max_layers`.
 
     Args:
         policy, settings: as `policy` and `policy_settings` in `MidskipConfig`.
@@ -259,9 +259,9 @@ def _budget(trial: Trial) -> None:
         return
     if problem := broken_effort(policy, lambda: trial.run(trial.ids_BT, VALID_BT)["gates"], VALID_BT):
         raise trial.failed("budget", problem)
-    for factor, ceiling in ((3.0, None), (0.5, max(1, policy.num_layers - 2))):
-        limited = replace(trial, where=f"{trial.where}, factor {factor}, ceiling {ceiling}")
-        with effort(policy, factor, ceiling):
+    for score_scale, max_layers in ((3.0, None), (0.5, max(1, policy.num_layers - 2))):
+        limited = replace(trial, where=f"{trial.where}, score_scale {score_scale}, max_layers {max_layers}")
+        with limits(policy, score_scale, max_layers):
             for check in (_no_future_leak, _batch, _prefix, _decode, _packed_is_reference):
                 check(limited)
 

@@ -38,11 +38,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings
     def share_of_peak(step: int) -> float:
         if step < num_warmup:
             return settings.warmup_start + (1 - settings.warmup_start) * step / num_warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, settings.steps - num_warmup)))
+        return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, settings.max_steps - num_warmup)))
 
     return LambdaLR(optimizer, share_of_peak)
 
 
 def num_warmup_steps(settings: TrainingSettings) -> int:
     """Steps in which the learning rate rises."""
-    return int(settings.warmup_ratio * settings.steps)
+    return int(settings.warmup_ratio * settings.max_steps)

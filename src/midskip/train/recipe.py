@@ -97,8 +97,8 @@ class TrainingSettings:
     """The optimisation.
 
     Args:
-        steps: optimizer steps.
-        batch_size: windows in a forward pass of one device.
+        max_steps: optimizer steps.
+        per_device_train_batch_size: windows in a forward pass of one device.
         gradient_accumulation_steps: forward passes in an optimizer step.
         learning_rate: its peak.
         gate_learning_rate_scale: the policy's own learning rate, as a factor of the others'.
@@ -123,8 +123,8 @@ class TrainingSettings:
         report_to: where else to log, by transformers' names: "tensorboard", "wandb", ...
     """
 
-    steps: int = 400
-    batch_size: int = 8
+    max_steps: int = 400
+    per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     learning_rate: float = 3e-3
     gate_learning_rate_scale: float = 0.1
@@ -147,7 +147,8 @@ class TrainingSettings:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
+        counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        for name in (*counts, "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected at least 1")
         for name in ("eval_steps", "save_steps", "gate_learning_rate_scale", "weight_decay", "max_grad_norm"):

@@ -19,14 +19,14 @@ from midskip.model.modeling import MidskipForCausalLM
 
 class StepRecord:
     """Adds up on the device, without waiting for it, and comes to the host once a step, in `reduce`. Where a batch runs
-    several times, under different factors of the scores, the last of these passes is what is looked at; a `Watch` looks
-    at all of them.
+    several times, under different scales of the scores, the last of these passes is what is looked at; a `Profiler`
+    looks at all of them.
 
     Attributes, after `reduce`:
         cross_entropy, regularizer: means over the passes of all ranks.
-        statistics: of the gates by layer; with a `Watch`, also of the norms of what went in and out of each block.
+        statistics: of the gates by layer; with a `Profiler`, also of the norms of what went in and out of each block.
         num_tokens: valid tokens.
-        flops: executed in all passes, forward and backward; 0 without a `Watch`.
+        flops: executed in all passes, forward and backward; 0 without a `Profiler`.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class StepRecord:
         return self.statistics.mean("executed")
 
 
-class Watch:
+class Profiler:
     """Looks into the blocks during some steps: FLOPs, and the norms of the hidden states that go in and come out.
 
     Used as a context around the passes of one step; `give` then adds what was seen to that step's record.
@@ -77,7 +77,7 @@ class Watch:
         self.layers = model.model.layers
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Profiler:
         self.meter.reset()
         self.meter.__enter__()
         self._sums_2L: list[list[list[Tensor]]] = [[[] for _ in self.layers] for _ in range(2)]
@@ -89,7 +89,7 @@ class Watch:
         for hook in self._hooks:
             hook.remove()
 
-    def give(self, record: StepRecord) -> None:
+    def update(self, record: StepRecord) -> None:
         """Add what was seen to the record, before its `reduce`."""
         record.flops = float(self.meter.flops(backward=True).total)
         for name, sums_L in zip(("norm_in", "norm_out"), self._sums_2L, strict=True):

@@ -86,7 +86,8 @@ def train(
             remove_old(folder, settings.save_total_limit)  # one that was half removed
         text = open_text(recipe.data, folder, console)
         training, validation = cut_windows(text, recipe.data)
-        training.require(settings.batch_size * settings.gradient_accumulation_steps * arguments.world_size)
+        per_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        training.require(per_device * arguments.world_size)
         if is_first:
             num_parameters = _count_parameters(recipe, regularizer, text.vocab_size)
             num_checkpoints = settings.save_total_limit if settings.save_steps else 0
@@ -96,7 +97,7 @@ def train(
     if checkpoint is not None:
         regularizer.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
     first_step = 0 if checkpoint is None else step_of(checkpoint)
-    trained = checkpoint is not None and first_step >= settings.steps
+    trained = checkpoint is not None and first_step >= settings.max_steps
     set_seed(settings.seed)
     model = (
         MidskipForCausalLM.from_pretrained(checkpoint)
@@ -112,7 +113,7 @@ def train(
     num_bytes = _token_bytes(text.tokenizer)
 
     def measure(module: MidskipForCausalLM) -> dict[str, Any]:
-        return evaluate(module, validation, num_bytes, settings.batch_size)
+        return evaluate(module, validation, num_bytes, settings.per_device_train_batch_size)
 
     peak, peak_source = (settings.peak_flops, "the recipe") if settings.peak_flops else peak_flops(arguments)
     windows = {"train_dataset": training, "eval_dataset": validation}
@@ -305,8 +306,8 @@ def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArgu
     num_processes = num_launched()
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         max_grad_norm=0.0,  # clipped by the trainer's callback, which looks at the norm anyway
         seed=settings.seed,

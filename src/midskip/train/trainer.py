@@ -34,7 +34,7 @@ from midskip.train.fsdp import whole_state
 from midskip.train.health import Health
 from midskip.train.optimizer import build_optimizer, build_scheduler, num_warmup_steps
 from midskip.train.recipe import TrainingSettings
-from midskip.train.record import StepRecord, Watch
+from midskip.train.record import Profiler, StepRecord
 
 BEST_FOLDER, BEST_FILE = "best", "evaluation.json"  # in the run folder: the model that evaluated best, and how
 
@@ -70,7 +70,7 @@ class MidskipTrainer(Trainer):
         self.step = StepRecord()
         self.history: list[dict[str, Any]] = []
         self._measured: tuple[int, dict[str, Any]] | None = None  # the step, and what was measured after it
-        self._num_passes, self._pass = 1, 0  # over a batch, under different factors of the scores
+        self._num_passes, self._pass = 1, 0  # over a batch, under different scales of the scores
         self.add_callback(_AroundStep(self))
 
     @property
@@ -79,19 +79,19 @@ class MidskipTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """A pass over the batch under each factor of the scores that the regularizer asks for, and their mean loss."""
-        factors, policy = self.regularizer.score_factors, self.bare_model.model.policy
-        if factors == (1.0,):
+        """A pass over the batch under each scale of the scores that the regularizer asks for, and their mean loss."""
+        score_scales, policy = self.regularizer.score_scales, self.bare_model.model.policy
+        if score_scales == (1.0,):
             return super().training_step(model, inputs, num_items_in_batch)
-        before, losses = (policy.factor, policy.ceiling), []
-        self._num_passes = len(factors)
+        before, losses = (policy.score_scale, policy.max_layers), []
+        self._num_passes = len(score_scales)
         try:
-            for self._pass, factor in enumerate(factors):
-                policy.set_effort(factor)  # ValueError for a policy that is not adjustable
+            for self._pass, score_scale in enumerate(score_scales):
+                policy.set_limits(score_scale)  # ValueError for a policy that is not adjustable
                 policy.is_observing = self._pass == self._num_passes - 1
                 losses.append(super().training_step(model, inputs, num_items_in_batch))
         finally:
-            policy.set_effort(*before)
+            policy.set_limits(*before)
             policy.is_observing, self._num_passes, self._pass = True, 1, 0
         return torch.stack(losses).sum()
 
@@ -127,8 +127,10 @@ class MidskipTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> WindowOrder:
         windows: Any = self.train_dataset
         assert isinstance(windows, TokenWindows)
-        per_step = self.settings.batch_size * self.settings.gradient_accumulation_steps * self.args.world_size
-        return WindowOrder(len(windows), self.settings.steps * per_step, self.settings.seed)
+        settings = self.settings
+        per_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        num_samples = settings.max_steps * per_device * self.args.world_size
+        return WindowOrder(len(windows), num_samples, settings.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """To the reporters alone: what the run keeps is in its history, not in each checkpoint again."""
@@ -182,7 +184,7 @@ class _AroundStep(TrainerCallback):
 
     def __init__(self, trainer: MidskipTrainer):
         self.trainer, self.folder = trainer, Path(str(trainer.args.output_dir))
-        self.monitor: Watch | None = None
+        self.profiler: Profiler | None = None
         self.gradient_norm = math.nan
 
     def on_train_begin(
@@ -199,16 +201,16 @@ class _AroundStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if (state.global_step + 1) % args.logging_steps == 0:
-            self.monitor = Watch(self.trainer.bare_model).__enter__()
+            self.profiler = Profiler(self.trainer.bare_model).__enter__()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = self.trainer.step
-        if self.monitor is not None:
-            self.monitor.__exit__()
-            self.monitor.give(step)
-            self.monitor = None
+        if self.profiler is not None:
+            self.profiler.__exit__()
+            self.profiler.update(step)
+            self.profiler = None
         step.reduce()
         parameters = self.trainer.model.parameters()  # pyright: ignore[reportOptionalMemberAccess]
         norm = nn.utils.clip_grad_norm_(parameters, self.trainer.settings.max_grad_norm or math.inf)
