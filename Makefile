@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(RUN)/midskip demo
 
 test: .venv/installed
-	$(RUN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 slow: .venv/installed
 	$(RUN)/python -m pytest -m slow

@@ -40,9 +40,33 @@ TINY: dict[str, Any] = {
 }
 
 
+# parts of the names of tests that take longest, or share what does; of tests that have one in common, all run together
+TOGETHER = (
+    "test_train_ranks.py", "test_ranks.py", "test_bench.py", "test_checkpoints.py", "test_cli.py", "test_compile.py",
+    "test_kill.py", "test_the_readmes_commands_run", "_pydocs", "test_demo.py",
+)  # fmt: skip
+
+
+def group_of(name: str) -> str:
+    """The part of `TOGETHER` that a test's name has, or the name itself."""
+    return next((part for part in TOGETHER if part in name), name)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, so that no process has it left at the end; see `--dist loadgroup`."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """What takes longest begins first, so that no process has it left at the end."""
+    items.sort(key=lambda item: group_of(item.nodeid) == item.nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes, each group runs in one of them, and any other test where there is room."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
 
 
 @pytest.fixture(autouse=True)

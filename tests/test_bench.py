@@ -18,8 +18,6 @@ from midskip.bench.models import Side
 from midskip.bench.results import work_of
 from midskip.budget.monitor import BudgetDriftError, DriftMonitor
 
-pytestmark = pytest.mark.xdist_group("bench")
-
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:

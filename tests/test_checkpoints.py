@@ -27,7 +27,7 @@ from midskip.train import Recipe, read_recipe, train
 from midskip.train.checkpoints import MARKER_FILE, fault_of
 
 MakeRecipe = Callable[..., Recipe]
-pytestmark = [pytest.mark.usefixtures("on_the_cpu", "no_pictures"), pytest.mark.xdist_group("checkpoints")]
+pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 
 TARGET_SHARE = ("target_share", {"target_share": 0.4, "ramp_steps": 5}, TargetShare)
 GROWING = ("proportional_derivative", {"mean_targets": [0.9, 0.2], "coef_update_multiplier": 5.0}, FeedbackRegularizer)

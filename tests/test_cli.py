@@ -32,9 +32,6 @@ training:
 """
 
 
-pytestmark = pytest.mark.xdist_group("cli")
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text/, recipe.yaml and run/, a finished run of a model of five layers."""

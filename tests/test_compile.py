@@ -19,7 +19,6 @@ from midskip.model.layers import compile_blocks
 pytestmark = [  # torch's own, as it compiles
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
-    pytest.mark.xdist_group("compile"),
 ]
 Make = Callable[..., MidskipForCausalLM]
 ACCURATE = "aot_eager"  # traces forward and backward as the real compiler does, and then runs what it traced

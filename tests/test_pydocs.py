@@ -98,7 +98,6 @@ def test_pydocs_without_any_source(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         documents_of_pydocs()
 
 
-@pytest.mark.xdist_group("pydocs")
 def test_pydocs_of_this_interpreter(pydocs_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(pydocs_cache))
     documents = documents_of_pydocs()

@@ -29,7 +29,6 @@ from midskip.evaluate import evaluate
 from midskip.policies import Decision, Policy
 from midskip.runs import load_run
 
-pytestmark = pytest.mark.xdist_group("ranks")
 TIMEOUT_S = 30  # of a collective: a rank that waits for ever is a failure
 STEPS = 3
 POLICIES = {

@@ -94,7 +94,6 @@ def test_the_readmes_python_runs_as_printed(capsys: pytest.CaptureFixture[str]) 
     assert Path("my_model", "model.safetensors").is_file()
 
 
-@pytest.mark.xdist_group("readme")
 @pytest.mark.usefixtures("workplace")
 def test_the_readmes_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks(README, "sh") for line in block.splitlines()]
