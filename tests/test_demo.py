@@ -2,17 +2,20 @@
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from midskip.data import DataError
-from midskip.demo import demo, time_prefill
+from midskip.demo import demo, demo_recipe, time_prefill
 from midskip.runs import load_run
+from midskip.train import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +80,19 @@ def test_the_demo_trains_compares_and_reports(source: Path, tmp_path: Path) -> N
     assert dense.hidden_size == gated.hidden_size and dense.intermediate_size == gated.intermediate_size
 
 
+def small(*arguments: Any) -> Recipe:
+    """The demo's recipe, of a small model."""
+    recipe = demo_recipe(*arguments)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 2}
+    return replace(recipe, model=replace(recipe.model, **shape), dense_layers=[1])
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("midskip.train.run.write_picture", lambda path, *args: path.write_bytes(b"slow to draw"))
+    monkeypatch.setattr("midskip.demo.demo_recipe", small)
     monkeypatch.setattr("midskip.demo.generate", lambda model, tokenizer, prompt, **_: tokenizer(prompt)["input_ids"])
     first, _ = run(tmp_path / "demo", source, steps=1)
     with pytest.raises(DataError, match="There is nothing at"):

@@ -49,8 +49,10 @@ def test_keep_is_indexing(ragged: tuple[Tensor, Tensor], share: float) -> None:
     valid_BT = ragged[1].bool()
     batch = PackedBatch.from_rectangle(valid_BT)
     batch.rotary = torch.randn(batch.num_tokens, 1, 4), torch.randn(batch.num_tokens, 1, 2)
+    batch.first_column, batch.past_seqlens = 4, [1, 2, 3, 4, 0, 1, 2]
     keep_N = torch.rand(batch.num_tokens) < share
     kept = batch.keep(keep_N)
+    assert (kept.first_column, kept.past_seqlens) == (batch.first_column, batch.past_seqlens)
     assert kept.num_tokens == keep_N.sum() == len(kept.indices_N)
     assert torch.equal(kept.indices_N, keep_N.nonzero()[:, 0])
     assert torch.equal(kept.column_N, batch.column_N[keep_N])

@@ -33,14 +33,12 @@ TIMEOUT_S = 30  # of a collective: a rank that waits for ever is a failure
 STEPS = 3
 POLICIES = {
     "dense": {"policy": "dense"},
-    "fixed": {"policy": "midskip.policies.controls:FixedDepths", "policy_settings": {"skip_share": 0.5}},
     "middle_out": {"policy": "middle_out", "policy_settings": {"start": "released"}},
     "early": {"policy": "test_ranks:Early"},
 }
 # by name: the policy, and where the positions of the windows of rank 0 and of rank 1 begin
 SITUATIONS = {
     "dense": ("dense", 0, 0),
-    "fixed depths": ("fixed", 0, 0),
     "middle_out": ("middle_out", 0, 0),
     "one rank reaches": ("early", 29, 32),
     "no rank reaches": ("early", 32, 32),
