@@ -148,7 +148,7 @@ def test_an_effort_is_not_saved(make_model: Make, tmp_path: Any) -> None:
         ((1.0, True), "max_layers is True"),
     ],
 )
-def test_efforts_out_of_range_are_refused(arguments: tuple[Any, ...], message: str) -> None:
+def test_limits_out_of_range_are_refused(arguments: tuple[Any, ...], message: str) -> None:
     policy = MiddleOut(4, 8)
     policy.set_limits(0.5, 2)
     with pytest.raises(ValueError, match=message):
