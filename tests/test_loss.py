@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from midskip import MidskipForCausalLM
+from midskip import MidskipForCausalLM, meter
 from midskip.model.loss import cross_entropy
 
 TARGET_N = torch.tensor([3, -100, 0, 6, 6, -100, 2])
@@ -58,6 +58,16 @@ def test_the_gradient_is_written_over_the_logits_only_if_told() -> None:
                 nats_N.sum().backward()
         else:
             nats_N.sum().backward()
+
+
+def test_a_meter_does_not_keep_the_logits(make_model: Callable[..., MidskipForCausalLM]) -> None:
+    model, ids_BT = make_model("mixed"), torch.randint(31, (2, 9))
+    with meter(model) as work:
+        loss = model(ids_BT, labels=ids_BT, output_logits=False).loss
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a second backward pass"):  # they were written over
+            loss.backward()
+    assert work.head_rows == 18
 
 
 @pytest.mark.parametrize("hooked", [False, True])

@@ -187,7 +187,7 @@ class Meter:
         self._hooks += [
             body.policy.register_forward_hook(self._on_policy),
             body.embed_tokens.register_forward_hook(self._on_embedding),
-            self.model.lm_head.register_forward_hook(self._on_head),
+            self.model.lm_head.register_forward_pre_hook(self._on_head),  # so that it cannot hold the logits
         ]
         return self
 
@@ -266,9 +266,9 @@ class Meter:
     def _on_embedding(self, embedding: nn.Embedding, arguments: tuple[Any, ...], output: Tensor) -> None:
         self._both(0 if is_backward() else output.numel() * embedding.weight.element_size())
 
-    def _on_head(self, head: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def _on_head(self, head: nn.Module, arguments: tuple[Any, ...]) -> None:
         if not is_backward():
-            self.head_rows += output.shape[:-1].numel()
+            self.head_rows += arguments[0].shape[:-1].numel()
             self._both(_bytes_of(head))
 
     def _both(self, weights: int) -> None:
