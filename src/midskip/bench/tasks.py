@@ -240,7 +240,8 @@ class Training(Task):
         return lambda step: self._step(side)
 
     def _step(self, side: Side) -> None:
-        side.call(self.ids_BT, labels=self.ids_BT, use_cache=False).loss.backward()
+        unread = {"output_logits": False} if side.is_ours else {}  # as our trainer asks; Llama has no such way
+        side.call(self.ids_BT, labels=self.ids_BT, use_cache=False, **unread).loss.backward()
         side.model.zero_grad()
 
     def peak_bytes(self, side: Side, device: str) -> int | None:
