@@ -19,6 +19,8 @@ from typing import Any
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.stats import status_by_exit_code
 
+from midskip.bench.results import machine
+
 KILLED = ("killed", "timeout", "segfault", "caught by type check")
 
 
@@ -65,7 +67,13 @@ def main() -> None:
     modules = {str(path): report_of(path) for path in (meta.relative_to("mutants").with_suffix("") for meta in metas)}
     modules = {name: report for name, report in modules.items() if report["num_checked"]}
     checked, killed = (sum(report[name] for report in modules.values()) for name in ("num_checked", "num_killed"))
-    result = {"command": "make mutants", "mutmut": version("mutmut"), "num_checked": checked, "num_killed": killed}
+    result = {
+        "command": "make mutants",
+        "machine": machine(),
+        "mutmut": version("mutmut"),
+        "num_checked": checked,
+        "num_killed": killed,
+    }
     arguments.output.write_text(json.dumps(result | {"modules": modules}, indent=1, ensure_ascii=False) + "\n")
     for name, report in modules.items():
         print(f"{name}: {report['num_killed']} of {report['num_checked']} killed, of {report['num_mutants']} in all")

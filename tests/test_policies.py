@@ -149,7 +149,7 @@ def test_decide_must_be_written() -> None:
 @pytest.mark.parametrize(
     "policy, settings, num_layers, skipped_kv",
     [
-        ("dense", {}, 4, None),
+        ("dense", {}, 4, "keep"),
         ("middle_out", {}, None, "drop"),  # at every depth that the contract tries
         ("middle_out", {}, 4, "keep"),
         *(("middle_out", {"start": start}, 5, "drop") for start in STARTS if start != "open"),
