@@ -30,6 +30,7 @@ def test_who_is_where(ragged: tuple[Tensor, Tensor]) -> None:
     rows = valid_BT.nonzero()
     assert torch.equal(batch.sequence_N, rows[:, 0])
     assert torch.equal(batch.column_N, rows[:, 0] * 9 + rows[:, 1])
+    assert torch.equal(batch.absolute_column_N, rows[:, 1].int())
     assert batch.position_N.tolist() == [n for length in batch.seqlens for n in range(length)]
     given_BT = torch.randint(50, valid_BT.shape)
     assert torch.equal(PackedBatch.from_rectangle(valid_BT, given_BT).position_N, given_BT[valid_BT])
