@@ -93,6 +93,7 @@ def test_the_tiny_preset_times_everything(tmp_path: Path, capsys: pytest.Capture
     assert "optimizer steps in the Trainer, 2 x 24 tokens" in screen and "the matrix products with weights" in screen
 
 
+@pytest.mark.slow  # its compiler takes long; presets, bfloat16 and compiled blocks are tested apart
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, as it compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 def test_the_gpu_preset_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,17 +9,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import midskip
 from midskip import MidskipForCausalLM
+from midskip.model.config import REMOTE_MODULE
 
 PROMPTS = ["Document 3 says", "And so", "Document 5 says that layer 2 was left out.\n\nAnd"]
 PROGRAM = """
 import json, sys
-from transformers import pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 assert "midskip" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__ == "midskip.model.modeling", type(model)
+model.save_pretrained(sys.argv[3])
+assert type(AutoConfig.from_pretrained(sys.argv[3], trust_remote_code=True)).__name__ == "MidskipConfig"
 generator = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
 found = generator(json.loads(sys.argv[2]), batch_size=3, max_new_tokens=6, do_sample=False)
 print(json.dumps([texts[0]["generated_text"] for texts in found]))
@@ -41,14 +48,19 @@ def alone(saved_model: Path) -> list[str]:
 
 
 def test_a_folder_where_nobody_imported_midskip(saved_model: Path, alone: list[str], tmp_path: Path) -> None:
+    """It is loaded, saved again, and generated from."""
     path = os.pathsep.join([str(Path(midskip.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     place = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(saved_model), json.dumps(PROMPTS)],
+        [sys.executable, "-c", PROGRAM, str(saved_model), json.dumps(PROMPTS), str(tmp_path / "again")],
         env=os.environ | place, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == alone
+    names = {file.name for file in (tmp_path / "again").iterdir()}
+    assert f"{REMOTE_MODULE}.py" in names and names <= {file.name for file in saved_model.iterdir()}
+    found, saved = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", saved_model))
+    assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
 
 
 def test_a_model_and_a_tokenizer(saved_model: Path, alone: list[str]) -> None:
