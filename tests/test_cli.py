@@ -1,10 +1,7 @@
 """The command line: every command on real input, and one clear line for input that cannot be used."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import midskip
-from midskip import cli
 from midskip.cli import main
 from midskip.runs import load_run
 
@@ -78,40 +73,6 @@ class Tags(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += "" if self.in_card else data
-
-
-# Help
-
-
-def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["-h"], ["--help"]):
-        assert main(arguments) == 0
-        out = capsys.readouterr().out
-        assert out.startswith("usage: midskip COMMAND")
-        assert all(f"  {command} " in out for command in cli.COMMANDS)
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("demo", ["--output", "--steps", "--source", "pydocs"]),
-        ("prepare", ["source", "--output", "--tokenizer", "--validation_share", "--max_tokens", "--shard_tokens"]),
-        ("train", ["RECIPE.yaml", "--resume", "--accept_changes", "--training.learning_rate", "width of the hidden"]),
-        ("calibrate", ["--data", "--lowest", "--max_tokens", "--batch_size", "--name"]),
-        ("evaluate", ["--data", "--batch_size", "--output", "--budgets", "--picture"]),
-        ("generate", ["--prompt", "--temperature", "--seed", "--budget", "--max_layers", "--on_drift"]),
-        ("bench", ["--tasks", "--batch_sizes", "--shares", "--dtypes", "--gates", "--run", "--shape", "--output"]),
-    ],
-)
-def test_every_command_has_help(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        assert main([command, "--help"]) == 0
-    except SystemExit as end:
-        assert end.code == 0
-    out = capsys.readouterr().out
-    assert f"midskip {command}" in out and [word for word in words if word not in out] == []
-    tested = {"demo", "prepare", "train", "calibrate", "evaluate", "generate", "bench"}
-    assert set(cli.COMMANDS) == tested, "else a command is not tested"
 
 
 # What works
@@ -342,17 +303,3 @@ def test_a_run_that_fails_has_a_status_of_its_own(
 
     monkeypatch.setattr("midskip.commands.train.run", interrupted)
     assert error("train", status=130) == "interrupted"
-
-
-def test_it_runs_as_a_program(tmp_path: Path) -> None:
-    """With its exit status, and no word from Python."""
-    path = os.pathsep.join([str(Path(midskip.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "midskip.cli", "generate", str(tmp_path / "none"), "--prompt", "a"],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("midskip: error: there is no folder") and done.stderr.count("\n") == 1

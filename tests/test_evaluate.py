@@ -1,30 +1,23 @@
-"""Evaluation, depth by token, generation, and reading a run: each against a computation by hand."""
+"""Evaluation, and depth by token: each against a computation by hand."""
 
 import json
 import math
-import shutil
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from sample_text import DOCUMENTS
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from midskip import MidskipForCausalLM
-from midskip.cli import main
 from midskip.cost import dense_flops
 from midskip.data import TokenWindows, encode_documents, token_bytes, train_tokenizer
 from midskip.evaluate import depth_of_tokens, evaluate
-from midskip.generate import blocks_counted, generate
-from midskip.runs import load_run
 
 LENGTH = 13  # of the windows; the text leaves a last one of 5 tokens
-DOCUMENTS = [f"Naïve café {i}: the cat sat on mat {i % 5}, 日本語, and saw it.\n" for i in range(8)]
 MakeModel = Callable[..., MidskipForCausalLM]
 
 
@@ -262,215 +255,3 @@ def test_depth_of_tokens_is_that_of_the_gates(
     apart = depth_of_tokens(model, tokenizer, [*ids.tolist(), *ids.tolist()], [*range(len(ids))] * 2)
     for again, once in zip(apart[len(ids) :], tokens, strict=True):
         assert again.gates == pytest.approx(once.gates, rel=1e-5)
-
-
-# Generation
-
-
-@torch.no_grad()
-def test_without_temperature_each_token_is_the_most_likely(
-    model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    ids = tokenizer("the cat")["input_ids"]
-    prompt_length = len(ids)
-    for _ in range(8):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert tokenizer.eos_token_id not in ids
-    for seed in (0, 1):
-        assert generate(model, tokenizer, "the cat", 8, temperature=0, seed=seed) == ids
-    assert generate(model, tokenizer, "the cat", 8, temperature=1.0, top_k=1, seed=5) == ids
-    assert len(set(ids[prompt_length:])) > 1
-
-
-@torch.no_grad()
-def test_a_token_with_the_pads_id_is_no_pad(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """As in models without a pad of their own, where 0 or any token may stand for it."""
-    ids = tokenizer("the cat")["input_ids"]
-    model.config.pad_token_id, model.generation_config.eos_token_id = ids[-1], None
-    expected = list(ids)
-    for _ in range(3):
-        expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
-    assert generate(model, tokenizer, "the cat", 3, temperature=0) == expected
-
-
-def test_the_seed_decides_the_draw(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    def draw(seed: int, **settings: Any) -> list[int]:
-        torch.rand(5)  # the caller's generator is no part of it
-        return generate(model, tokenizer, "the cat", 12, seed=seed, **settings)
-
-    assert draw(3) == draw(3)
-    assert len({tuple(draw(seed)) for seed in range(4)}) == 4
-    assert draw(3, temperature=0.001, top_k=0) == generate(model, tokenizer, "the cat", 12, temperature=0)
-    prompt = tokenizer("the cat")["input_ids"]
-    assert draw(3)[: len(prompt)] == prompt and len(draw(3)) <= len(prompt) + 12
-
-
-@torch.no_grad()
-def test_a_text_may_end_before_its_limit(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:1].expand(len(tokenizer), -1))
-    state_D = model.model(torch.tensor([[5, 6, 7]])).last_hidden_state[0, 0]  # the same whatever the tokens
-    model.lm_head.weight.zero_()[tokenizer.eos_token_id] = state_D
-    ids = generate(model, tokenizer, "the cat", 8, temperature=0)
-    assert ids == [*tokenizer("the cat")["input_ids"], tokenizer.eos_token_id]
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_blocks_are_counted_as_the_text_is_made(
-    model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast, use_cache: bool
-) -> None:
-    ids_1T = torch.tensor([tokenizer("the cat")["input_ids"]])
-    with blocks_counted(model) as blocks:
-        whole = model.generate(ids_1T, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=use_cache)  # pyright: ignore[reportAttributeAccessIssue]
-    expected = [token.blocks for token in depth_of_tokens(model, tokenizer, whole[0].tolist())]
-    assert blocks == expected[:-1] and len(set(blocks)) > 1
-    with pytest.raises(ValueError, match="blocks are counted of one sequence, and a pass has 2"), blocks_counted(model):
-        model(ids_1T.expand(2, -1))
-
-
-def test_a_prompt_of_the_greatest_length_is_taken(
-    model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    prompt = "z" * 63  # as many tokens, and the model takes 64
-    assert len(tokenizer(prompt)["input_ids"]) == 63
-    assert len(generate(model, tokenizer, prompt, 1)) == 64
-    message = r"the prompt has 63 tokens and 2 more .* at most 64 together: shorten the prompt or ask for at most 1"
-    with pytest.raises(ValueError, match=message):
-        generate(model, tokenizer, prompt, 2)
-    with pytest.raises(ValueError, match=r"the prompt has 70 tokens .* ask for at most 0"):
-        generate(model, tokenizer, "z" * 70, 1)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"prompt": ""}, "the prompt is empty; give at least one character"),
-        ({"prompt": "a\udcff"}, "the prompt is not Unicode text"),
-        ({"max_new_tokens": 0}, r"max_new_tokens is 0 .*expected at least 1"),
-        ({"top_k": -1}, r"top_k -1; expected at least 1 and 0"),
-        ({"temperature": -0.5}, r"temperature is -0\.5; expected 0, or a number from 0\.001 up"),
-        ({"temperature": 1e-40}, "temperature is 1e-40; expected"),
-        ({"temperature": math.nan}, "temperature is nan; expected"),
-        ({"temperature": math.inf}, "temperature is inf; expected"),
-        ({"seed": -1}, r"seed is -1; expected a number from 0"),
-        ({"seed": 2**63}, r"seed is 9223372036854775808; expected"),
-    ],
-)
-def test_what_cannot_be_generated_is_refused(
-    model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        generate(model, tokenizer, **({"prompt": "the cat"} | settings))
-
-
-# A run folder
-
-
-@pytest.fixture
-def folder(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    model.save_pretrained(tmp_path / "run")
-    tokenizer.save_pretrained(tmp_path / "run")
-    return tmp_path / "run"
-
-
-def test_a_run_is_read_as_it_was_written(
-    folder: Path, model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    read, its_tokenizer = load_run(folder)
-    assert not read.training
-    ids = tokenizer(DOCUMENTS[0])["input_ids"][:20]
-    assert its_tokenizer(DOCUMENTS[0])["input_ids"][:20] == ids
-    assert torch.equal(read.cpu()(torch.tensor([ids])).logits, model(torch.tensor([ids])).logits)
-
-
-def test_the_command_takes_any_text(
-    folder: Path, model: MidskipForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "text.txt").write_text("<|endoftext|>\n".join(DOCUMENTS), encoding="utf-8")
-    options = ["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "numbers.json")]
-    assert main(["evaluate", str(folder), *options]) == 0
-    printed = capsys.readouterr().out
-    assert printed == (tmp_path / "numbers.json").read_text()
-    assert len(printed.splitlines()) < 20, "a list is one line"
-    read, tokenizer = load_run(folder)
-    ids = encode_documents(tokenizer, DOCUMENTS)
-    apart = TokenWindows(ids, 64, drop_last=False, end_of_text=tokenizer.eos_token_id)
-    expected = evaluate(read, apart, token_bytes(tokenizer))
-    assert json.loads(printed) == expected
-    longest = max(np.diff(np.append(np.flatnonzero(ids == tokenizer.eos_token_id), len(ids))))
-    reached = [position for position, count in enumerate(expected["num_targets_by_position"]) if count]
-    assert max(reached) < longest < 64, "documents are kept apart"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "the path does not exist"),
-        (b"", "holds no text"),
-        (b"d\xe9j\xe0 vu", "is not UTF-8 text: byte 0xe9 at offset 1"),
-    ],
-)
-def test_text_that_cannot_be_evaluated_is_named(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes | None, message: str
-) -> None:
-    if text is not None:
-        (tmp_path / "some.txt").write_bytes(text)
-    assert main(["evaluate", str(folder), "--data", str(tmp_path / "some.txt")]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("midskip: error: ") and message in err and "some.txt" in err
-    assert main(["evaluate", str(folder)]) == 2
-    assert "has no recipe.yaml that names its held-out text: give text by --data" in capsys.readouterr().err
-
-
-def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:100])
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (shutil.rmtree, r"there is no folder '.*run'; expected a run folder, as `midskip train` writes it"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"lacks model\.safetensors\): give a run folder"),
-        (lambda folder: cut(folder / "model.safetensors"), "run' cannot be read: "),
-        (lambda folder: cut(folder / "config.json"), "run' cannot be read: "),
-        (lambda folder: cut(folder / "tokenizer.json"), "run' cannot be read: "),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "run' cannot be read: "),
-        (
-            lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'),
-            "its model is of the type 'llama'; expected 'midskip'",
-        ),
-        (
-            lambda folder: change_weights(folder, lambda weights: weights.pop("lm_head.weight")),
-            r"model\.safetensors lacks lm_head\.weight of the shape",
-        ),
-        (
-            lambda folder: change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(3)})),
-            r"model\.safetensors lacks model\.norm\.weight of the shape",
-        ),
-    ],
-)
-def test_a_run_that_is_not_whole_is_refused(folder: Path, damage: Callable[[Path], object], message: str) -> None:
-    damage(folder)
-    with pytest.raises(ValueError, match=message):
-        load_run(folder)
-
-
-def test_a_run_that_is_not_finished_says_how_to_go_on(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    for make in ((folder / "checkpoint-2").mkdir, (folder / "recipe.yaml").touch):
-        make()
-        with pytest.raises(ValueError, match=r"holds no finished run .*: go on with `midskip train \.\.\. --resume`"):
-            load_run(folder)
-        shutil.rmtree(folder / "checkpoint-2", ignore_errors=True)
-
-
-def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
-    train_tokenizer([*DOCUMENTS, "entirely other words in there"], 300).save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"has 300 tokens and its model 290: they do not belong together"):
-        load_run(folder)

@@ -1,6 +1,7 @@
 """Runs of tiny models: what the tests of training share."""
 
 import json
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from transformers import set_seed
 from transformers.trainer_pt_utils import safe_globals
 
 from midskip import MidskipForCausalLM
-from midskip.data import TokenWindows
+from midskip.data import TokenWindows, WindowOrder
 from midskip.train import Recipe
 from midskip.train.recipe import DataSettings, ModelSettings, RegularizerSettings, TrainingSettings
 from midskip.train.text import cut_windows, open_text
 
 TIMES = {"seconds", "step_seconds", "tokens_per_s", "utilisation"}  # what no two runs share
 QUIET = Console(file=StringIO())
+
+
+class Stop(Exception):
+    """A run dies of it."""
 
 
 def write_documents(folder: Path, count: int = 30) -> Path:
@@ -58,6 +63,12 @@ def tiny_recipe(
 def windows_of(recipe: Recipe) -> tuple[TokenWindows, TokenWindows]:
     """Those of training and of validation."""
     return cut_windows(open_text(recipe.data, Path(recipe.output), QUIET), recipe.data)
+
+
+def first_windows(recipe: Recipe, count: int) -> list[int]:
+    """Numbers of the windows that a run reads first."""
+    windows, _ = windows_of(recipe)
+    return list(WindowOrder(len(windows), count, recipe.training.seed))
 
 
 def batch_of(windows: TokenWindows, *numbers: int) -> dict[str, Tensor]:
@@ -131,3 +142,11 @@ def everything(folder: Path) -> dict[str, Any]:
         else:
             found[name] = file.read_bytes()
     return found
+
+
+def differences(folder: Path, whole: Path) -> list[str]:
+    """Files that two runs do not share, but for what was set aside."""
+    for damaged in folder.glob("damaged-checkpoint-*"):
+        shutil.rmtree(damaged)
+    left, right = everything(folder), everything(whole)
+    return sorted(name for name in left | right if left.get(name) != right.get(name))

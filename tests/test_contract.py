@@ -1,0 +1,259 @@
+"""The contract that every policy must keep: each way to break it is noticed, and named."""
+
+from itertools import count, cycle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from midskip.model.packing import PackedBatch
+from midskip.policies import Decision, Policy
+from midskip.testing import check_policy
+
+
+class Threshold(Policy):
+    """Lawful: a token runs a layer if a learned score of it is below 1, with 1 minus the score as its gate. What
+    follows fails one check each."""
+
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02) -> None:
+        super().__init__(num_layers, width, initializer_range)
+        self.score = nn.Linear(width, num_layers)
+
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        return torch.sigmoid(self.score(h_ND)[:, layer]) * 1.6
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
+        return self.decision(self.scores(layer, h_ND, layout))
+
+    def decision(self, score_N: Tensor) -> Decision:
+        keep_N = score_N < 1
+        gate_N = torch.where(keep_N, 1 - score_N, 0)
+        return Decision(keep_N, gate_N, gate_N)
+
+
+class NoDecision(Threshold):
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Any:
+        return self.scores(layer, h_ND, layout) < 1
+
+
+class KeepIsANumber(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision((score_N < 1).long())
+
+
+class GateAboveOne(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, 0.5 + score_N, None)
+
+
+class GateBelowZero(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, 0.5 - score_N, None)
+
+
+class GateIsNotANumber(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, score_N.log() / 0, None)
+
+
+class KeyGateOfZero(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, None, (1 - score_N).clamp(min=0))
+
+
+class HalfPrecision(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, score_N.bfloat16() / 2, None)
+
+
+class OneGateForAll(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, score_N[:1] / 2, None)
+
+
+class GateOnlyWrongInTraining(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision(None, score_N / (0.5 if self.training else 2), None)
+
+
+class TossesACoin(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND, layout) * torch.rand(len(h_ND), dtype=h_ND.dtype)
+
+
+class SeesTheNextToken(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        own_N = super().scores(layer, h_ND, layout)
+        follows_N = layout.sequence_N == layout.sequence_N.roll(-1)
+        return torch.where(follows_N, own_N.roll(-1), own_N)
+
+
+class SeesTheMean(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND + h_ND.mean(0), layout)
+
+
+class SeesItsBatchMates(Threshold):
+    """By the first token of each sequence, which is no future of any."""
+
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND + h_ND[layout.position_N == 0].mean(0), layout)
+
+
+class CountsPads(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND, layout) * (layout.column_N % layout.num_columns) / 10
+
+
+class KnowsTheLength(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        length_N = torch.tensor(layout.seqlens, dtype=h_ND.dtype)[layout.sequence_N]
+        return super().scores(layer, h_ND, layout) * length_N / 10
+
+
+class ReadsItsPast(Threshold):
+    """Of each sequence, the token before; nothing else is wrong with it."""
+
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        follows_N = layout.sequence_N == layout.sequence_N.roll(1)
+        follows_N[:1] = False
+        return super().scores(layer, h_ND + torch.where(follows_N[:, None], h_ND.roll(1, 0), 0), layout)
+
+
+class ReadsItsPastAndSaysSo(ReadsItsPast):
+    looks_back = True
+
+
+class AsksForItsFirstToken(Threshold):
+    """It is not there where a pass goes on from a cache."""
+
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        if layout.position_N[layout.index_in_sequence_N == 0].any():
+            raise RuntimeError("where is it")
+        return super().scores(layer, h_ND, layout)
+
+
+class SlopeWithoutEnd(Threshold):
+    """At its start the weight is 0 in one layer: the square root's slope is infinite there."""
+
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND, layout) * 0.1 + (h_ND[:, 0] * 0).sqrt()
+
+
+class UnusedParameter(Threshold):
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02) -> None:
+        super().__init__(num_layers, width, initializer_range)
+        self.spare = nn.Parameter(torch.zeros(width))
+
+
+class _ByBatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor) -> Tensor:
+        return x_N.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> Tensor:
+        return grad_N / max(1, len(grad_N))
+
+
+class GradientByBatchSize(Threshold):
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        return _ByBatch.apply(super().scores(layer, h_ND, layout))
+
+
+class GrowsWithEachCall(Threshold):
+    """Counts its calls over all passes."""
+
+    calls = 0
+
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        self.calls += 1
+        return super().scores(layer, h_ND, layout) * 0.5 ** (self.calls % 7)
+
+
+class Forgets(Threshold):
+    """Each one made has another temper, and it is not saved."""
+
+    number = count()
+
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02) -> None:
+        super().__init__(num_layers, width, initializer_range)
+        self.temper = 1 / (2 + next(self.number))
+
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND, layout) * self.temper
+
+
+class ForgetsATensor(Threshold):
+    """A plain tensor is no part of the state, and stays behind where models are loaded."""
+
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02) -> None:
+        super().__init__(num_layers, width, initializer_range)
+        self.direction = torch.rand(num_layers)
+
+    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND, layout) * self.direction[layer]
+
+
+@pytest.mark.parametrize(
+    ("policy", "skipped_kv"), [(Threshold, "drop"), (Threshold, "keep"), (ReadsItsPastAndSaysSo, "drop")]
+)
+def test_what_the_lawless_are_made_from_is_lawful(policy: type[Policy], skipped_kv: str) -> None:
+    check_policy(f"{__name__}:{policy.__name__}", num_layers=4, skipped_kv=skipped_kv, seed=3)
+
+
+LAWLESS: list[tuple[type[Policy], str, str]] = [
+    (NoDecision, "gates", "decide returned Tensor; expected a Decision"),
+    (KeepIsANumber, "gates", r"keep_N is torch.int64 \[\d+\]; expected torch.bool \[\d+\]"),
+    (GateAboveOne, "gates", "output_gate_N reaches from .* where kept; expected 0 to 1, in layer 0"),
+    (GateBelowZero, "gates", "output_gate_N reaches from -"),
+    (GateIsNotANumber, "gates", "output_gate_N reaches from"),
+    (KeyGateOfZero, "gates", "key_gate_N is 0 for a token that is kept"),
+    (HalfPrecision, "gates", "output_gate_N is torch.bfloat16"),
+    (OneGateForAll, "gates", r"output_gate_N is torch.float64 \[1\]; expected .* \[\d+\]"),
+    (GateOnlyWrongInTraining, "gates", "output_gate_N reaches from"),
+    (TossesACoin, "repeatable", "the same input twice"),
+    (GrowsWithEachCall, "repeatable", "the same input twice"),
+    (
+        SeesTheNextToken,
+        "no future leak",
+        r"token \d was changed and the results before it changed; gates differ by",
+    ),
+    (SeesTheMean, "no future leak", "the results before it changed"),
+    (SeesItsBatchMates, "batch", "sequence . of a batch, and the same alone"),
+    (CountsPads, "batch", "2 more pads on the left"),
+    (KnowsTheLength, "prefix", "the first 1 of 7 tokens alone"),
+    (ReadsItsPast, "decode", "1 columns at a time .* set looks_back = True.*; gates differ by"),
+    (AsksForItsFirstToken, "decode", "the former fails: where is it; if the policy reads the past, set looks_back"),
+    (SlopeWithoutEnd, "finite gradients", "gets a gradient that is not finite"),
+    (UnusedParameter, "finite gradients", "model.policy.spare gets no gradient in training, not even 0"),
+    (GradientByBatchSize, "packed = reference", "the gradients of .* differ by"),
+    (Forgets, "state", "a model, and the same saved and loaded; gates differ by"),
+    (ForgetsATensor, "state", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("policy", "check", "where", "skipped_kv"),
+    [(*lawless, skipped_kv) for lawless, skipped_kv in zip(LAWLESS, cycle(("drop", "keep")))],
+)
+def test_a_failed_check_is_named(policy: type[Policy], check: str, where: str, skipped_kv: str) -> None:
+    with pytest.raises(
+        AssertionError,
+        match=f"^check '{check}' failed: .*{where}.*{policy.__name__}.*4 layers, skipped_kv='{skipped_kv}'",
+    ):
+        check_policy(f"{__name__}:{policy.__name__}", num_layers=4, skipped_kv=skipped_kv)
+
+
+def test_settings_reach_the_policy_that_is_checked() -> None:
+    with pytest.raises(ValueError, match="policy 'dense' does not know the setting 'start'"):
+        check_policy("dense", {"start": "open"})
+    with pytest.raises(ValueError, match="skipped_kv is 'some'"):
+        check_policy("dense", skipped_kv="some")
+
+
+def test_checking_leaves_the_random_state_alone() -> None:
+    before = torch.random.get_rng_state()
+    check_policy("middle_out", num_layers=2, skipped_kv="drop")
+    assert torch.equal(torch.random.get_rng_state(), before)

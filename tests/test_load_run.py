@@ -1,0 +1,143 @@
+"""A run folder: it is read as it was written, its model is evaluated on any text, and what is not whole is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sample_text import DOCUMENTS
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from midskip import MidskipForCausalLM
+from midskip.cli import main
+from midskip.data import TokenWindows, encode_documents, token_bytes, train_tokenizer
+from midskip.evaluate import evaluate
+from midskip.runs import load_run
+
+MakeModel = Callable[..., MidskipForCausalLM]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(DOCUMENTS, 290)
+
+
+@pytest.fixture
+def model(make_model: MakeModel, tokenizer: PreTrainedTokenizerFast) -> MidskipForCausalLM:
+    """A tiny model, float32 and in evaluation mode, whose gates are 0, 1 and between."""
+    return make_model("mixed", torch.float32, vocab_size=len(tokenizer)).eval()
+
+
+@pytest.fixture
+def folder(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_is_read_as_it_was_written(
+    folder: Path, model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    read, its_tokenizer = load_run(folder)
+    assert not read.training
+    ids = tokenizer(DOCUMENTS[0])["input_ids"][:20]
+    assert its_tokenizer(DOCUMENTS[0])["input_ids"][:20] == ids
+    assert torch.equal(read.cpu()(torch.tensor([ids])).logits, model(torch.tensor([ids])).logits)
+
+
+def test_the_command_takes_any_text(
+    folder: Path, model: MidskipForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("<|endoftext|>\n".join(DOCUMENTS), encoding="utf-8")
+    options = ["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "numbers.json")]
+    assert main(["evaluate", str(folder), *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "numbers.json").read_text()
+    assert len(printed.splitlines()) < 20, "a list is one line"
+    read, tokenizer = load_run(folder)
+    ids = encode_documents(tokenizer, DOCUMENTS)
+    apart = TokenWindows(ids, 64, drop_last=False, end_of_text=tokenizer.eos_token_id)
+    expected = evaluate(read, apart, token_bytes(tokenizer))
+    assert json.loads(printed) == expected
+    longest = max(np.diff(np.append(np.flatnonzero(ids == tokenizer.eos_token_id), len(ids))))
+    reached = [position for position, count in enumerate(expected["num_targets_by_position"]) if count]
+    assert max(reached) < longest < 64, "documents are kept apart"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "the path does not exist"),
+        (b"", "holds no text"),
+        (b"d\xe9j\xe0 vu", "is not UTF-8 text: byte 0xe9 at offset 1"),
+    ],
+)
+def test_text_that_cannot_be_evaluated_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "some.txt").write_bytes(text)
+    assert main(["evaluate", str(folder), "--data", str(tmp_path / "some.txt")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("midskip: error: ") and message in err and "some.txt" in err
+    assert main(["evaluate", str(folder)]) == 2
+    assert "has no recipe.yaml that names its held-out text: give text by --data" in capsys.readouterr().err
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, r"there is no folder '.*run'; expected a run folder, as `midskip train` writes it"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"lacks model\.safetensors\): give a run folder"),
+        (lambda folder: cut(folder / "model.safetensors"), "run' cannot be read: "),
+        (lambda folder: cut(folder / "config.json"), "run' cannot be read: "),
+        (lambda folder: cut(folder / "tokenizer.json"), "run' cannot be read: "),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "run' cannot be read: "),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'),
+            "its model is of the type 'llama'; expected 'midskip'",
+        ),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights.pop("lm_head.weight")),
+            r"model\.safetensors lacks lm_head\.weight of the shape",
+        ),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(3)})),
+            r"model\.safetensors lacks model\.norm\.weight of the shape",
+        ),
+    ],
+)
+def test_a_run_that_is_not_whole_is_refused(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        load_run(folder)
+
+
+def test_a_run_that_is_not_finished_says_how_to_go_on(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    for make in ((folder / "checkpoint-2").mkdir, (folder / "recipe.yaml").touch):
+        make()
+        with pytest.raises(ValueError, match=r"holds no finished run .*: go on with `midskip train \.\.\. --resume`"):
+            load_run(folder)
+        shutil.rmtree(folder / "checkpoint-2", ignore_errors=True)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    train_tokenizer([*DOCUMENTS, "entirely other words in there"], 300).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"has 300 tokens and its model 290: they do not belong together"):
+        load_run(folder)
