@@ -52,6 +52,17 @@ def test_waits_for_what_the_host_must_know(
 
 
 @torch.no_grad()
+def test_a_pass_that_makes_a_cache_counts_its_tokens_once(
+    make_model: Callable[..., MidskipForCausalLM], ragged: tuple[Tensor, Tensor], waits: list[str]
+) -> None:
+    model = make_model(num_hidden_layers=6, **HASH).eval()
+    ids_BT, valid_BT = ragged
+    waits.clear()
+    assert model(ids_BT, attention_mask=valid_BT).past_key_values is not None
+    assert len(waits) == 2, waits  # and the policy's
+
+
+@torch.no_grad()
 def test_a_step_of_generation_waits_for_its_columns_and_the_policy(
     make_model: Callable[..., MidskipForCausalLM], waits: list[str]
 ) -> None:

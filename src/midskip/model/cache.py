@@ -122,9 +122,10 @@ class SkipCache(Cache):
         self._check_whose(model, shape[0])
         (batch_size, num_new), past = shape, self.num_columns
         if attention_mask is not None and attention_mask.shape != (batch_size, past + num_new):
+            why = f": it covers the {past} columns in the cache and the {num_new} new ones" if past else ""
             raise ValueError(
-                f"attention_mask has the shape {list(attention_mask.shape)}; expected {[batch_size, past + num_new]}: "
-                f"it covers the {past} columns in the cache and the {num_new} new ones"
+                f"attention_mask has the shape {list(attention_mask.shape)}; "
+                f"expected {[batch_size, past + num_new]}{why}"
             )
         if self._seen_BC2 is None:
             seen_BC, known_BC = torch.full((2, batch_size, 0), -1, dtype=torch.int32, device=device)

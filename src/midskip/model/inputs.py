@@ -50,18 +50,18 @@ def inputs_for(
     shape = given.shape[:2]
     if position_ids is not None and position_ids.shape not in (shape, (1, shape[1])):
         raise ValueError(f"position_ids has the shape {list(position_ids.shape)}; expected {list(shape)}")
-    if cache is None and use_cache:
-        cache = SkipCache(config)
     may_cache = use_cache is None and config.use_cache and not (looks_back or torch.is_grad_enabled())
+    if cache is None and (use_cache or (may_cache and position_ids is None)):
+        cache = SkipCache(config)
     if cache is None:
-        batch = _layout(given, attention_mask, position_ids, config.max_position_embeddings)
+        batch = _packed(given, attention_mask, position_ids, config.max_position_embeddings)
         if not may_cache or batch.document_N is not None:
             return batch, None
         cache = SkipCache(config)
     return cache.admit(model, (shape[0], shape[1]), attention_mask, position_ids, given.device, input_ids), cache
 
 
-def _layout(given: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, limit: int) -> PackedBatch:
+def _packed(given: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, limit: int) -> PackedBatch:
     """Without a cache."""
     shape = given.shape[:2]
     if attention_mask is None:
