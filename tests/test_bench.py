@@ -208,8 +208,8 @@ def test_a_trained_model_under_a_budget(
     monitor.detach()
     gates_LBT = model(windows[0]["input_ids"][None]).gates
     assert shares["dense twin"] == 1 and shares["trained"] == pytest.approx((gates_LBT > 0).double().mean().item())
-    for effort in ({"max_layers": 3}, {"budget": 0.5}):
-        model.set_budget(**effort)
+    for limits in ({"max_layers": 3}, {"budget": 0.5}):
+        model.set_budget(**limits)
         with pytest.raises(ValueError, match="training is to be timed and the model is under a run-time budget"):
             bench_run(replace(given, tasks=("training",)), model, windows, tmp_path / "new")
     assert not (tmp_path / "new").exists()

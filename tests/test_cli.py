@@ -155,9 +155,8 @@ def test_no_text_of_a_model_steers_the_terminal(
     escape = tokenizer("\x1b")["input_ids"]
     assert len(escape) == 1
     model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:1].expand(len(tokenizer), -1))
-    state_D = model.model(torch.tensor([[5, 6]], device=model.device)).last_hidden_state[
-        0, 0
-    ]  # the same whatever the tokens
+    # the same whatever the tokens
+    state_D = model.model(torch.tensor([[5, 6]], device=model.device)).last_hidden_state[0, 0]
     model.lm_head.weight.zero_()[escape] = state_D
     model.save_pretrained(tmp_path / "run")
     if colour:
@@ -294,9 +293,8 @@ def test_a_run_that_fails_has_a_status_of_its_own(
 ) -> None:
     options = (f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--training.max_grad_norm=0")
     message = error("train", place / "recipe.yaml", *options, "--training.learning_rate=1e30", status=1)
-    assert message.startswith("step 2 is not finite (cross-entropy ") and message.endswith(
-        "the last checkpoint is kept"
-    )
+    assert message.startswith("step 2 is not finite (cross-entropy ")
+    assert message.endswith("the last checkpoint is kept")
 
     def interrupted(arguments: list[str]) -> None:
         raise KeyboardInterrupt

@@ -20,11 +20,11 @@ class Threshold(Policy):
         super().__init__(num_layers, width, initializer_range)
         self.score = nn.Linear(width, num_layers)
 
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
         return torch.sigmoid(self.score(h_ND)[:, layer]) * 1.6
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
-        return self.decision(self.scores(layer, h_ND, layout))
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
+        return self.decision(self.scores(layer, h_ND, batch))
 
     def decision(self, score_N: Tensor) -> Decision:
         keep_N = score_N < 1
@@ -33,8 +33,8 @@ class Threshold(Policy):
 
 
 class NoDecision(Threshold):
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Any:
-        return self.scores(layer, h_ND, layout) < 1
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Any:
+        return self.scores(layer, h_ND, batch) < 1
 
 
 class KeepIsANumber(Threshold):
@@ -78,47 +78,47 @@ class GateOnlyWrongInTraining(Threshold):
 
 
 class TossesACoin(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        return super().scores(layer, h_ND, layout) * torch.rand(len(h_ND), dtype=h_ND.dtype)
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND, batch) * torch.rand(len(h_ND), dtype=h_ND.dtype)
 
 
 class SeesTheNextToken(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        own_N = super().scores(layer, h_ND, layout)
-        follows_N = layout.sequence_N == layout.sequence_N.roll(-1)
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        own_N = super().scores(layer, h_ND, batch)
+        follows_N = batch.sequence_N == batch.sequence_N.roll(-1)
         return torch.where(follows_N, own_N.roll(-1), own_N)
 
 
 class SeesTheMean(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        return super().scores(layer, h_ND + h_ND.mean(0), layout)
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND + h_ND.mean(0), batch)
 
 
 class SeesItsBatchMates(Threshold):
     """By the first token of each sequence, which is no future of any."""
 
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        return super().scores(layer, h_ND + h_ND[layout.position_N == 0].mean(0), layout)
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND + h_ND[batch.position_N == 0].mean(0), batch)
 
 
 class CountsPads(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        return super().scores(layer, h_ND, layout) * (layout.column_N % layout.num_columns) / 10
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND, batch) * (batch.column_N % batch.num_columns) / 10
 
 
 class KnowsTheLength(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        length_N = torch.tensor(layout.seqlens, dtype=h_ND.dtype)[layout.sequence_N]
-        return super().scores(layer, h_ND, layout) * length_N / 10
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        length_N = torch.tensor(batch.seqlens, dtype=h_ND.dtype)[batch.sequence_N]
+        return super().scores(layer, h_ND, batch) * length_N / 10
 
 
 class ReadsItsPast(Threshold):
     """Of each sequence, the token before; nothing else is wrong with it."""
 
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        follows_N = layout.sequence_N == layout.sequence_N.roll(1)
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        follows_N = batch.sequence_N == batch.sequence_N.roll(1)
         follows_N[:1] = False
-        return super().scores(layer, h_ND + torch.where(follows_N[:, None], h_ND.roll(1, 0), 0), layout)
+        return super().scores(layer, h_ND + torch.where(follows_N[:, None], h_ND.roll(1, 0), 0), batch)
 
 
 class ReadsItsPastAndSaysSo(ReadsItsPast):
@@ -128,17 +128,17 @@ class ReadsItsPastAndSaysSo(ReadsItsPast):
 class AsksForItsFirstToken(Threshold):
     """It is not there where a pass goes on from a cache."""
 
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        if layout.position_N[layout.index_in_sequence_N == 0].any():
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        if batch.position_N[batch.index_in_sequence_N == 0].any():
             raise RuntimeError("where is it")
-        return super().scores(layer, h_ND, layout)
+        return super().scores(layer, h_ND, batch)
 
 
 class SlopeWithoutEnd(Threshold):
     """At its start the weight is 0 in one layer: the square root's slope is infinite there."""
 
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        return super().scores(layer, h_ND, layout) * 0.1 + (h_ND[:, 0] * 0).sqrt()
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND, batch) * 0.1 + (h_ND[:, 0] * 0).sqrt()
 
 
 class UnusedParameter(Threshold):
@@ -158,8 +158,8 @@ class _ByBatch(torch.autograd.Function):
 
 
 class GradientByBatchSize(Threshold):
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        return _ByBatch.apply(super().scores(layer, h_ND, layout))
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        return _ByBatch.apply(super().scores(layer, h_ND, batch))
 
 
 class GrowsWithEachCall(Threshold):
@@ -167,9 +167,9 @@ class GrowsWithEachCall(Threshold):
 
     calls = 0
 
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
         self.calls += 1
-        return super().scores(layer, h_ND, layout) * 0.5 ** (self.calls % 7)
+        return super().scores(layer, h_ND, batch) * 0.5 ** (self.calls % 7)
 
 
 class Forgets(Threshold):
@@ -181,8 +181,8 @@ class Forgets(Threshold):
         super().__init__(num_layers, width, initializer_range)
         self.temper = 1 / (2 + next(self.number))
 
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        return super().scores(layer, h_ND, layout) * self.temper
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND, batch) * self.temper
 
 
 class ForgetsATensor(Threshold):
@@ -192,8 +192,8 @@ class ForgetsATensor(Threshold):
         super().__init__(num_layers, width, initializer_range)
         self.direction = torch.rand(num_layers)
 
-    def scores(self, layer: int, h_ND: Tensor, layout: PackedBatch) -> Tensor:
-        return super().scores(layer, h_ND, layout) * self.direction[layer]
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        return super().scores(layer, h_ND, batch) * self.direction[layer]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A policy under an effort: against its equations, the reference and the dense model; and what may not be set."""
+"""A policy under limits: against its equations, the reference and the dense model; and what may not be set."""
 
 from collections.abc import Callable
 from itertools import product
@@ -28,7 +28,7 @@ def outputs(model: MidskipForCausalLM, ids_BT: Tensor, valid_BT: Tensor) -> dict
     return {"loss": output.loss, "logits": output.logits, "gates": output.gates, "hidden": hidden, **dict(scores)}
 
 
-# ---- what an effort does
+# ---- what limits do
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5, 6])
@@ -36,11 +36,11 @@ def test_gates_are_those_of_the_scaled_sum_below_the_ceiling(num_layers: int) ->
     policy = MiddleOut(num_layers, 8).eval()
     nn.init.normal_(policy.weight, std=0.2)
     nn.init.normal_(policy.bias, std=0.1)
-    h_LND, layout = torch.randn(num_layers, 63, 8), PackedBatch.from_rectangle(torch.ones(7, 9).bool())
+    h_LND, batch = torch.randn(num_layers, 63, 8), PackedBatch.from_rectangle(torch.ones(7, 9).bool())
     for score_scale, max_layers in product((0.0, 0.5, 1.0, 3.0), (None, *range(1, num_layers + 1))):
         policy.set_limits(score_scale, max_layers)
         state: dict[str, Any] = {}
-        decisions = [policy(layer, h_ND, state, layout) for layer, h_ND in enumerate(h_LND)]
+        decisions = [policy(layer, h_ND, state, batch) for layer, h_ND in enumerate(h_LND)]
         total_N = torch.zeros(63)
         for layer in range((num_layers + 1) // 2):
             total_N = total_N + (h_LND[layer] @ policy.weight[layer] + policy.bias[layer]).relu()
@@ -54,11 +54,9 @@ def test_gates_are_those_of_the_scaled_sum_below_the_ceiling(num_layers: int) ->
             torch.testing.assert_close(1 - state["depth_scores"][layer].clamp(max=1), gate_N)
             assert decisions[num_layers - 1 - layer] is decision
             scored = (
-                0
-                if max_layers is not None and entered > max_layers
-                else policy._scored(layer, state, layout).num_tokens
+                0 if max_layers is not None and entered > max_layers else policy._scored(layer, state, batch).num_tokens
             )
-            assert policy.flops(layer, state, layout) == 2 * 8 * scored
+            assert policy.flops(layer, state, batch) == 2 * 8 * scored
 
 
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
@@ -81,7 +79,7 @@ def test_factor_0_is_the_dense_model(
 @pytest.mark.parametrize(
     ("score_scale", "max_layers", "num_layers"), [(0.4, None, 4), (2.5, None, 5), (1.0, 2, 4), (0.4, 3, 5), (0.0, 2, 5)]
 )
-def test_packed_is_reference_under_an_effort(
+def test_packed_is_reference_under_limits(
     make_model: Make,
     ragged: tuple[Tensor, Tensor],
     skipped_kv: str,
@@ -104,7 +102,7 @@ def test_packed_is_reference_under_an_effort(
     expected["depth_scores"] = reference.depth_scores.clamp(max=1)
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-12, msg=name)
-    assert not torch.equal(got["gates"], as_trained["gates"]), "the effort did something"
+    assert not torch.equal(got["gates"], as_trained["gates"]), "the limits did something"
     assert all(torch.equal(x, as_trained[name]) for name, x in outputs(model, *ragged).items()), "and is gone"
 
 
@@ -121,7 +119,7 @@ def test_no_token_runs_more_blocks_than_the_ceiling(
         assert sum(meter.query_rows_L) == blocks * int(ragged[1].sum()), "and no block ran on more"
 
 
-def test_an_effort_is_not_saved(make_model: Make, tmp_path: Any) -> None:
+def test_limits_are_not_saved(make_model: Make, tmp_path: Any) -> None:
     model = make_model("mixed", torch.float32)
     names = set(model.state_dict())
     model.model.policy.set_limits(0.5, 2)
@@ -183,41 +181,41 @@ class Deep(Policy):
 
     adjustable = True
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         if self.max_layers is not None and layer >= self.max_layers:
             return Decision(torch.zeros(len(h_ND), dtype=torch.bool))
         return Decision(self.score_scale * h_ND[:, 0] < 1)
 
 
 class DeafToScale(Deep):
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         return Decision(h_ND[:, 0] < 0 if layer else None)
 
 
 class DeafToMaxLayers(Deep):
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         return Decision(self.score_scale * h_ND[:, 0] < 1)
 
 
 class Backwards(Deep):
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         return Decision(None if self.score_scale == 0 else h_ND[:, 0] < self.score_scale)
 
 
 class BackwardsBelow(Backwards):
     """The first layer is as it should be."""
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
-        return super().decide(layer, h_ND, state, layout) if layer else Decision()
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
+        return super().decide(layer, h_ND, state, batch) if layer else Decision()
 
 
 class Shared(Deep):
-    """Looks at who shares the batch, under one of the efforts that are tried."""
+    """Looks at who shares the batch, under one of the limits that are tried."""
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         if self.score_scale != 3.0:
-            return super().decide(layer, h_ND, state, layout)
-        return Decision(torch.full((len(h_ND),), layout.batch_size == 1))
+            return super().decide(layer, h_ND, state, batch)
+        return Decision(torch.full((len(h_ND),), batch.batch_size == 1))
 
 
 class Sticky(Deep):
@@ -225,7 +223,7 @@ class Sticky(Deep):
 
     lowest: int | None = None
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         self.lowest = self.max_layers if self.lowest is None else min(self.lowest, self.max_layers or self.lowest)
         return Decision(torch.full((len(h_ND),), self.lowest is None or layer < self.lowest))
 

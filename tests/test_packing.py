@@ -76,7 +76,7 @@ def test_put_back_restores_the_others(ragged: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(back_ND, h_ND + keep_N[:, None])
 
 
-def test_keeping_all_is_the_layout_itself() -> None:
+def test_keeping_all_is_the_batch_itself() -> None:
     batch = PackedBatch.from_rectangle(torch.ones(2, 3).bool())
     assert batch.keep(None) is batch
     assert batch.keep(torch.ones(6).bool()) is batch
@@ -94,7 +94,7 @@ def test_the_same_tensor_is_worked_out_once() -> None:
     assert alive() is not None
 
 
-def test_a_layout_does_not_hold_on_to_itself() -> None:
+def test_a_batch_does_not_hold_on_to_itself() -> None:
     batch = PackedBatch.from_rectangle(torch.ones(2, 3).bool())
     assert batch.keep(torch.ones(6).bool()) is batch
     batch.keep(torch.arange(6) > 2)

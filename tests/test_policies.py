@@ -23,9 +23,9 @@ def rectangle(*shape: int) -> PackedBatch:
     return PackedBatch.from_rectangle(torch.ones(shape).bool())
 
 
-def decide_all(policy: Policy, h_LND: Tensor, layout: PackedBatch) -> tuple[list[Decision], dict[str, Any]]:
+def decide_all(policy: Policy, h_LND: Tensor, batch: PackedBatch) -> tuple[list[Decision], dict[str, Any]]:
     state: dict[str, Any] = {}
-    return [policy(layer, h_ND, state, layout) for layer, h_ND in enumerate(h_LND)], state
+    return [policy(layer, h_ND, state, batch) for layer, h_ND in enumerate(h_LND)], state
 
 
 # ---- built-in
@@ -37,8 +37,8 @@ def test_middle_out_is_the_papers_equations(num_layers: int) -> None:
     nn.init.normal_(policy.weight, std=0.2)
     nn.init.normal_(policy.bias, std=0.1)
     h_LND = torch.randn(num_layers, 63, 8)
-    layout = rectangle(7, 9)
-    decisions, state = decide_all(policy, h_LND, layout)
+    batch = rectangle(7, 9)
+    decisions, state = decide_all(policy, h_LND, batch)
     num_gates = (num_layers + 1) // 2
     assert len(state["depth_scores"]) == num_gates == len(policy.weight)
     total_N = torch.zeros(63)
@@ -55,8 +55,8 @@ def test_middle_out_is_the_papers_equations(num_layers: int) -> None:
             assert not (decision.keep_N & ~decisions[layer - 1].keep_N).any()
             torch.testing.assert_close(state["depth_scores"][layer].clamp(max=1), total_N.clamp(max=1))
         scored = int(decisions[layer - 1].keep_N.sum()) if layer else 63  # who left is not scored again
-        assert policy.flops(layer, state, layout) == 2 * 8 * scored
-    assert policy.flops(num_layers, state, layout) == 0
+        assert policy.flops(layer, state, batch) == 2 * 8 * scored
+    assert policy.flops(num_layers, state, batch) == 0
 
 
 def test_a_score_past_one_no_longer_grows() -> None:

@@ -48,10 +48,10 @@ SITUATIONS = {
 class Early(Policy):
     """All run the outer blocks; only tokens at positions below 32 run the others."""
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Any) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: Any) -> Decision:
         if layer in (0, self.num_layers - 1):
             return Decision()
-        return state.setdefault("early", Decision(keep_N=layout.position_N < 32))
+        return state.setdefault("early", Decision(keep_N=batch.position_N < 32))
 
 
 # ---- what every rank does

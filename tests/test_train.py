@@ -206,7 +206,7 @@ class Alternate(Policy):
         self.offset = offset
         self.linear = nn.Linear(width, 1)
 
-    def decide(self, layer, h_ND, state, layout):
+    def decide(self, layer, h_ND, state, batch):
         if layer % 2:
             return Decision()
         gate_N = (self.linear(h_ND).squeeze(1) + self.offset).clamp(0, 1)

@@ -65,10 +65,10 @@ RUNS: dict[str, dict[str, Any]] = {
 class Late(Policy):
     """All run the outer blocks; only tokens far into their document run the others."""
 
-    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: Any) -> Decision:
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: Any) -> Decision:
         if layer in (0, self.num_layers - 1):
             return Decision()
-        return state.setdefault("late", Decision(keep_N=layout.position_N >= LATE_POSITION))
+        return state.setdefault("late", Decision(keep_N=batch.position_N >= LATE_POSITION))
 
 
 class Ill(FixedRegularizer):

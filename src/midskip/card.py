@@ -196,7 +196,7 @@ def _calibrated(calibration: Calibration) -> list[str]:
     return [
         "## A budget at run time",
         intro,
-        _table(("share that ran", "loss, nats a token", "score_scale of scores"), rows),
+        _table(("share that ran", "loss, nats a token", "scale of the scores"), rows),
     ]
 
 

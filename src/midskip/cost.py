@@ -234,7 +234,7 @@ class Meter:
             work = LayerWork.of(queries, keys, key_gate_M is not None, past)
             rows = x_ND.shape[0], x_ND.shape[0] if others_MD is None else others_MD.shape[0]
             if rows != (work.query_rows, work.key_rows):
-                raise RuntimeError(f"block {layer} ran on {rows} rows and its layouts say {work}")
+                raise RuntimeError(f"block {layer} ran on {rows} rows and its packed batches say {work}")
             self.layers[layer].append(work)
             of_keys = (block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
             weights = _bytes_of(block) if work.query_rows else sum(map(_bytes_of, of_keys)) if work.key_rows else 0

@@ -89,15 +89,15 @@ def _padded(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, places: tuple[Tensor, A
     return out_SHPJ.transpose(1, 2).flatten(0, 1).index_select(0, place_N)
 
 
-# ---- the kernel for variable seqlens
+# ---- the kernel for sequences of any length
 
 
 def _ends(batch: PackedBatch) -> tuple[Tensor, int]:
     return _starts(batch).int(), max(batch.seqlens)
 
 
-def _varlen(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, batch: tuple[Tensor, int], width: int) -> Tensor:
-    ends, longest = batch
+def _varlen(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, ends_and_longest: tuple[Tensor, int], width: int) -> Tensor:
+    ends, longest = ends_and_longest
     wide = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (q_NHJ, k_NHJ, v_NHJ))  # the kernel takes no other widths
     # -1, 0: all to the left, none to the right
     kernel: Any = varlen_attn

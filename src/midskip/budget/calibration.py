@@ -25,7 +25,7 @@ class Calibration:
         num_tokens: how much of it went in.
         block_tokens: how many consecutive tokens the standard deviations are over.
         num_dropped: points that were measured and left out, so that the share falls from each to the next.
-        score_scale: of the scores, from 0 up.
+        score_scale: what the scores are multiplied by, from 0 up.
         share: of block-tokens that ran, from 1 down.
         loss: nats a token.
         share_by_place, loss_by_place: lists of both for tokens at positions 0, 1, 2 to 3, 4 to 7, ... of their
@@ -153,7 +153,7 @@ def place_of(position: int) -> int:
 
 
 def place_counts(seqlens: Sequence[int]) -> list[int]:
-    """How many tokens of documents of these seqlens are in each group of positions."""
+    """How many tokens of documents of these lengths are in each group of positions."""
     starts = [0, *(2**place for place in range(NUM_PLACES - 1))]
     ends = [*starts[1:], max(seqlens, default=0)]
     return [sum(max(0, min(length, end) - start) for length in seqlens) for start, end in zip(starts, ends)]

@@ -53,7 +53,7 @@ class DriftMonitor:
 
     Two things are compared with what the calibration measured at the same positions: the share of block-tokens that
     ran, which may leave the band on either side, and the loss of predicting the prompts' own tokens, which may leave it
-    above. Under `max_layers`, which the calibration knew nothing of, a low share is no drift. It costs the head
+    above. Under `max_layers`, which the calibration knew nothing of, a low share is no drift. A monitor costs the head
     on at most `SCORED_ROWS` tokens of each prompt pass, spread evenly over it, which meters do not count, and a wait
     for the device once in a block. If the limits change (`set_budget`), pooling starts again.
 
@@ -74,7 +74,7 @@ class DriftMonitor:
         self.calibration = calibration_in(self.model.config.calibration, self.policy.adjustable)
         self.on_drift, self.is_over = on_drift, False
         self._hooks: list[Any] = []
-        self._layout: Any = None  # of the pass that is looked at
+        self._batch: Any = None  # of the pass that is looked at
         self._num_ran = 0
         self._seqlens: list[int] = []
         self._limits: Any = None
@@ -117,12 +117,12 @@ class DriftMonitor:
         layer, _, _, batch = arguments
         if layer == 0:
             is_prompt = not (policy.training or batch.first_column) and _is_live.get()
-            self._layout, self._num_ran = batch if is_prompt else None, 0
-        if self._layout is not None:
+            self._batch, self._num_ran = batch if is_prompt else None, 0
+        if self._batch is not None:
             self._num_ran += batch.keep(decision.keep_N).num_tokens
 
     def _on_norm(self, norm: nn.Module, arguments: tuple[Any, ...], h_ND: Tensor) -> None:
-        batch, self._layout = self._layout, None
+        batch, self._batch = self._batch, None
         if batch is not None and batch.num_tokens:
             share = self._num_ran / (batch.num_tokens * self.policy.num_layers)
             self.look(batch.seqlens, share, h_ND, batch.token_N)

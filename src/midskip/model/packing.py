@@ -18,7 +18,7 @@ Rotary = tuple[Tensor, Tensor]
 class PackedBatch:
     """Who is where: N packed tokens, ordered by row, then by column, and so by sequence.
 
-    No dataclass: wrappers that shard weights take those apart, and it matters which of two equal layouts this is.
+    No dataclass: wrappers that shard weights take those apart, and it matters which of two equal batches this is.
 
     Attributes:
         batch_size, num_columns: the B and T of the rectangle that the tokens were packed from.
@@ -29,7 +29,7 @@ class PackedBatch:
         document_N: int64 [N], which document each token belongs to, counted over all rows, rising; None if each row
             is one sequence.
         rotary: cosines [N, 1, K] and sines [N, 1, K/2] of each token's rotary angles; set by the model.
-        indices_N: int64 [N], row of each token in the batch that this one was kept from; None if not kept from one.
+        indices_N: int64 [N], index of each token in the batch that this one was kept from; None if not kept from one.
         first_column: columns that stand before this rectangle, in a cache.
         past_seqlens: tokens of each sequence that stand there, pads not counted; None without a cache.
         past_token_B: int64 [B], the last token of each of those, -1 if there is none; None without a cache.
@@ -149,8 +149,8 @@ class PackedBatch:
     def count(self, keeps: Sequence[Tensor | None]) -> None:
         """Work out at once what `keep` will give for each of these.
 
-        The seqlens of a batch have to be on the host, and for them it waits for the device. A policy that knows its
-        decisions of all layers in the first one calls this, and the host waits once.
+        `seqlens` are on the host, which has to wait for the device to know them. A policy that knows its decisions of
+        all layers in the first one calls this, and the host waits once.
         """
         new = {id(keep_N): keep_N for keep_N in keeps if keep_N is not None and id(keep_N) not in self._kept}
         if not new:

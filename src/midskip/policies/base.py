@@ -132,7 +132,7 @@ class Policy(nn.Module):
         the decision about a token still depends on that token and its past alone.
 
         Args:
-            score_scale: of the readiness to skip, at least 0.
+            score_scale: what the scores, the readiness to skip, are multiplied by; at least 0.
             max_layers: the most blocks that one token may run, 1 to L; None: all of them.
 
         Raises:

@@ -80,7 +80,7 @@ class Regularizer:
 
     @property
     def score_scales(self) -> tuple[float, ...]:
-        """Factors of the scores (`Policy.set_limits`) for the step to come.
+        """Scales of the scores (`Policy.set_limits`) for the step to come.
 
         Each batch runs once under each of them, and the mean of the losses is learnt from. `update` hears of the last
         of these passes alone. Here there is one, as trained.

@@ -20,7 +20,7 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import Decision
 from midskip.reference import reference_forward
 from midskip.testing.decode import in_steps
-from midskip.testing.limits import broken_effort, limits
+from midskip.testing.limits import broken_limits, limits
 from midskip.testing.trial import NUM_COLUMNS, VALID_BT, Trial, by_token, distance_of
 
 
@@ -257,7 +257,7 @@ def _budget(trial: Trial) -> None:
     policy = trial.model.model.policy
     if not policy.adjustable:
         return
-    if problem := broken_effort(policy, lambda: trial.run(trial.ids_BT, VALID_BT)["gates"], VALID_BT):
+    if problem := broken_limits(policy, lambda: trial.run(trial.ids_BT, VALID_BT)["gates"], VALID_BT):
         raise trial.failed("budget", problem)
     for score_scale, max_layers in ((3.0, None), (0.5, max(1, policy.num_layers - 2))):
         limited = replace(trial, where=f"{trial.where}, score_scale {score_scale}, max_layers {max_layers}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from midskip.model.packing import PackedBatch
 from midskip.policies import Policy
 
-FACTORS = (0.0, 0.5, 1.0, 2.0, 8.0)
+SCALES = (0.0, 0.5, 1.0, 2.0, 8.0)
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def _kept(policy: Policy, seen: list[tuple[Tensor, PackedBatch]]) -> list[Tensor
     return kept
 
 
-def broken_effort(policy: Policy, run: Callable[[], Tensor], valid_BT: Tensor) -> str:
+def broken_limits(policy: Policy, run: Callable[[], Tensor], valid_BT: Tensor) -> str:
     """What is wrong under limits, "" if nothing is.
 
     Args:
@@ -59,7 +59,7 @@ def broken_effort(policy: Policy, run: Callable[[], Tensor], valid_BT: Tensor) -
         if not (run() == valid_BT[..., None]).all():
             return "under score_scale 0 a token does not run every block with gate 1"
     before: list[Tensor] = []
-    for score_scale in FACTORS:
+    for score_scale in SCALES:
         with limits(policy, score_scale):
             kept = _kept(policy, seen)
         for layer, (more_N, fewer_N) in enumerate(zip(before, kept)):
