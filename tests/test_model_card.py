@@ -234,3 +234,10 @@ def test_a_report_that_is_broken_is_named(run: Path, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(ValueError, match=r"report\.json' cannot be read: .*: remove it"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: 1\n", "[]\n"])
+def test_a_report_and_a_recipe_of_something_else_are_not_shown(tmp_path: Path, text: str) -> None:
+    for name in ("report.json", "recipe.yaml"):
+        (tmp_path / name).write_text(json.dumps(yaml.safe_load(text)))
+    assert read_run(tmp_path) == (None, None)

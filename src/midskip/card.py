@@ -79,9 +79,11 @@ def read_run(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any] 
             raise ValueError(
                 f"{str(file)!r} cannot be read: {error}; it is shown in the model card: remove it"
             ) from error
-    report, recipe = found
-    if isinstance(report, dict) and "validation" not in report:  # of something else, as the demo's
-        report = None
+    of_a_run = ({"validation", "training"}, {"data", "regularizer"})  # others, as the demo's report, are not shown
+    report, recipe = (
+        values if isinstance(values, dict) and keys <= values.keys() else None
+        for values, keys in zip(found, of_a_run, strict=True)
+    )
     return report, recipe
 
 
