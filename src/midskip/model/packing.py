@@ -155,9 +155,9 @@ class PackedBatch:
         new = {id(keep_N): keep_N for keep_N in keeps if keep_N is not None and id(keep_N) not in self._kept}
         if not new:
             return
-        keep_KN = torch.stack(list(new.values()))
-        count_KS = keep_KN.new_zeros(len(new), len(self.seqlens), dtype=torch.int64)
-        counts = count_KS.index_add_(1, self.sequence_N, keep_KN.long()).tolist()
+        keep_EN = torch.stack(list(new.values()))  # E of them
+        count_ES = keep_EN.new_zeros(len(new), len(self.seqlens), dtype=torch.int64)
+        counts = count_ES.index_add_(1, self.sequence_N, keep_EN.long()).tolist()
         for keep_N, seqlens in zip(new.values(), counts, strict=True):
             self._kept[id(keep_N)] = keep_N, self._keep(keep_N, seqlens)
 
