@@ -258,7 +258,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
                 that is a pad or follows one. The last token of a document predicts the first of the next.
             logits_to_keep: 0 for all columns, k > 0 for the last k, or an int64 tensor of columns; the head runs on
                 those only. With labels it must be 0.
-            output_logits: with labels, False gives the loss alone, whose backward pass takes less memory: by the size of all logits.
+            output_logits: with labels, False gives the loss alone, whose backward pass takes less memory: by the size
+                of all logits.
             num_items_in_batch: by which the sum of the losses is divided, as transformers' Trainer asks; by default by
                 the number of tokens scored.
 
