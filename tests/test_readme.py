@@ -24,7 +24,9 @@ from midskip.train import read_recipe
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "midskip"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+ARCHITECTURE, EXTENDING = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("architecture", "extending")
+)
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TINY = {
@@ -122,7 +124,7 @@ def test_the_readmes_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("workplace")
 def test_the_readmes_other_options_are_known() -> None:
-    module = next(block for block in blocks(ARCHITECTURE, "python") if block.startswith("# my_policies.py"))
+    module = next(block for block in blocks(EXTENDING, "python") if block.startswith("# my_policies.py"))
     Path("my_policies.py").write_text(module, encoding="utf-8")
     policy = re.search(r"`(--model\.policy=\S+)`", README)
     regularizer = re.search(r"`(--regularizer\.name=\S+)`", README)
@@ -169,13 +171,13 @@ def test_the_list_of_files_is_whole() -> None:
 
 
 @pytest.mark.usefixtures("workplace")
-def test_the_architectures_examples_run() -> None:
+def test_the_examples_of_policies_and_regularizers_run() -> None:
     names: dict[str, object] = {}
-    for block in blocks(ARCHITECTURE, "python"):
+    for block in blocks(EXTENDING, "python"):
         if module := re.match(r"# (my_\w+\.py)\n", block):
             Path(module[1]).write_text(block, encoding="utf-8")
         elif not block.startswith("class "):
-            exec(compile(block, "architecture.md", "exec"), names)
+            exec(compile(block, "extending.md", "exec"), names)
     assert isinstance(names["config"], midskip.MidskipConfig)
     regularizer = names["regularizer"]
     assert isinstance(regularizer, midskip.regularizers.Regularizer)
@@ -186,12 +188,14 @@ def test_the_architectures_examples_run() -> None:
     assert regularizer.state_dict() == {"price": pytest.approx([1e-3] * 8)}
 
 
-def seams() -> list[ast.ClassDef]:
-    stubs = [block for block in blocks(ARCHITECTURE, "python") if block.startswith("class ")]
+def interfaces() -> list[ast.ClassDef]:
+    stubs = [
+        block for page in (ARCHITECTURE, EXTENDING) for block in blocks(page, "python") if block.startswith("class ")
+    ]
     return [node for block in stubs for node in ast.parse(block).body if isinstance(node, ast.ClassDef)]
 
 
-@pytest.mark.parametrize("shown", seams(), ids=lambda node: node.name)
+@pytest.mark.parametrize("shown", interfaces(), ids=lambda node: node.name)
 def test_the_signatures_shown_are_the_real_ones(shown: ast.ClassDef) -> None:
     nodes = [node for file in PACKAGE.rglob("*.py") for node in ast.parse(file.read_text(encoding="utf-8")).body]
     (real,) = (node for node in nodes if isinstance(node, ast.ClassDef) and node.name == shown.name)
