@@ -63,6 +63,20 @@ def test_a_wrong_cache_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         check_ours(good, ids())
 
 
+def test_a_gradient_that_is_nothing_but_rounding_agrees() -> None:
+    """A query that sees its own key alone has none, and rounding makes something of it."""
+    one, given = side(gates="hard"), ids(2)
+    policy = one.model.model.policy
+    with torch.no_grad():
+        for bias in torch.linspace(-6, 6, 1000):
+            policy.bias[-1] = bias
+            ran = one.model(given[:, :CHECKED_COLUMNS]).executed[policy.num_gates - 1].sum(1).tolist()
+            if max(ran) == 1:
+                break
+    assert max(ran) == 1
+    check_ours(one, given, gradients=True)
+
+
 def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     good, real = side(), MidskipForCausalLM.forward
 
