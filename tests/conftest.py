@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from sample_text import sample_documents
+from sample_text import DOCUMENTS, sample_documents
 from tiny_curve import CURVE
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -267,3 +267,17 @@ def lossless(request: pytest.FixtureRequest, learnt: PreTrainedTokenizerFast) ->
     from midskip.data import bytes_tokenizer
 
     return learnt if request.param == "bpe" else bytes_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `DOCUMENTS`; files that want another have their own."""
+    from midskip.data import train_tokenizer
+
+    return train_tokenizer(DOCUMENTS, 290)
+
+
+@pytest.fixture
+def model(make_model: Callable[..., MidskipForCausalLM], tokenizer: PreTrainedTokenizerFast) -> MidskipForCausalLM:
+    """A tiny model for `tokenizer`, float32 and in evaluation mode, whose gates are 0, 1 and between."""
+    return make_model("mixed", torch.float32, vocab_size=len(tokenizer)).eval()

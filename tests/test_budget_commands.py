@@ -96,7 +96,7 @@ def test_budgets_that_cannot_be_used_are_one_line(
 def test_drift_ends_generation_with_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run / "config.json"
     odd = CURVE | {"share": [1.0, 0.003, 0.002, 0.001], "share_std": [0.0] * 4, "block_tokens": 2}
-    odd["share_by_place"] = [[share] * 12 for share in odd["share"]]
+    odd["share_by_bucket"] = [[share] * 12 for share in odd["share"]]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"calibration": odd}))
     arguments = ["generate", str(run), "--prompt", "the cat sat on the mat", "--max_new_tokens", "2"]
     assert main([*arguments, "--budget", "0.002", "--on_drift", "error"]) == 1

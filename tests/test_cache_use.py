@@ -137,7 +137,7 @@ def strict(make_model: Make) -> MidskipForCausalLM:
     model = make_model("mixed").eval()
     curve = {"score_scale": [0.0, 1.0], "share": [1.0, 0.5], "share_std": [1.0, 1.0]}
     curve |= {"loss": [0.0, 0.0], "loss_std": [0.0, 0.0]}
-    curve |= {"share_by_place": [[1.0] * 12, [0.5] * 12], "loss_by_place": [[0.0] * 12] * 2}
+    curve |= {"share_by_bucket": [[1.0] * 12, [0.5] * 12], "loss_by_bucket": [[0.0] * 12] * 2}
     model.config.calibration = {"text": "x", "num_tokens": 99, "block_tokens": 20, "num_dropped": 0, **curve}
     model.set_budget(0.5)
     DriftMonitor(model, "error").attach()

@@ -17,7 +17,7 @@ from torch import Tensor
 import midskip.budget.calibrate
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.budget.calibrate import GAP, calibrate, loss_by_budget, thinned
-from midskip.budget.calibration import Calibration, place_counts, place_of
+from midskip.budget.calibration import Calibration, bucket_counts, bucket_of
 from midskip.data import TokenWindows
 from midskip.evaluate import evaluate
 from midskip.report import budget_table, write_curves
@@ -54,7 +54,7 @@ def test_more_budget_never_gives_more_loss() -> None:
 
 def test_the_band_is_four_deviations_around_the_points_on_either_side() -> None:
     curve = Calibration.from_dict(CURVE)
-    counts = place_counts([9, 2])
+    counts = bucket_counts([9, 2])
     for score_scale, points in ((0.0, [0]), (1.0, [1]), (1.5, [1, 2]), (3.9, [2, 3]), (4.0, [3])):
         share, share_std, loss, loss_std = (
             [CURVE[name][point] for point in points] for name in ("share", "share_std", "loss", "loss_std")
@@ -71,13 +71,13 @@ def test_the_band_is_that_of_the_positions() -> None:
     counts = [0] * 12
     for length in lengths:
         for position in range(length):
-            counts[place_of(position)] += 1
-    assert place_counts(lengths) == counts and counts[:3] == [4, 3, 5] and counts[11] == 3000 - 1024
+            counts[bucket_of(position)] += 1
+    assert bucket_counts(lengths) == counts and counts[:3] == [4, 3, 5] and counts[11] == 3000 - 1024
     early = [[9.0, 5.0, *[loss] * 10] for loss in CURVE["loss"]]
-    curve = Calibration.from_dict(CURVE | {"loss_by_place": early})
-    assert curve.highest_loss(1.0, place_counts([1])) == pytest.approx(9 + 0.2)
-    assert curve.highest_loss(1.0, place_counts([2, 2])) == pytest.approx(7 + 0.2)
-    assert curve.highest_loss(1.0, place_counts([4])) == pytest.approx((9 + 5 + 2 * 2.1) / 4 + 0.2)
+    curve = Calibration.from_dict(CURVE | {"loss_by_bucket": early})
+    assert curve.highest_loss(1.0, bucket_counts([1])) == pytest.approx(9 + 0.2)
+    assert curve.highest_loss(1.0, bucket_counts([2, 2])) == pytest.approx(7 + 0.2)
+    assert curve.highest_loss(1.0, bucket_counts([4])) == pytest.approx((9 + 5 + 2 * 2.1) / 4 + 0.2)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_the_band_is_that_of_the_positions() -> None:
         ({"loss": [2.0, 2.1, math.nan, 3.0]}, r"\['loss'\] is .*; expected two or more finite numbers of at least 0"),
         ({"loss_std": [0.1, 0.1, -0.1, 0.1]}, r"\['loss_std'\] is .*; expected two or more finite numbers"),
         ({"share_std": "wide"}, r"\['share_std'\] is 'wide'"),
-        ({"loss_by_place": [[1.0] * 12] * 3}, r"\['loss_by_place'\] is .*; expected 4 lists of 12 numbers"),
-        ({"share_by_place": [[1.0] * 11] * 4}, r"\['share_by_place'\] is .*; expected 4 lists of 12 numbers"),
+        ({"loss_by_bucket": [[1.0] * 12] * 3}, r"\['loss_by_bucket'\] is .*; expected 4 lists of 12 numbers"),
+        ({"share_by_bucket": [[1.0] * 11] * 4}, r"\['share_by_bucket'\] is .*; expected 4 lists of 12 numbers"),
         ({"score_scale": [0.0], "share": [1.0]}, r"\['score_scale'\] is \[0.0\]; expected two or more"),
         ({"colour": "red"}, r"calibration is \['block_tokens', 'colour', .*; expected a dictionary of text, num_"),
     ],
@@ -134,12 +134,12 @@ def by_hand(model: MidskipForCausalLM, windows: list[dict[str, Tensor]]) -> dict
         groups: dict[int, list[float]] = {}
         for token in tokens:
             if token[column] is not None:
-                groups.setdefault(place_of(token[0]), []).append(token[column])
+                groups.setdefault(bucket_of(token[0]), []).append(token[column])
         means = {place: statistics.mean(group) for place, group in groups.items()}
-        found[f"{name}_by_place"] = [means.get(place, means[6]) for place in range(12)]  # position 47 is in group 6
+        found[f"{name}_by_bucket"] = [means.get(place, means[6]) for place in range(12)]  # position 47 is in group 6
         blocks = [tokens[start : start + 256] for start in range(0, len(tokens) - 255, 256)]
         known = [[token for token in block if token[column] is not None] for block in blocks]
-        excess = [statistics.mean(token[column] - means[place_of(token[0])] for token in block) for block in known]
+        excess = [statistics.mean(token[column] - means[bucket_of(token[0])] for token in block) for block in known]
         found[f"{name}_std"] = statistics.stdev(excess)
     return found
 

@@ -152,7 +152,7 @@ def test_what_cannot_be_monitored_is_refused(calibrated: MidskipForCausalLM) -> 
 
 def test_ids_that_are_not_known_leave_the_share(calibrated: MidskipForCausalLM) -> None:
     share = [1.0, 0.02, 0.01, 0.001]
-    calibrated.config.calibration = CURVE | {"share": share, "share_by_place": [[x] * 12 for x in share]}
+    calibrated.config.calibration = CURVE | {"share": share, "share_by_bucket": [[x] * 12 for x in share]}
     calibrated.set_budget(0.015)
     message = r"of the blocks ran on the last 40 tokens, expected .* to 0\.130; cal"
     with DriftMonitor(calibrated, "error"), pytest.raises(BudgetDriftError, match=message):

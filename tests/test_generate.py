@@ -6,26 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from sample_text import DOCUMENTS
 from transformers import PreTrainedTokenizerFast
 
 from midskip import MidskipForCausalLM
-from midskip.data import train_tokenizer
 from midskip.evaluate import depth_of_tokens
 from midskip.generate import blocks_counted, generate
 
 MakeModel = Callable[..., MidskipForCausalLM]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(DOCUMENTS, 290)
-
-
-@pytest.fixture
-def model(make_model: MakeModel, tokenizer: PreTrainedTokenizerFast) -> MidskipForCausalLM:
-    """A tiny model, float32 and in evaluation mode, whose gates are 0, 1 and between."""
-    return make_model("mixed", torch.float32, vocab_size=len(tokenizer)).eval()
 
 
 @torch.no_grad()

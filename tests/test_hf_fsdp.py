@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fsdp_on_cpus import shard_on_cpus
+from rank_processes import run_program, start_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -77,23 +76,13 @@ def run_rank(rank: int, folder: Path, port: int, num_ranks: int, device: str) ->
 
 
 def main(folder: Path, num_ranks: int, device: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     method = "fork" if device == "cpu" else "spawn"
-    torch.multiprocessing.start_processes(
-        run_rank, (folder, port, num_ranks, device), nprocs=num_ranks, start_method=method
-    )
+    start_ranks(run_rank, folder, num_ranks, device, num_ranks=num_ranks, method=method)
 
 
 def launch(folder: Path, num_ranks: int, device: str) -> list[dict[str, Any]]:
     """What each rank found."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, __file__, str(folder), str(num_ranks), device]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    run_program(__file__, folder, num_ranks, device, timeout_s=240, device=device)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
 
 

@@ -22,17 +22,6 @@ from midskip.runs import load_run
 MakeModel = Callable[..., MidskipForCausalLM]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(DOCUMENTS, 290)
-
-
-@pytest.fixture
-def model(make_model: MakeModel, tokenizer: PreTrainedTokenizerFast) -> MidskipForCausalLM:
-    """A tiny model, float32 and in evaluation mode, whose gates are 0, 1 and between."""
-    return make_model("mixed", torch.float32, vocab_size=len(tokenizer)).eval()
-
-
 @pytest.fixture
 def folder(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "run")

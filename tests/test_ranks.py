@@ -7,8 +7,6 @@ One launch runs everything: this file as a program becomes two ranks (gloo, CPU)
 import io
 import json
 import os
-import socket
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from datetime import timedelta
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rank_processes import run_program, start_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -178,10 +177,7 @@ def main(folder: Path) -> None:
     model.save_pretrained(folder / "run")
     tokenizer.save_pretrained(folder / "run")
     (folder / "text.txt").write_text("<|endoftext|>\n".join(TEXT))
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    torch.multiprocessing.start_processes(run_rank, (folder, port), nprocs=2, start_method="fork")
+    start_ranks(run_rank, folder)
 
 
 # ---- the tests
@@ -195,11 +191,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[Any, Any]]:
     """What each rank found."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=4 * TIMEOUT_S
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(__file__, folder, timeout_s=4 * TIMEOUT_S)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fsdp_on_cpus import shard_on_cpus
+from rank_processes import run_program, start_ranks
 from tiny_runs import QUIET, assert_same_weights, distance, history, timeless, tiny_recipe, weights, write_documents
 
 from midskip import MidskipForCausalLM
@@ -86,21 +85,14 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
 
 
 def main(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(run_rank, (folder, port), nprocs=2, start_method="fork")
+    start_ranks(run_rank, folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp")
     write_documents(folder / "text", 60)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    run_program(__file__, folder, timeout_s=240)
     return folder
 
 

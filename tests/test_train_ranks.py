@@ -7,7 +7,6 @@ agrees under DDP and FSDP2 is in test_ranks.py.
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rank_processes import run_program, start_ranks
 from tiny_runs import (
     QUIET,
     assert_same_weights,
@@ -173,10 +173,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
 
 
 def main(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(run_rank, (folder, port), nprocs=2, start_method="fork")
+    start_ranks(run_rank, folder)
 
 
 # ---- the tests
@@ -191,12 +188,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
         write_documents(place / "text")
     (folder / "foreign-2" / "run").mkdir(parents=True)
     (folder / "foreign-2" / "run" / "thesis.txt").write_text("mine")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(__file__, folder, timeout_s=120)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "write_picture", lambda *args: None)
         for module in (torch.cuda, torch.accelerator):

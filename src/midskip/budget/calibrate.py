@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midskip.budget.calibration import NUM_PLACES, Calibration, calibration_in, place_of
+from midskip.budget.calibration import NUM_BUCKETS, Calibration, bucket_of, calibration_in
 from midskip.data import TokenWindows
 from midskip.distributed import rank_and_world_size
 from midskip.evaluate import evaluate, limits_kept
@@ -140,26 +140,27 @@ class _Curve:
                 f"{FEWEST_BLOCKS * self.block_tokens}, {FEWEST_BLOCKS} blocks of {self.block_tokens}: give more text"
             )
         loss_N, blocks_N, position_N = torch.cat(batches, 1)
-        place_N = torch.frexp(position_N).exponent.long().clamp(0, NUM_PLACES - 1)  # as `place_of`
-        share_P, share_std = self._by_place(blocks_N / self.model.config.num_hidden_layers, place_N)
-        loss_P, loss_std = self._by_place(loss_N, place_N)
+        buckets = [bucket_of(position) for position in range(self.model.config.max_position_embeddings)]
+        bucket_N = torch.tensor(buckets)[position_N.long()]
+        share_P, share_std = self._by_bucket(blocks_N / self.model.config.num_hidden_layers, bucket_N)
+        loss_P, loss_std = self._by_bucket(loss_N, bucket_N)
         self.points[score_scale] = {
-            "share": result["executed_share"], "share_by_place": share_P, "share_std": share_std,
-            "loss": result["loss"], "loss_by_place": loss_P, "loss_std": loss_std,
+            "share": result["executed_share"], "share_by_bucket": share_P, "share_std": share_std,
+            "loss": result["loss"], "loss_by_bucket": loss_P, "loss_std": loss_std,
         }  # fmt: skip
         return result["executed_share"]
 
-    def _by_place(self, values_N: Tensor, place_N: Tensor) -> tuple[list[float], float]:
-        """The mean at each group of positions, NaN left out, and the standard deviation, over blocks, of the mean
-        difference to it. A group without tokens has the mean of the nearest one before it, or of all."""
+    def _by_bucket(self, values_N: Tensor, bucket_N: Tensor) -> tuple[list[float], float]:
+        """The mean at each bucket of positions, NaN left out, and the standard deviation, over blocks, of the mean
+        difference to it. A bucket without tokens has the mean of the nearest one before it, or of all."""
         known_N = values_N.isfinite()
-        known, place = values_N[known_N], place_N[known_N]
-        sums_P = known.new_zeros(NUM_PLACES).index_add(0, place, known)
-        counts_P = known.new_zeros(NUM_PLACES).index_add(0, place, torch.ones_like(known))
+        known, bucket = values_N[known_N], bucket_N[known_N]
+        sums_P = known.new_zeros(NUM_BUCKETS).index_add(0, bucket, known)
+        counts_P = known.new_zeros(NUM_BUCKETS).index_add(0, bucket, torch.ones_like(known))
         means: list[float] = []
         for total, count in zip(sums_P.tolist(), counts_P.tolist(), strict=True):
             means.append(total / count if count else means[-1] if means else known.mean().item())
-        excess_N = values_N - torch.tensor(means, dtype=values_N.dtype)[place_N]
+        excess_N = values_N - torch.tensor(means, dtype=values_N.dtype)[bucket_N]
         num_blocks = len(excess_N) // self.block_tokens
         excess_K = excess_N[: num_blocks * self.block_tokens].unflatten(0, (num_blocks, -1)).nanmean(1)
         return means, excess_K[excess_K.isfinite()].std().item()
@@ -227,9 +228,9 @@ def loss_by_budget(
             )
         share, loss = result["executed_share"], result["loss"]
         calibrated_share, calibrated_loss = calibration.at(score_scale)
-        counts = [0] * NUM_PLACES
+        counts = [0] * NUM_BUCKETS
         for position, count in enumerate(result["num_targets_by_position"]):
-            counts[place_of(position)] += count
+            counts[bucket_of(position)] += count
         low, high = calibration.share_band(score_scale, counts)
         highest = calibration.highest_loss(score_scale, counts)
         rows.append(

@@ -11,9 +11,9 @@ from typing import Any
 
 TOLERANCE = 0.02  # of a budget, by which the share of a point that serves it may be above
 BAND_STDS = 4  # half the width of the band that blocks of live prompts have to stay in
-NUM_PLACES = 12  # groups of positions: 0, 1, 2 to 3, 4 to 7, and so on; the last one from 1024 on
+NUM_BUCKETS = 12  # buckets of positions: 0, 1, 2 to 3, 4 to 7, and so on; the last one from 1024 on
 _CURVES = ("score_scale", "share", "loss", "share_std", "loss_std")
-_BY_PLACE = ("share_by_place", "loss_by_place")
+_BY_BUCKET = ("share_by_bucket", "loss_by_bucket")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Calibration:
         score_scale: what the scores are multiplied by, from 0 up.
         share: of block-tokens that ran, from 1 down.
         loss: nats a token.
-        share_by_place, loss_by_place: lists of both for tokens at positions 0, 1, 2 to 3, 4 to 7, ... of their
-            document: `NUM_PLACES` numbers for each point. Early tokens have less to go on, and a higher loss.
+        share_by_bucket, loss_by_bucket: lists of both for tokens at positions 0, 1, 2 to 3, 4 to 7, ... of their
+            document: `NUM_BUCKETS` numbers for each point. Early tokens have less to go on, and a higher loss.
         share_std, loss_std: standard deviation, over blocks of `block_tokens`, of the mean difference to those.
 
     `Calibration.from_dict` checks what it is given; this constructor does not.
@@ -42,8 +42,8 @@ class Calibration:
     score_scale: list[float]
     share: list[float]
     loss: list[float]
-    share_by_place: list[list[float]]
-    loss_by_place: list[list[float]]
+    share_by_bucket: list[list[float]]
+    loss_by_bucket: list[list[float]]
     share_std: list[float]
     loss_std: list[float]
 
@@ -71,12 +71,12 @@ class Calibration:
             if len(curve) != len(values["score_scale"]):
                 expected = f"{len(values['score_scale'])}, as score_scale"
                 raise _broken(f"calibration[{name!r}]", f"{len(curve)} numbers", expected)
-        for name in _BY_PLACE:
-            curve, expected = values[name], f"{len(values['score_scale'])} lists of {NUM_PLACES} numbers of at least 0"
+        for name in _BY_BUCKET:
+            curve, expected = values[name], f"{len(values['score_scale'])} lists of {NUM_BUCKETS} numbers of at least 0"
             if not isinstance(curve, list | tuple) or len(curve) != len(values["score_scale"]):
                 raise _broken(f"calibration[{name!r}]", repr(curve), expected)
             for point in curve:
-                if not isinstance(point, list | tuple) or len(point) != NUM_PLACES or not all(map(_is_amount, point)):
+                if not isinstance(point, list | tuple) or len(point) != NUM_BUCKETS or not all(map(_is_amount, point)):
                     raise _broken(f"calibration[{name!r}]", repr(curve), expected)
         if values["score_scale"][0] != 0 or any(after <= before for before, after in pairwise(values["score_scale"])):
             raise _broken("calibration['score_scale']", repr(values["score_scale"]), "0 and then rising numbers")
@@ -119,13 +119,13 @@ class Calibration:
         """Lowest and highest share that a block of tokens should have at a scale.
 
         Args:
-            counts: tokens of the block in each group of positions, `NUM_PLACES` numbers; see `place_counts`.
+            counts: tokens of the block in each bucket of positions, `NUM_BUCKETS` numbers; see `bucket_counts`.
 
         Returns:
             The mean at those positions, and `BAND_STDS` standard deviations on either side, of the points measured on
             either side of the scale (of one, where it was measured): the widest.
         """
-        means = [(_weighted(self.share_by_place[point], counts), point) for point in self._around(score_scale)]
+        means = [(_weighted(self.share_by_bucket[point], counts), point) for point in self._around(score_scale)]
         rounding = 1e-6  # where every block had the same share
         return (
             min(mean - BAND_STDS * self.share_std[point] for mean, point in means) - rounding,
@@ -135,7 +135,7 @@ class Calibration:
     def highest_loss(self, score_scale: float, counts: Sequence[float]) -> float:
         """The highest loss that a block of tokens should have at a scale; a low one is welcome. As `share_band`."""
         return max(
-            _weighted(self.loss_by_place[point], counts) + BAND_STDS * self.loss_std[point]
+            _weighted(self.loss_by_bucket[point], counts) + BAND_STDS * self.loss_std[point]
             for point in self._around(score_scale)
         )
 
@@ -147,14 +147,14 @@ class Calibration:
         return range(before, after + 1)
 
 
-def place_of(position: int) -> int:
-    """The group of positions that one belongs to, 0 to NUM_PLACES - 1."""
-    return min(position.bit_length(), NUM_PLACES - 1)
+def bucket_of(position: int) -> int:
+    """The bucket of positions that one belongs to, 0 to NUM_BUCKETS - 1."""
+    return min(position.bit_length(), NUM_BUCKETS - 1)
 
 
-def place_counts(seqlens: Sequence[int]) -> list[int]:
-    """How many tokens of documents of these lengths are in each group of positions."""
-    starts = [0, *(2**place for place in range(NUM_PLACES - 1))]
+def bucket_counts(seqlens: Sequence[int]) -> list[int]:
+    """How many tokens of documents of these lengths are in each bucket of positions."""
+    starts = [0, *(2**bucket for bucket in range(NUM_BUCKETS - 1))]
     ends = [*starts[1:], max(seqlens, default=0)]
     return [sum(max(0, min(length, end) - start) for length in seqlens) for start, end in zip(starts, ends)]
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midskip.budget.calibration import NUM_PLACES, calibration_in, place_counts, place_of
+from midskip.budget.calibration import NUM_BUCKETS, bucket_counts, bucket_of, calibration_in
 
 ON_DRIFT = ("keep", "as_trained", "error")
 SCORED_ROWS = 64  # the most tokens of a pass whose loss the monitor works out
@@ -85,10 +85,10 @@ class DriftMonitor:
         self._forget_loss()
 
     def _forget_share(self) -> None:
-        self._ran, self._places = 0.0, [0] * NUM_PLACES
+        self._ran, self._buckets = 0.0, [0] * NUM_BUCKETS
 
     def _forget_loss(self) -> None:
-        self._nats, self._scored_places = torch.zeros(()), [0] * NUM_PLACES
+        self._nats, self._scored_buckets = torch.zeros(()), [0] * NUM_BUCKETS
 
     def attach(self) -> DriftMonitor:
         """Look at every pass from now on; gives itself."""
@@ -150,7 +150,7 @@ class DriftMonitor:
             self._limits = limits
             self._start()
         self._ran += share * sum(seqlens)
-        self._places = [a + b for a, b in zip(self._places, place_counts(seqlens), strict=True)]
+        self._buckets = [a + b for a, b in zip(self._buckets, bucket_counts(seqlens), strict=True)]
         if ids_N is not None:
             rows, positions = _scored(seqlens)
             rows_R = torch.tensor(rows, device=h_ND.device)
@@ -159,20 +159,20 @@ class DriftMonitor:
             nats = F.cross_entropy(logits_RV, ids_N.index_select(0, rows_R + 1), reduction="sum")
             self._nats = self._nats.to(nats.device) + nats
             for position in positions:
-                self._scored_places[place_of(position)] += 1
+                self._scored_buckets[bucket_of(position)] += 1
         self._judge()
 
     def _judge(self) -> None:
         block, (score_scale, max_layers), found = self.calibration.block_tokens, self._limits, []
-        if (num_tokens := sum(self._places)) >= block:
-            share, (low, high) = self._ran / num_tokens, self.calibration.share_band(score_scale, self._places)
+        if (num_tokens := sum(self._buckets)) >= block:
+            share, (low, high) = self._ran / num_tokens, self.calibration.share_band(score_scale, self._buckets)
             self._forget_share()
             if share > high or (share < low and max_layers is None):
                 expected = f"{0 if max_layers else max(0, low):.3f} to {min(1, high):.3f}"
                 found.append(f"{share:.3f} of the blocks ran on the last {num_tokens} tokens, expected {expected}")
-        if (num_scored := sum(self._scored_places)) >= block:
+        if (num_scored := sum(self._scored_buckets)) >= block:
             loss = self._nats.item() / num_scored
-            highest = self.calibration.highest_loss(score_scale, self._scored_places)
+            highest = self.calibration.highest_loss(score_scale, self._scored_buckets)
             self._forget_loss()
             if not loss <= highest:
                 expected = f"at most {highest:.3f}"

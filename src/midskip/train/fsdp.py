@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers import Trainer
 
 SETTINGS = {
@@ -21,7 +22,7 @@ def check_fsdp(on_cpu: bool) -> None:
         ValueError: FSDP without a GPU; or with another version, kind of checkpoints, or parts to shard than were
             tested.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true"):
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
     if on_cpu:
         raise ValueError(
