@@ -14,16 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from midskip import MidskipForCausalLM
 from midskip.cost import dense_flops
-from midskip.data import TokenWindows, encode_documents, token_bytes, train_tokenizer
+from midskip.data import TokenWindows, encode_documents, token_bytes
 from midskip.evaluate import depth_of_tokens, evaluate
 
 LENGTH = 13  # of the windows; the text leaves a last one of 5 tokens
 MakeModel = Callable[..., MidskipForCausalLM]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(DOCUMENTS, 290)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +27,6 @@ def windows(tokenizer: PreTrainedTokenizerFast) -> TokenWindows:
     stride = LENGTH - 1  # each window starts with the last token of the one before
     ids = ids[: (len(ids) - 5) // stride * stride + 5]
     return TokenWindows(ids, LENGTH, drop_last=False)
-
-
-@pytest.fixture
-def model(make_model: MakeModel, tokenizer: PreTrainedTokenizerFast) -> MidskipForCausalLM:
-    """A tiny model, float32 and in evaluation mode, whose gates are 0, 1 and between."""
-    return make_model("mixed", torch.float32, vocab_size=len(tokenizer)).eval()
 
 
 def tokens_of(windows: TokenWindows) -> list[Tensor]:

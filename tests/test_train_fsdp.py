@@ -40,8 +40,9 @@ class Stop(Exception):
 def recipe_of(folder: Path, name: str, batch_size: int) -> Recipe:
     return tiny_recipe(
         folder / "text", folder / f"{name}-{batch_size}" / "run", **RUNS[name.removesuffix("-stopped")],
-        data={"vocab_size": 300, "validation_share": 0.2}, batch_size=batch_size, gradient_accumulation_steps=2,
-        steps=4, adam_epsilon=1e-3, learning_rate=0.02, eval_steps=2, save_steps=2, logging_steps=2,
+        data={"vocab_size": 300, "validation_share": 0.2}, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=2, max_steps=4, adam_epsilon=1e-3, learning_rate=0.02,
+        eval_steps=2, save_steps=2, logging_steps=2,
     )  # fmt: skip
 
 
