@@ -37,7 +37,7 @@ from midskip.policies.controls import FixedDepths
         (["--batch_sizes", "1,0"], "0 is less than 1"),
         (["--repeats", "0"], "0 is less than 1"),
         (["--norms", "post"], "norms has 'post'; expected some of sandwich, pre"),
-        (["--attention", "sdpa,varlen"], "attention has 'varlen', which needs a GPU"),
+        (["--attention", "auto,flex"], "attention has 'flex', which needs a GPU"),
         (["--attention", "padded", "--num_key_value_heads", "1"], "fewer key heads than query heads"),
         (["--tasks", "trainer", "--dtypes", "float16"], "trains in float32 or bfloat16 alone"),
         (["--preset", "fast"], "preset is 'fast'; expected one of core, skipping, hard, decode, training, memory, gpu"),
@@ -76,7 +76,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device in ("cuda", "cuda:1"):
         assert settings(device=device).device == device
-    assert settings(device="cuda", tasks=("trainer",)) and settings(device="cuda", attention=("varlen", "flex"))
+    assert settings(device="cuda", tasks=("trainer",)) and settings(device="cuda", attention=("auto", "flex"))
     with pytest.raises(ValueError, match="the task trainer runs on the first GPU: give cuda"):
         settings(device="cuda:1", tasks=("trainer",))
     with pytest.raises(ValueError, match="the task trainer runs where transformers' Trainer would, on the GPU"):

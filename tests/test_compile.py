@@ -77,11 +77,12 @@ def pair(make_model: Make, backend: str, **changes: Any) -> tuple[MidskipForCaus
 
 
 # ---- numbers, and graphs: in training and in evaluation, one for what stands before attention, once more where keys
-# have rows of their own, and two for what comes after it (even sequences give it a view). Where a number of tokens
-# happens to be a width when a graph is made, torch makes that one again; no number of the first batch is
+# have rows of their own, two for what comes after it (even sequences give it a view), and two for each direction of the
+# loss (of all logits at once, or of a part). Where a number of tokens happens to be a width when a graph is made, torch
+# makes that one again; no number of the first batch is
 
 
-@pytest.mark.parametrize("skipped_kv, num_graphs", [("drop", 6), pytest.param("keep", 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("skipped_kv, num_graphs", [("drop", 8), pytest.param("keep", 10, marks=pytest.mark.slow)])
 def test_compiled_equals_plain_in_few_graphs(make_model: Make, skipped_kv: str, num_graphs: int) -> None:
     check_equal(*pair(make_model, ACCURATE, skipped_kv=skipped_kv, num_hidden_layers=3))
     assert counters["stats"]["unique_graphs"] <= num_graphs
@@ -95,7 +96,7 @@ def test_blocks_that_no_token_reaches_are_not_compiled(make_model: Make) -> None
         for name in expected:
             same(got[name], expected[name], name)
     assert (got["model.layers.3.mlp.up_proj.weight"] == 0).all()
-    assert counters["stats"]["unique_graphs"] <= 3
+    assert counters["stats"]["unique_graphs"] <= 7
 
 
 @pytest.mark.slow
@@ -111,7 +112,7 @@ def test_blocks_that_no_token_reaches_are_not_compiled(make_model: Make) -> None
 )
 def test_inductor_equals_plain(make_model: Make, changes: dict[str, Any]) -> None:
     check_equal(*pair(make_model, "inductor", **changes, num_hidden_layers=3))
-    assert counters["stats"]["unique_graphs"] <= 8
+    assert counters["stats"]["unique_graphs"] <= 12
     assert not counters["graph_break"]
 
 

@@ -175,7 +175,7 @@ def test_compiled_blocks_equal_plain_ones(make_model: Make, changes: dict[str, A
     counters.clear()
     plain, compiled = pair(make_model, "inductor", **changes, num_hidden_layers=3)
     check_equal(plain.to(DEVICE), compiled.to(DEVICE))
-    assert counters["stats"]["unique_graphs"] <= 8
+    assert counters["stats"]["unique_graphs"] <= 12
     assert not counters["graph_break"]
 
 
@@ -204,7 +204,7 @@ def test_training_in_bfloat16_plain_and_compiled(make_recipe: Callable[..., Any]
         assert sum(losses[compiled][-5:]) < 0.9 * sum(losses[compiled][:5])
         assert rows[-1]["executed_share"] < 1
         model, _ = load_run(Path(recipe.output))
-        assert model.device.type == "cpu" and math.isfinite(report["validation"]["loss"])
+        assert model.device.type == "cuda" and math.isfinite(report["validation"]["loss"])
     assert losses[True][:3] == pytest.approx(losses[False][:3], rel=0.01)
 
 

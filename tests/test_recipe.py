@@ -74,6 +74,14 @@ def test_changes_are_told_by_name() -> None:
     assert changes(now, now) == []
 
 
+def test_a_vocabulary_is_padded_on_request() -> None:
+    for multiple, expected in ((1, 50257), (64, 50304), (50257, 50257)):
+        recipe = read_recipe(None, [f"--model.pad_vocab_to_multiple_of={multiple}"])
+        assert recipe.build_config(50257).vocab_size == expected
+    with pytest.raises(ValueError, match=r"model\.pad_vocab_to_multiple_of is 0; expected at least 1"):
+        read_recipe(None, ["--model.pad_vocab_to_multiple_of=0"])
+
+
 # ---- what is refused
 
 

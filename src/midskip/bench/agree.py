@@ -96,18 +96,16 @@ def check_ours(side: Side, ids_BT: Tensor, gradients: bool = False) -> list[Agre
         DisagreementError: they differ by more than rounding.
     """
     ids_BT = ids_BT[:CHECKED_ROWS, :CHECKED_COLUMNS]
-    ids_cpu_BT = ids_BT.cpu()
     exact = Side(side.name, _exact(side.model), stretch=side.stretch)
-    results = [
-        (one, what, run(one, ids)) for one, ids in ((exact, ids_cpu_BT), (side, ids_BT)) for what, run in RUNS.items()
-    ]
-    packed = _gradients(exact.model, lambda: exact.call(ids_cpu_BT, labels=ids_cpu_BT).loss) if gradients else {}
-    position_BT = positions(ids_cpu_BT, side.stretch) if side.stretch else None
-    reference, expected, moved = _reference(exact.model, ids_cpu_BT, position_BT, gradients)
+    results = [(one, what, run(one, ids_BT)) for one in (exact, side) for what, run in RUNS.items()]
+    packed = _gradients(exact.model, lambda: exact.call(ids_BT, labels=ids_BT).loss) if gradients else {}
+    position_BT = positions(ids_BT, side.stretch) if side.stretch else None
+    with ids_BT.device:  # where the reference implementation makes its tensors
+        reference, expected, moved = _reference(exact.model, ids_BT, position_BT, gradients)
     found = [_compare(one, what, got, reference) for one, what, got in results]
     if gradients:
         found.append(_compare_gradients(exact, packed, expected, moved, ids_BT.numel()))
-    if gradients and side.attention != "sdpa":
+    if gradients and (side.attention != "auto" or ids_BT.is_cuda):
         own = _gradients(side.model, lambda: side.call(ids_BT, labels=ids_BT).loss)
         found.append(_compare_gradients(side, own, expected, moved, ids_BT.numel()))
     return found
@@ -122,12 +120,13 @@ def check_llama(side: Side, config: MidskipConfig, ids_BT: Tensor) -> list[Agree
     """
     ids_BT = ids_BT[:CHECKED_ROWS, :CHECKED_COLUMNS]
     ours = Side("ours with Llama's weights", llama_with_our_equations(side.model, config))
-    reference, *_ = _reference(_exact(ours.model), ids_BT.cpu(), None, gradients=False)
+    with ids_BT.device:
+        reference, *_ = _reference(_exact(ours.model), ids_BT, None, gradients=False)
     return [_compare(one, what, run(one, ids_BT), reference) for one in (side, ours) for what, run in RUNS.items()]
 
 
 def _exact(model: MidskipForCausalLM) -> MidskipForCausalLM:
-    exact = placed(copy.deepcopy(model), torch.float64, "cpu")
+    exact = placed(copy.deepcopy(model), torch.float64, str(model.device))
     for block in exact.model.layers:
         block.backend = None  # pyright: ignore[reportAttributeAccessIssue]
     return exact
@@ -169,8 +168,8 @@ def _reference(
     expected = _gradients(exact, loss) if gradients else {}
     generator = torch.Generator().manual_seed(0)
     for parameter in exact.parameters():
-        share = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.mul_(1 + MOVED * (2 * share - 1))
+        share = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+        parameter.mul_(1 + MOVED * (2 * share.to(parameter.device) - 1))
     away = reference_forward(exact, ids_BT, position_ids=position_BT)
     depth_scores_LBT, same_BT = _depth_scores(right), _before_a_flip(away.gates, right.gates)
     change, _ = _largest(away.logits, right.logits, same_BT)
@@ -207,7 +206,7 @@ def _largest_flip(gates_LBT: Tensor, reference: _Reference) -> float:
 
 def _largest(got_BTV: Tensor, expected_BTV: Tensor, compared_BT: Tensor | None = None) -> tuple[float, int]:
     """The largest difference of a token as a share of its logits, and how many tokens were compared: by default all."""
-    difference_BT = (got_BTV.cpu().double() - expected_BTV).norm(dim=-1) / expected_BTV.norm(dim=-1)
+    difference_BT = (got_BTV.double() - expected_BTV).norm(dim=-1) / expected_BTV.norm(dim=-1)
     if compared_BT is not None:
         difference_BT = difference_BT[compared_BT]
     return (difference_BT.max().item() if difference_BT.numel() else math.inf), difference_BT.numel()
@@ -217,7 +216,7 @@ def _compare(side: Side, what: str, got: tuple[Tensor, Tensor | None], reference
     logits_BTV, gates_LBT = got
     dtype, compared_BT = logits_BTV.dtype, None
     if gates_LBT is not None and dtype != torch.float64:  # there nothing rounds over
-        gates_LBT = gates_LBT.cpu().double()
+        gates_LBT = gates_LBT.double()
         far, allowed = _largest_flip(gates_LBT, reference), bound(dtype, reference.config, reference.depth_condition)
         found = f"a token is present or not that is {far:.2e} away from where that changes"
         _demand(side, what, dtype, found, far, allowed)
@@ -237,7 +236,7 @@ def _gradients(model: MidskipForCausalLM, loss: Callable[[], Tensor | None]) -> 
     value.backward()
     gradients = {"loss": value.detach()}
     gradients |= {
-        name: torch.zeros(()) if parameter.grad is None else parameter.grad
+        name: value.new_zeros(()) if parameter.grad is None else parameter.grad
         for name, parameter in model.named_parameters()
     }
     model.eval().zero_grad()
@@ -258,7 +257,7 @@ def _compare_gradients(
     for name, right in expected.items():
         norm = right.norm().item()
         norm = (largest if norm <= nothing else norm) or 1.0
-        difference, change = ((got[name].cpu().double() - right).norm().item() / norm for got in (packed, moved))
+        difference, change = ((got[name].double() - right).norm().item() / norm for got in (packed, moved))
         # a gradient goes back through the roundings of results that went through as many
         allowed = 2**0.5 * bound(dtype, side.model.config, change / MOVED)
         what = f"its gradient of {name} differs by {difference:.2e} of its size"

@@ -9,7 +9,6 @@ blocks of rows.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ import torch
 import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from midskip.model import attention
 from midskip.model.packing import PackedBatch
@@ -37,9 +35,9 @@ def attention_by(name: str) -> Iterator[None]:
     """Models run in here compute attention this way, one of `ATTENTION` in `settings.py`.
 
     Raises:
-        ValueError: queries are not the tokens that own the keys (`skipped_kv="keep"`), which `"sdpa"` alone takes.
+        ValueError: queries are not the tokens that own the keys (`skipped_kv="keep"`), which `"auto"` alone takes.
     """
-    if name == "sdpa":
+    if name == "auto":
         yield
         return
     library, (prepare, run) = attention.attend, KERNELS[name]
@@ -63,12 +61,6 @@ def attention_by(name: str) -> Iterator[None]:
         attention.attend = library
 
 
-def _starts(batch: PackedBatch) -> Tensor:
-    """int64 [S + 1], the row each sequence starts at, and N."""
-    starts = [0, *itertools.accumulate(batch.seqlens)]
-    return torch.tensor(starts).to(batch.column_N.device, non_blocking=True)
-
-
 # ---- one call, every sequence padded to the longest
 
 
@@ -89,20 +81,11 @@ def _padded(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, places: tuple[Tensor, A
     return out_SHPJ.transpose(1, 2).flatten(0, 1).index_select(0, place_N)
 
 
-# ---- the kernel for sequences of any length
+# ---- a call of SDPA for each sequence
 
 
-def _ends(batch: PackedBatch) -> tuple[Tensor, int]:
-    return _starts(batch).int(), max(batch.seqlens)
-
-
-def _varlen(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, ends_and_longest: tuple[Tensor, int], width: int) -> Tensor:
-    ends, longest = ends_and_longest
-    wide = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (q_NHJ, k_NHJ, v_NHJ))  # the kernel takes no other widths
-    # -1, 0: all to the left, none to the right
-    kernel: Any = varlen_attn
-    out = kernel(*wide, ends, ends, longest, longest, scale=width**-0.5, window_size=(-1, 0))
-    return out[..., : q_NHJ.shape[-1]]
+def _each(q_NHJ: Tensor, k_NHJ: Tensor, v_NHJ: Tensor, batch: PackedBatch, width: int) -> Tensor:
+    return torch.cat(attention._attend_each(q_NHJ, k_NHJ, v_NHJ, batch, batch, width**-0.5))
 
 
 # ---- FlexAttention
@@ -141,7 +124,7 @@ def _block_mask(batch: PackedBatch) -> flex.BlockMask:
     """
     sequence_N, num_tokens = batch.sequence_N, batch.num_tokens
     device, num_blocks = sequence_N.device, -(-num_tokens // BLOCK)
-    starts_S = _starts(batch)
+    starts_S = batch.cu_seqlens.long()
     own_Q = torch.arange(num_blocks, device=device)
     last_Q = (own_Q + 1) * BLOCK - 1
     begin_Q = starts_S[sequence_N[own_Q * BLOCK]] // BLOCK
@@ -162,7 +145,7 @@ def _block_mask(batch: PackedBatch) -> flex.BlockMask:
 
 
 KERNELS: dict[str, tuple[Callable[[PackedBatch], Any], Callable[..., Tensor]]] = {
+    "sdpa": (lambda batch: batch, _each),
     "padded": (_places, _padded),
-    "varlen": (_ends, _varlen),
     "flex": (_block_mask, _flex),
 }

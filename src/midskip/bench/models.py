@@ -44,7 +44,7 @@ class Side:
     skip_share: float | None = None
     static: bool = False
     stretch: int = 0
-    attention: str = "sdpa"
+    attention: str = "auto"
 
     @property
     def is_ours(self) -> bool:
@@ -148,7 +148,7 @@ def imposed(settings: BenchSettings, dense: MidskipForCausalLM, gates: str) -> l
 def by_attention(sides: list[Side], attention: tuple[str, ...]) -> list[Side]:
     """Each side as it computes attention in each of these ways."""
     return [
-        side if name == "sdpa" else replace(side, name=f"{side.name}, {name}", attention=name)
+        side if name == "auto" else replace(side, name=f"{side.name}, {name}", attention=name)
         for side in sides
         for name in attention
     ]

@@ -55,14 +55,14 @@ PRESETS = {
         GPU | {"shape": ("paper", "wiki-small"), "batch_sizes": (1, 32), "new_tokens": 16},
     ),
     "attention": Preset(
-        "on a GPU: variable-length kernel, FlexAttention and padding beside our own calls of SDPA",
+        "on a GPU: what the library chooses, beside SDPA for each sequence, padding and FlexAttention",
         GPU | {"shape": ("paper",), "tasks": ("prefill", "training"), "shares": (0.0, 0.5),
-               "attention": ("sdpa", "padded", "varlen", "flex")},
+               "attention": ("auto", "sdpa", "padded", "flex")},
     ),
     "tiny": Preset(
         "a miniature of everything, in seconds",
         {"shape": ("tiny",), "tasks": ("prefill", "decode", "training", "trainer", "products"), "shares": (0.5,),
-         "gates": ("fractional", "hard"), "dtypes": ("float32",), "attention": ("sdpa", "padded"), "repeats": 1},
+         "gates": ("fractional", "hard"), "dtypes": ("float32",), "attention": ("auto", "padded"), "repeats": 1},
     ),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ TASKS = ("prefill", "decode", "training", "trainer", "products")
 DTYPES = ("float32", "bfloat16", "float16")  # in float64 too Llama would turn by float32 angles, and not agree
 GATES = ("fixed", "fractional", "hard")
 NORMS = ("sandwich", "pre")
-ATTENTION = ("sdpa", "padded", "varlen", "flex")
+ATTENTION = ("auto", "sdpa", "padded", "flex")
 SHAPE_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 )  # fmt: skip
@@ -73,8 +73,9 @@ class BenchSettings:
         new_tokens: decoded in a stretch.
         repeats: of everything that is timed.
         norms: some of `NORMS`, as in `MidskipConfig`; each is timed against the same Llama.
-        attention: ways to compute the attention of packed tokens, some of `ATTENTION`: `"sdpa"` is the library's, the
-            others are tried beside it (`bench/kernels.py`). `"varlen"` and `"flex"` need a GPU.
+        attention: ways to compute the attention of packed tokens, some of `ATTENTION`: `"auto"` is the library's, the
+            others are tried beside it (`bench/kernels.py`): `"sdpa"` for each sequence alone, `"padded"`, and
+            `"flex"`, which needs a GPU.
         torch_compile: our blocks and Llama as a whole are compiled by torch, but not in decode, where the cache grows.
         seed: of weights, tokens, depths and the order of turns, from 0.
         device: that all of it runs on.
@@ -99,7 +100,7 @@ class BenchSettings:
     training_batch_size: int = 2
     repeats: int = 9
     norms: tuple[str, ...] = ("sandwich",)
-    attention: tuple[str, ...] = ("sdpa",)
+    attention: tuple[str, ...] = ("auto",)
     torch_compile: bool = False
     seed: int = 0
     device: str = "cpu"
@@ -150,10 +151,10 @@ class BenchSettings:
         if "trainer" in self.tasks and "float16" in self.dtypes:
             raise ValueError("dtypes has 'float16' and tasks has 'trainer', which trains in float32 or bfloat16 alone")
         config = self.config()  # refuses a shape that cannot be built
-        if self.attention != ("sdpa",) and config.num_key_value_heads != config.num_attention_heads:
+        if self.attention != ("auto",) and config.num_key_value_heads != config.num_attention_heads:
             raise ValueError(
                 f"attention is {', '.join(self.attention)!r} and the model has fewer key heads than query heads, which "
-                "sdpa alone takes: leave attention out"
+                "auto alone takes: leave attention out"
             )
 
     def _check_list(self, name: str, known: tuple[str, ...] | None = None) -> None:
@@ -188,7 +189,7 @@ class BenchSettings:
                 f"device is {self.device!r}, and the task trainer runs where transformers' Trainer would, on the GPU: "
                 "leave it out of the tasks, or set CUDA_VISIBLE_DEVICES to nothing"
             )
-        if kernels := [name for name in self.attention if name in ("varlen", "flex")]:
+        if kernels := [name for name in self.attention if name == "flex"]:
             raise ValueError(f"attention has {kernels[0]!r}, which needs a GPU: leave it out, or give --device cuda")
 
     @property
@@ -239,9 +240,8 @@ class BenchSettings:
         copies = 4 if self.takes_gradients else 2  # Llama's and ours, and their gradients
         copies += 2 * ("trainer" in self.tasks)  # AdamW's of one of them
         needed_bytes = copies * num_weights * itemsize
-        if self.device == "cpu":
-            exact_bytes = num_weights * (32 if self.takes_gradients else 8)  # weights, gradients: all in float64
-            needed_bytes = max(needed_bytes, 2 * num_weights * itemsize + exact_bytes)
+        exact_bytes = num_weights * (32 if self.takes_gradients else 8)  # weights, gradients: all in float64
+        needed_bytes = max(needed_bytes, 2 * num_weights * itemsize + exact_bytes)
         if "decode" in self.tasks:
             tokens = math.prod(self.sizes["decode"])
             token_bytes = 2 * layers * config.num_key_value_heads * config.head_dim * itemsize

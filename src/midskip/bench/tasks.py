@@ -168,7 +168,7 @@ class Products(Prefill):
         self._rows: dict[str, list[int]] = {}
 
     def is_for(self, side: Side) -> bool:
-        return super().is_for(side) and side.attention == "sdpa"
+        return super().is_for(side) and side.attention == "auto"
 
     def begin(self, side: Side) -> Callable[[int], Any]:
         model = side.model.eval()
@@ -205,7 +205,7 @@ class Decode(Task):
         self._prefilled: dict[str, Any] = {}
 
     def is_for(self, side: Side) -> bool:
-        return side.attention == "sdpa"  # against a cache there is no other
+        return side.attention == "auto"  # against a cache there is no other
 
     def begin(self, side: Side) -> Callable[[int], Any]:
         side.model.eval()

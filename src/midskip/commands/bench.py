@@ -37,7 +37,7 @@ def parser() -> Parser:
     add("--dtypes", type=words, help="default: float32,bfloat16; with --run float32")
     add("--gates", type=words, help="fixed at 1, fractional, or hard ones by tokens (default: fixed,fractional)")
     add("--norms", type=words, help="sandwich, pre or both (default: sandwich)")
-    add("--attention", type=words, help="sdpa, and beside it padded, varlen or flex (default: sdpa)")
+    add("--attention", type=words, help="auto (the library's), and beside it sdpa, padded or flex (default: auto)")
     add(
         "--torch_compile",
         action=argparse.BooleanOptionalAction,

@@ -7,10 +7,12 @@ features of a head: K, or K + 1 with gates.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from midskip.model.layer_cache import NO_COLUMN, LayerCache
 from midskip.model.ops import rotate
@@ -85,7 +87,7 @@ def attend(q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: PackedBatch, ke
     Args:
         q_NHJ, k_MGJ, v_MGJ: from `rotate_and_gate`.
         queries, keys: who the rows are. If they are the same batch, attention is plain causal attention of each
-            sequence; otherwise the queries' columns must be among the keys'.
+            sequence; otherwise the queries are kept from the keys.
         width: K; scores are divided by its root.
 
     Returns:
@@ -100,13 +102,37 @@ def attend(q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: PackedBatch, ke
         length = queries.seqlens[0]
         q, k, v = (x.unflatten(0, (-1, length)) for x in (q_NHJ, k_MGJ, v_MGJ))
         return _attend(q, k, v, scale).flatten(0, 1)
-    return torch.cat(_attend_each(q_NHJ, k_MGJ, v_MGJ, queries, keys, scale))
+    if not _has_varlen(q_NHJ):
+        return torch.cat(_attend_each(q_NHJ, k_MGJ, v_MGJ, queries, keys, scale))
+    if queries is keys:
+        return _attend_varlen(q_NHJ, k_MGJ, v_MGJ, keys, scale)
+    assert queries.indices_N is not None, "queries are kept from the keys"
+    # a query at the place of its own key; nobody reads the other places
+    q_MHJ = q_NHJ.new_zeros(keys.num_tokens, *q_NHJ.shape[1:]).index_copy(0, queries.indices_N, q_NHJ)
+    return attend(q_MHJ, k_MGJ, v_MGJ, keys, keys, width).index_select(0, queries.indices_N)
+
+
+def _has_varlen(x: Tensor) -> bool:
+    """Whether torch's kernel for sequences of any length runs there: on a GPU, in half precision."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _attend_varlen(q_NHJ: Tensor, k_NGJ: Tensor, v_NGJ: Tensor, batch: PackedBatch, scale: float) -> Tensor:
+    """One launch for all sequences: a launch each costs the host more than the GPU, and each new length is planned."""
+    num_features, group = q_NHJ.shape[2], q_NHJ.shape[1] // k_NGJ.shape[1]
+    if group > 1:
+        k_NGJ, v_NGJ = (x.repeat_interleave(group, 1) for x in (k_NGJ, v_NGJ))
+    q, k, v = (F.pad(x, (0, -num_features % 8)) for x in (q_NHJ, k_NGJ, v_NGJ))  # the kernel takes no other widths
+    kernel: Any = varlen_attn
+    ends, longest = batch.cu_seqlens, max(batch.seqlens)
+    # -1, 0: all to the left, none to the right
+    return kernel(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))[..., :num_features]
 
 
 def _attend_each(
     q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: PackedBatch, keys: PackedBatch, scale: float
 ) -> list[Tensor]:
-    """One call a sequence: cheaper than padding all to the longest."""
+    """One call a sequence: on a CPU cheaper than padding all to the longest."""
     outputs = []
     columns = queries.column_N.split(queries.seqlens), keys.column_N.split(keys.seqlens)
     rows = zip(

@@ -1,9 +1,10 @@
 """The cross-entropy of packed logits, a few rows at a time: no float32 copy of all logits is made.
 
-N tokens, V vocabulary.
+N tokens, R of them at a time, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_LOGITS = 2**22  # logits that are worked on at a time
+CHUNK_LOGITS, CHUNK_LOGITS_GPU = 2**22, 2**27  # that are worked on at a time; a GPU is full with so many
 IGNORED = -100  # the target of a token that is not scored
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, overwrite: bool) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, overwrite: bool, backend: str | None) -> Tensor:
         ctx.save_for_backward(logits_NV, target_N)
-        ctx.overwrite, ctx.is_spent = overwrite, False
-        return _nats(logits_NV, target_N)
+        ctx.overwrite, ctx.backend, ctx.is_spent = overwrite, backend, False
+        return _nats(logits_NV.detach(), target_N, backend)
 
     @staticmethod
     @once_differentiable
@@ -33,36 +34,62 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.is_spent = ctx.overwrite
         out_NV = logits_NV.detach() if ctx.overwrite else torch.empty_like(logits_NV)
         scale_N = torch.where(target_N == IGNORED, 0, grad_N)
+        logits_NV = logits_NV.detach()
         for rows in _chunks(logits_NV):
-            slope = logits_NV[rows].to(grad_N.dtype).softmax(1)
-            target = target_N[rows].clamp(min=0)[:, None]
-            slope.scatter_add_(1, target, slope.new_full((), -1).expand_as(target))
-            out_NV[rows] = slope.mul_(scale_N[rows, None])
-        return out_NV, None, None
+            out_NV[rows] = _call(_slope, ctx.backend, logits_NV[rows], target_N[rows], scale_N[rows])
+        return out_NV, None, None, None
 
 
-def cross_entropy(logits_NV: Tensor, target_N: Tensor, overwrite: bool = False) -> Tensor:
+def cross_entropy(logits_NV: Tensor, target_N: Tensor, overwrite: bool = False, backend: str | None = None) -> Tensor:
     """Cross-entropy of each row in nats, float32 or wider [N]; 0 where the target is `IGNORED`.
 
     Args:
         target_N: int64 [N].
         overwrite: let the backward pass write the gradient of the logits into their memory; only where nobody else
             reads them. A second backward pass is then refused.
+        backend: of torch.compile, which makes one pass over memory of each direction; None: not compiled.
     """
     if not (torch.is_grad_enabled() and logits_NV.requires_grad):
-        return _nats(logits_NV, target_N)
-    return _CrossEntropy.apply(logits_NV, target_N, overwrite)  # pyright: ignore[reportReturnType]
+        return _nats(logits_NV, target_N, backend)
+    return _CrossEntropy.apply(logits_NV, target_N, overwrite, backend)  # pyright: ignore[reportReturnType]
 
 
-def _nats(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+def _nats(logits_NV: Tensor, target_N: Tensor, backend: str | None) -> Tensor:
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    nats = [
-        F.cross_entropy(logits_NV[rows].to(wide), target_N[rows], ignore_index=IGNORED, reduction="none")
-        for rows in _chunks(logits_NV)
-    ]
+    nats = [_call(_rows_nats, backend, logits_NV[rows], target_N[rows], wide) for rows in _chunks(logits_NV)]
     return torch.cat(nats) if nats else logits_NV.new_zeros(0, dtype=wide)
 
 
+def _rows_nats(logits_RV: Tensor, target_R: Tensor, wide: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():  # no gather from what was widened, so that nobody need write it
+        sum_R = logits_RV.to(wide).logsumexp(1)
+        own_R = logits_RV.gather(1, target_R.clamp(min=0)[:, None]).squeeze(1).to(wide)
+        return torch.where(target_R == IGNORED, 0, sum_R - own_R)
+    return F.nll_loss(logits_RV.log_softmax(1, dtype=wide), target_R, ignore_index=IGNORED, reduction="none")
+
+
+def _slope(logits_RV: Tensor, target_R: Tensor, scale_R: Tensor) -> Tensor:
+    """Gradient of the logits: (softmax - 1 at the target) * scale."""
+    slope_RV, target_R1 = logits_RV.softmax(1, dtype=scale_R.dtype), target_R.clamp(min=0)[:, None]
+    if torch.compiler.is_compiling():
+        is_target_RV = torch.arange(logits_RV.shape[1], device=logits_RV.device) == target_R1
+        return ((slope_RV - is_target_RV.to(slope_RV.dtype)) * scale_R[:, None]).to(logits_RV.dtype)
+    slope_RV.scatter_add_(1, target_R1, slope_RV.new_full((), -1).expand_as(target_R1))
+    return slope_RV.mul_(scale_R[:, None])
+
+
+def _call(function: Callable[..., Tensor], backend: str | None, logits_RV: Tensor, *given: Any) -> Tensor:
+    if backend is not None and logits_RV.shape[0] > 1:  # 0 and 1 would each be compiled apart, for nothing
+        function = _compiled(function, backend)
+    return function(logits_RV, *given)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True, backend=backend)
+
+
 def _chunks(logits_NV: Tensor) -> Iterator[slice]:
-    num_rows = max(1, CHUNK_LOGITS // logits_NV.shape[1])
+    size = CHUNK_LOGITS_GPU if logits_NV.is_cuda else CHUNK_LOGITS
+    num_rows = max(1, size // logits_NV.shape[1])
     return (slice(start, start + num_rows) for start in range(0, logits_NV.shape[0], num_rows))

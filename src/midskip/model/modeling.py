@@ -299,7 +299,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         next_BT = F.pad(torch.where(valid_BT.bool(), labels, IGNORED)[:, 1:], (0, 1), value=IGNORED)
         target_N = batch.pack(next_BT)
         is_held = output_logits or bool(self.lm_head._forward_hooks)  # a hook may hold them
-        nats_N = cross_entropy(logits_NV, target_N, overwrite=not is_held)
+        backend = getattr(self.model.layers[0], "backend", None)  # the loss is compiled if the blocks are
+        nats_N = cross_entropy(logits_NV, target_N, overwrite=not is_held, backend=backend)
         scored_N = target_N != IGNORED
         if self.training and self.model.policy.is_observing:
             self.model.policy.observe(packed.state, nats_N.detach(), scored_N)

@@ -6,6 +6,7 @@ where positions tell several documents in it apart, a document.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -106,6 +107,12 @@ class PackedBatch:
     def sequence_N(self) -> Tensor:
         """int64 [N], the sequence each token belongs to, an index into `seqlens`."""
         return self.column_N // self.num_columns if self.document_N is None else self.document_N
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [S + 1], the row each sequence starts at, and N, as kernels for sequences of any length want it."""
+        starts = torch.tensor([0, *itertools.accumulate(self.seqlens)], dtype=torch.int32)
+        return starts.to(self.column_N.device, non_blocking=True)
 
     @cached_property
     def absolute_column_N(self) -> Tensor:

@@ -61,6 +61,8 @@ class ModelSettings:
         policy: who skips: "middle_out", "dense" or "package.module:Class".
         policy_settings: settings of the policy.
         tie_word_embeddings: one matrix for the embedding and the head.
+        pad_vocab_to_multiple_of: rows of embedding and head, the tokenizer's tokens rounded up to a multiple of this;
+            8 or more makes the matrix products of the head several times faster on a GPU in half precision.
         initializer_range: standard deviation of the weights at the start.
         rope_theta: base of the rotary embedding.
     """
@@ -75,6 +77,7 @@ class ModelSettings:
     policy: str = "middle_out"
     policy_settings: dict[str, Any] = field(default_factory=dict)
     tie_word_embeddings: bool = False
+    pad_vocab_to_multiple_of: int = 1
     initializer_range: float = 0.02
     rope_theta: float = 10000.0
 
@@ -192,14 +195,17 @@ class Recipe:
             raise ValueError(f"dense_layers is {self.dense_layers}; expected numbers of layers, each at least 1")
         if len(set(self.dense_layers)) < len(self.dense_layers):
             raise ValueError(f"dense_layers is {self.dense_layers}; expected different numbers of layers")
+        if (multiple := self.model.pad_vocab_to_multiple_of) < 1:
+            raise ValueError(f"model.pad_vocab_to_multiple_of is {multiple}; expected at least 1")
 
     def build_config(self, vocab_size: int, end_of_text: int | None = None) -> MidskipConfig:
         """The model's configuration, for a tokenizer of `vocab_size` tokens. Raises ValueError as it does."""
         model = asdict(self.model)
         rope = {"rope_type": "default", "rope_theta": model.pop("rope_theta")}
+        multiple = model.pop("pad_vocab_to_multiple_of")
         return MidskipConfig(
             **model,
-            vocab_size=vocab_size,
+            vocab_size=-(-vocab_size // multiple) * multiple,
             max_position_embeddings=self.data.length,
             rope_parameters=rope,
             eos_token_id=end_of_text,
