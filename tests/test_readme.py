@@ -24,8 +24,8 @@ from midskip.train import read_recipe
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "midskip"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ARCHITECTURE, EXTENDING = (
-    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("architecture", "extending")
+ARCHITECTURE, POLICIES, REGULARIZERS = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("architecture", "policies", "regularizers")
 )
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -124,7 +124,7 @@ def test_the_readmes_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("workplace")
 def test_the_readmes_other_options_are_known() -> None:
-    module = next(block for block in blocks(EXTENDING, "python") if block.startswith("# my_policies.py"))
+    module = next(block for block in blocks(POLICIES, "python") if block.startswith("# my_policies.py"))
     Path("my_policies.py").write_text(module, encoding="utf-8")
     policy = re.search(r"`(--model\.policy=\S+)`", README)
     regularizer = re.search(r"`(--regularizer\.name=\S+)`", README)
@@ -173,11 +173,11 @@ def test_the_list_of_files_is_whole() -> None:
 @pytest.mark.usefixtures("workplace")
 def test_the_examples_of_policies_and_regularizers_run() -> None:
     names: dict[str, object] = {}
-    for block in blocks(EXTENDING, "python"):
+    for block in blocks(POLICIES, "python") + blocks(REGULARIZERS, "python"):
         if module := re.match(r"# (my_\w+\.py)\n", block):
             Path(module[1]).write_text(block, encoding="utf-8")
         elif not block.startswith("class "):
-            exec(compile(block, "extending.md", "exec"), names)
+            exec(compile(block, "policies.md", "exec"), names)
     assert isinstance(names["config"], midskip.MidskipConfig)
     regularizer = names["regularizer"]
     assert isinstance(regularizer, midskip.regularizers.Regularizer)
@@ -190,7 +190,10 @@ def test_the_examples_of_policies_and_regularizers_run() -> None:
 
 def interfaces() -> list[ast.ClassDef]:
     stubs = [
-        block for page in (ARCHITECTURE, EXTENDING) for block in blocks(page, "python") if block.startswith("class ")
+        block
+        for page in (ARCHITECTURE, POLICIES, REGULARIZERS)
+        for block in blocks(page, "python")
+        if block.startswith("class ")
     ]
     return [node for block in stubs for node in ast.parse(block).body if isinstance(node, ast.ClassDef)]
 

@@ -271,10 +271,14 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
                 input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
             )
             if labels is not None:
-                loss, logits = self._loss_and_logits(packed, labels, logits_to_keep, output_logits, num_items_in_batch)
+                loss, auxiliary_loss, logits = self._losses_and_logits(
+                    packed, labels, logits_to_keep, output_logits, num_items_in_batch
+                )
             else:
-                logits, loss = self._logits(packed, logits_to_keep), None
-            return MidskipCausalLMOutput(loss=loss, logits=logits, **packed.outputs(output_gates))
+                logits, loss, auxiliary_loss = self._logits(packed, logits_to_keep), None, None
+            return MidskipCausalLMOutput(
+                loss=loss, logits=logits, auxiliary_loss=auxiliary_loss, **packed.outputs(output_gates)
+            )
 
     def _logits(self, packed: Packed, logits_to_keep: int | Tensor) -> Tensor:
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
@@ -284,10 +288,10 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return self.lm_head(packed.batch.unpack(packed.h_ND)[:, columns])
 
-    def _loss_and_logits(
+    def _losses_and_logits(
         self, packed: Packed, labels: Tensor, logits_to_keep: int | Tensor, output_logits: bool,
         num_items: int | Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         batch = packed.batch
         shape = (batch.batch_size, batch.num_columns)
         if labels.shape != shape:
@@ -302,7 +306,14 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         backend = getattr(self.model.layers[0], "backend", None)  # the loss is compiled if the blocks are
         nats_N = cross_entropy(logits_NV, target_N, overwrite=not is_held, backend=backend)
         scored_N = target_N != IGNORED
-        if self.training and self.model.policy.is_observing:
-            self.model.policy.observe(packed.state, nats_N.detach(), scored_N)
+        policy, auxiliary_loss = self.model.policy, None
+        if self.training and policy.is_observing:
+
+            def nats_of(h_ND: Tensor, indices_N: Tensor | None = None) -> Tensor:
+                target_M = target_N if indices_N is None else target_N.index_select(0, indices_N)
+                return cross_entropy(self.lm_head(self.model.norm(h_ND)), target_M, backend=backend)
+
+            policy.observe(packed.state, nats_N.detach(), scored_N)
+            auxiliary_loss = policy.objective(packed.state, nats_N.detach(), scored_N, nats_of)
         loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)
-        return loss, batch.unpack(logits_NV) if output_logits else None
+        return loss, auxiliary_loss, batch.unpack(logits_NV) if output_logits else None

@@ -49,10 +49,12 @@ class MidskipCausalLMOutput(ModelOutput):
     Attributes:
         loss: mean cross-entropy in nats of the next tokens, if labels were given.
         logits: [B, T, V], or [B, k, V] with `logits_to_keep=k`; 0 at pads.
+        auxiliary_loss: what the policy wants added to `loss` in training (`Policy.objective`); None if nothing.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
     past_key_values: SkipCache | None = None
     gates: Tensor | None = None
     depth_scores: Tensor | None = None

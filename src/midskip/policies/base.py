@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,17 @@ from torch import Tensor, nn
 from midskip.model.packing import PackedBatch
 from midskip.plugins import load_class
 
-BUILT_IN = {"dense": "midskip.policies.dense:Dense", "middle_out": "midskip.policies.middle_out:MiddleOut"}
+BUILT_IN = {
+    "dense": "midskip.policies.dense:Dense",
+    "middle_out": "midskip.policies.middle_out:MiddleOut",
+    "independent": "midskip.policies.independent:Independent",
+    "early_exit": "midskip.policies.early_exit:EarlyExit",
+    "mixture_of_depths": "midskip.policies.mixture_of_depths:MixtureOfDepths",
+    "reinforce": "midskip.policies.reinforce:Reinforce",
+    "static": "midskip.policies.static:Static",
+    "random": "midskip.policies.random_skips:RandomSkips",
+}
+NatsOf = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +86,10 @@ class Policy(nn.Module):
             A cache does not hold those, so such a model runs without one.
         is_hard: whether every gate is exactly 0 or 1 (see `Decision.hard`).
         needs_target_share: whether no gradient opens or closes its gates, so that the regularizer target_share has to.
+        gate_of_layer: for each layer the index of the gate that it goes by, whose share of tokens a regularizer may
+            set through `bias`; None where it may not. By default there is none. A policy that has some also has
+            `bias`, a parameter of one number a gate: what rises with it is the readiness to skip; `open_bias`, at which
+            (nearly) every token runs; and `share_profile`.
     """
 
     adjustable: bool = False
@@ -86,6 +101,8 @@ class Policy(nn.Module):
         super().__init__()
         self.num_layers, self.width, self.initializer_range = num_layers, width, initializer_range
         self.score_scale, self.max_layers, self.is_observing = 1.0, None, True
+        self.gate_of_layer: tuple[int | None, ...] = (None,) * num_layers
+        self.open_bias = 0.0
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Set the starting values of the policy's own parameters, through `init` (`torch.nn.init`, or transformers'
@@ -122,6 +139,28 @@ class Policy(nn.Module):
 
         Here: nothing. Decisions must not change between two calls.
         """
+
+    def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, nats_of: NatsOf) -> Tensor | None:
+        """A term of the policy's own, a scalar, which training adds to the cross-entropy; None, as here, for none.
+        Called at the end of a pass in training with labels, after `observe`.
+
+        Args:
+            state, nats_N, scored_N: as in `observe`.
+            nats_of: (h_ND, indices_N) -> nats [N], with gradients: the cross-entropy of the predictions that hidden
+                states make through the last norm and the head; indices_N (int64, None for all) says whose they are.
+        """
+
+    def share_profile(self, outer: int) -> list[float | None]:
+        """[L], how soon tokens should leave each layer, from 0 (last) to 1 (first), where a share is to be held by
+        layer; None where all run, as in the `outer` first layers and those that mirror them, if there are any.
+
+        Raises:
+            ValueError: this policy has no gates that a regularizer can set.
+        """
+        raise ValueError(
+            f"the policy {type(self).__name__} has no gates that a regularizer can set: use another regularizer, or "
+            "none"
+        )
 
     def set_limits(self, score_scale: float = 1.0, max_layers: int | None = None) -> None:
         """From now on do more or less work than as trained. Without arguments: as trained.

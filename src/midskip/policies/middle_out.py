@@ -74,6 +74,7 @@ class MiddleOut(Policy):
             raise ValueError(f"scores is {scores!r}, of hard gates; add gates: hard, or leave it out")
         self.start, self.is_hard, scores = start, gates == "hard", scores or "hash"
         self.num_gates = (num_layers + 1) // 2
+        self.gate_of_layer = nested(num_layers, 0)[0]
         hard_bias = min(HARD_OPEN_BIAS, -2.01 - math.log(self.num_gates))  # the sum of all scores is below 1
         self.open_bias = hard_bias if self.is_hard else SOFT_OPEN_SCORE / self.num_gates
         self.needs_target_share = self.is_hard and scores != "hidden_states"
@@ -95,6 +96,9 @@ class MiddleOut(Policy):
             # a spread of 0.2 in the first scores of normed hidden states, at any width
             std = self.initializer_range if self.start == "released" else 0.2 / self.width**0.5
             init.normal_(self.weight, std=std)
+
+    def share_profile(self, outer: int) -> list[float | None]:
+        return nested(self.num_layers, outer)[1]
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         if layer == 0:
@@ -186,6 +190,13 @@ class MiddleOut(Policy):
         if self.weight is None or layer >= self.num_gates or self._closed(layer):
             return 0
         return 2 * self.width * self._scored(layer, state, batch).num_tokens
+
+
+def nested(num_layers: int, outer: int) -> tuple[tuple[int, ...], list[float | None]]:
+    """`Policy.gate_of_layer` and `share_profile` of gates that close towards the middle."""
+    gate_of_layer = tuple(min(layer, num_layers - 1 - layer) for layer in range(num_layers))
+    steps = max(1, gate_of_layer[num_layers // 2] - outer)
+    return gate_of_layer, [None if gate < outer else (gate - outer) / steps for gate in gate_of_layer]
 
 
 def _pair(batch: PackedBatch) -> tuple[Tensor, Tensor]:

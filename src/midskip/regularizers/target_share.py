@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from midskip.policies.base import Policy
-from midskip.policies.middle_out import MiddleOut
+from midskip.policies.middle_out import nested
 from midskip.regularizers.base import Regularizer, floats, number
 
 NUM_KNOTS = 9  # shares whose scale of the scores is tracked; between them it is straight in its logarithm
@@ -18,16 +18,16 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, less their whole parts, spread
 
 
 class TargetShare(Regularizer):
-    """Holds the share of block-tokens that run, by moving the bias of each layer's score in `middle_out`.
+    """Holds the share of block-tokens that run, by moving the bias of each gate of a policy that has gates to set.
 
     The paper's regularizers push gates through the loss, where a gate that is flat at 0 no longer feels them. This one
-    adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each layer of the
-    first half, so that the policy decides which tokens leave and the regularizer how many. The gain of a layer grows
-    while its error keeps its sign, since nobody knows where the scores will lie. As trained, the first `outer` layers
-    and their mirrors run for every token. The targets of the others fall evenly by up to 2 d, d = spread * min(m, 1 -
-    m), around the mean m with which all layers together have target_share, and are approached from 1 over
-    `ramp_steps`. The idea is that of load balancing without a loss (Wang et al. 2024, arXiv 2408.15664), there between
-    experts.
+    adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each gate, so that
+    the policy decides which tokens leave and the regularizer how many. The gain of a gate grows while its error keeps
+    its sign, since nobody knows where the scores will lie. As trained, the first `outer` layers and their mirrors run
+    for every token. The targets of the others fall, in the order that the policy says (`Policy.share_profile`), by up
+    to 2 d, d = spread * min(m, 1 - m), around the mean m with which all layers together have target_share, and are
+    approached from 1 over `ramp_steps`. The idea is that of load balancing without a loss (Wang et al. 2024, arXiv
+    2408.15664), there between experts.
 
     With `lowest_share` one model learns to serve every share from there to 1. After the ramp each batch runs three
     times: with everything, at the lowest share, and at a third one, which is `target_share` in every second step, and
@@ -47,12 +47,12 @@ class TargetShare(Regularizer):
         self.target_share = number("target_share", target_share, 0, 1)
         self.gain = number("gain", gain, 0)
         self.ramp_steps = number("ramp_steps", ramp_steps, 1)
+        self.spread = number("spread", spread, 0, 1)
         num_gates = (num_layers + 1) // 2
         if isinstance(outer, bool) or not isinstance(outer, int) or not 0 <= outer < num_gates:
             raise ValueError(f"outer must be a whole number from 0 to {num_gates - 1}, got {outer!r}")
-        self.targets = torch.cat([torch.ones(outer), self._falling(num_layers - 2 * outer, outer, spread)])
-        self.bias = torch.zeros(num_gates)  # beside that of an open start
-        self.gains, self.errors = torch.ones(num_gates), torch.zeros(num_gates)  # the former times `gain`
+        self.outer = outer
+        self._aim(*nested(num_layers, outer))  # until `steer` has seen the policy
         self.num_updates = floats(0.0)
         self.lowest_share = None if lowest_share is None else number("lowest_share", lowest_share, 0.01, 0.99)
         if self.lowest_share is not None:
@@ -64,21 +64,27 @@ class TargetShare(Regularizer):
             self.log_scales = torch.zeros(NUM_KNOTS)
             self.changing = (*self.changing, "log_scales")
 
-    def _falling(self, num_inner: int, outer: int, spread: float) -> Tensor:
-        """Targets of the first half of the `num_inner` layers within the outer ones."""
-        mean = 1 - (1 - self.target_share) * self.num_layers / num_inner
+    def _aim(self, gate_of_layer: tuple[int | None, ...], profile_L: list[float | None]) -> None:
+        """Targets for these gates, and the state of the search for their biases, from its start."""
+        self._aimed_at = gate_of_layer, profile_L
+        inner = [layer for layer, depth in enumerate(profile_L) if depth is not None]
+        mean = 1 - (1 - self.target_share) * self.num_layers / max(1, len(inner))
         if mean < 0:
             raise ValueError(
-                f"target_share is {self.target_share} and the outer layers alone, {outer} on either side, are "
-                f"{2 * outer / self.num_layers:.3g} of the blocks: raise it, or lower outer"
+                f"target_share is {self.target_share} and the layers that run for every token alone are "
+                f"{1 - len(inner) / self.num_layers:.3g} of the blocks: raise it, or lower outer"
             )
-        num_gates = (num_inner + 1) // 2
-        # mirrored layers count twice, the middle one of an odd depth once
-        weights = floats([2.0] * (num_inner // 2) + [1.0] * (num_inner % 2))
-        slope = torch.linspace(1, -1, num_gates) if num_gates > 1 else torch.zeros(1)
-        slope = slope - (slope * weights).sum() / weights.sum()
-        reach = number("spread", spread, 0, 1) * min(mean, 1 - mean)
-        return (mean + reach * slope / slope.abs().max().clamp(min=1)).clamp(0, 1)
+        slope = 1 - 2 * floats([profile_L[layer] for layer in inner])
+        slope = slope - slope.mean() if inner else slope
+        reach = self.spread * min(mean, 1 - mean)
+        targets_L = torch.ones(self.num_layers)
+        if inner:
+            targets_L[inner] = (mean + reach * slope / slope.abs().max().clamp(min=1)).clamp(0, 1)
+        gates = sorted({gate for gate in gate_of_layer if gate is not None})
+        self._layers = [[layer for layer, other in enumerate(gate_of_layer) if other == gate] for gate in gates]
+        self.targets = torch.stack([targets_L[layers].mean() for layers in self._layers])
+        self.bias = torch.zeros(len(gates))  # beside that of an open start
+        self.gains, self.errors = torch.ones(len(gates)), torch.zeros(len(gates))  # the former times `gain`
 
     @property
     def drawn_share(self) -> float | None:
@@ -108,7 +114,8 @@ class TargetShare(Regularizer):
             raise ValueError(f"share_L must be {self.num_layers} finite numbers, got {share_L}")
         share_L = share_L.detach().to("cpu", torch.float32)
         if self.drawn_share is None:
-            errors = share_L[: len(self.bias)] - (1 - (1 - self.targets) * self._ramp())
+            share_G = torch.stack([share_L[layers].mean() for layers in self._layers])
+            errors = share_G - (1 - (1 - self.targets) * self._ramp())
             turned = torch.where(errors * self.errors > 0, FASTER, SLOWER)
             self.gains = (self.gains * turned).clamp(*self.gain_range)
             self.bias = self.bias + self.gain * self.gains * errors
@@ -134,19 +141,20 @@ class TargetShare(Regularizer):
         return float((self._knots(share) * self.log_scales).sum().exp())
 
     def curves(self) -> dict[str, Tensor]:
-        """The biases, and the targets they are moved towards."""
-        drawn = {"bias": self.bias, "share_target": self.targets}  # of the first half; the other mirrors it
-        return {name: torch.cat([half, half[: self.num_layers // 2].flip(0)]) for name, half in drawn.items()}
+        """The biases, and the targets they are moved towards; 0 and 1 where a layer has no gate."""
+        bias_L, target_L = torch.zeros(self.num_layers), torch.ones(self.num_layers)
+        for layers, bias, target in zip(self._layers, self.bias, self.targets, strict=True):
+            bias_L[layers], target_L[layers] = bias, target
+        return {"bias": bias_L, "share_target": target_L}
 
     def steer(self, policy: Policy) -> None:
-        """Sets the bias of a `MiddleOut`, which no optimizer then moves."""
-        if not isinstance(policy, MiddleOut):
-            raise ValueError(
-                f"the regularizer target_share steers the policy 'middle_out', got {type(policy).__name__}"
-            )
+        """Sets the bias of each gate of the policy, which no optimizer then moves."""
         if policy.num_layers != self.num_layers:
             raise ValueError(f"target_share is for {self.num_layers} layers and the model has {policy.num_layers}")
-        bias = policy.bias.requires_grad_(False)
+        aim = policy.gate_of_layer, policy.share_profile(self.outer)
+        if aim != self._aimed_at:
+            self._aim(*aim)
+        bias: Tensor = policy.bias.requires_grad_(False)  # pyright: ignore[reportAssignmentType, reportCallIssue]
         values = policy.open_bias + self.bias
         if isinstance(bias, DTensor):  # sharded weights
             values = distribute_tensor(values.to(bias.device), bias.device_mesh, bias.placements)

@@ -213,6 +213,8 @@ def _gradients(trial: Trial, forward: Callable[..., Any]) -> tuple[dict[str, Ten
         (tensors[name] * torch.randn(tensors[name].shape, generator=generator, dtype=torch.float64)).mean()
         for name in ("gates", "hidden states", "logits")
     )
+    if getattr(output, "auxiliary_loss", None) is not None:
+        total = total + output.auxiliary_loss
     total.backward()
     parameters = {name: x for name, x in trial.model.named_parameters() if x.requires_grad}
     results = {name: x.detach() for name, x in tensors.items()} | {"loss": output.loss.detach()}

@@ -23,7 +23,7 @@ class StepRecord:
     looks at all of them.
 
     Attributes, after `reduce`:
-        cross_entropy, regularizer: means over the passes of all ranks.
+        cross_entropy, regularizer, auxiliary: means over the passes of all ranks; the last is the policy's own loss.
         statistics: of the gates by layer; with a `Profiler`, also of the norms of what went in and out of each block.
         num_tokens: valid tokens.
         flops: executed in all passes, forward and backward; 0 without a `Profiler`.
@@ -32,16 +32,16 @@ class StepRecord:
     def __init__(self) -> None:
         self.statistics = LayerStatistics()
         self._losses: list[Tensor] = []
-        self.cross_entropy = self.regularizer = math.nan
+        self.cross_entropy = self.regularizer = self.auxiliary = math.nan
         self.num_tokens = 0
         self.flops = 0.0
 
     def add(
-        self, cross_entropy: Tensor, regularizer: Tensor, gates_LBT: Tensor, executed_LBT: Tensor,
+        self, cross_entropy: Tensor, regularizer: Tensor, auxiliary: Tensor, gates_LBT: Tensor, executed_LBT: Tensor,
         valid_BT: Tensor | None,
     ) -> None:  # fmt: skip
         """Counts in one forward pass."""
-        self._losses.append(torch.stack([cross_entropy.detach(), regularizer.detach()]).double())
+        self._losses.append(torch.stack([cross_entropy.detach(), regularizer.detach(), auxiliary.detach()]).double())
         self.statistics.add_gates(gates_LBT.detach(), valid_BT=valid_BT)
         self.statistics.add("executed", executed_LBT, valid_BT)
 
@@ -52,10 +52,10 @@ class StepRecord:
         parts = [torch.stack(self._losses).sum(0), torch.tensor([len(self._losses), self.flops], device=device)]
         flat = torch.cat([part.double().to(device).flatten() for part in (*parts, *sums.values())])
         sum_over_ranks(flat)
-        cross_entropy, regularizer, num_passes, self.flops, *values = flat.tolist()
-        self.cross_entropy, self.regularizer = cross_entropy / num_passes, regularizer / num_passes
+        *losses, num_passes, self.flops = flat[:5].tolist()
+        self.cross_entropy, self.regularizer, self.auxiliary = (loss / num_passes for loss in losses)
         self.statistics = LayerStatistics()
-        rest = torch.tensor(values, dtype=torch.float64)
+        rest = flat[5:].cpu()
         for name, sums_3L in sums.items():
             part, rest = rest[: sums_3L.numel()], rest[sums_3L.numel() :]
             self.statistics.add_sums({name: part.view(sums_3L.shape)})

@@ -105,9 +105,10 @@ class MidskipTrainer(Trainer):
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         valid_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
         regularizer = self.regularizer.loss(outputs.gates, valid_BT)
+        auxiliary = 0 * regularizer if outputs.auxiliary_loss is None else outputs.auxiliary_loss
         if self._pass == self._num_passes - 1:
-            self.step.add(outputs.loss, regularizer, outputs.gates, outputs.executed, valid_BT)
-        total = (outputs.loss + regularizer) / self._num_passes
+            self.step.add(outputs.loss, regularizer, auxiliary, outputs.gates, outputs.executed, valid_BT)
+        total = (outputs.loss + regularizer) / self._num_passes + auxiliary  # which is of the last pass alone
         return (total, outputs) if return_outputs else total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -215,10 +216,11 @@ class _AroundStep(TrainerCallback):
         parameters = self.trainer.model.parameters()  # pyright: ignore[reportOptionalMemberAccess]
         norm = nn.utils.clip_grad_norm_(parameters, self.trainer.settings.max_grad_norm or math.inf)
         self.gradient_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if not math.isfinite(step.cross_entropy + step.regularizer + self.gradient_norm):
+        if not math.isfinite(step.cross_entropy + step.regularizer + step.auxiliary + self.gradient_norm):
             raise FloatingPointError(
                 f"step {state.global_step + 1} is not finite (cross-entropy {step.cross_entropy:.4g}, regularizer "
-                f"{step.regularizer:.4g}, norm of the gradient {self.gradient_norm:.4g}), so it was not taken: lower "
+                f"{step.regularizer:.4g}, the policy's own loss {step.auxiliary:.4g}, norm of the gradient "
+                f"{self.gradient_norm:.4g}), so it was not taken: lower "
                 "the learning rate or clip; the last checkpoint is kept"
             )
 
@@ -236,7 +238,8 @@ class _AroundStep(TrainerCallback):
             "step": state.global_step,
             "cross_entropy": step.cross_entropy,
             "regularizer": step.regularizer,
-            "total": step.cross_entropy + step.regularizer,
+            "auxiliary": step.auxiliary,
+            "total": step.cross_entropy + step.regularizer + step.auxiliary,
             "gradient_norm": self.gradient_norm,
             "executed_share": share_L.mean().item(),
             "share_by_layer": share_L.tolist(),
@@ -286,7 +289,15 @@ class _AroundStep(TrainerCallback):
         }
         means = {
             name: sum(recent[name] for recent in self.rows) / len(self.rows)
-            for name in ("cross_entropy", "regularizer", "total", "executed_share", "gradient_norm", "step_seconds")
+            for name in (
+                "cross_entropy",
+                "regularizer",
+                "auxiliary",
+                "total",
+                "executed_share",
+                "gradient_norm",
+                "step_seconds",
+            )
         }
         by_layer = {name.removesuffix("_by_layer"): row[name] for name in row if name.endswith("_by_layer")}
         by_layer |= {name: values_L.tolist() for name, values_L in self.trainer.regularizer.curves().items()}

@@ -1,0 +1,103 @@
+"""Leave and never return: a token that has left skips all layers to come.
+
+N packed tokens, M of them that have not left, L layers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midskip.model.packing import PackedBatch
+from midskip.policies.base import Decision, NatsOf
+from midskip.policies.scored import Router, ScoredPolicy, uniform
+
+SCORES = ("predicted_loss", "straight_through")
+
+
+class EarlyExit(ScoredPolicy):
+    """A token leaves before the first layer l in which its router's number r(i, l) does not lie above the bias b.
+
+    With `scores="predicted_loss"` r(i, l) is the loss, in nats, that the token's prediction is expected to have if it
+    leaves there. In each step the tokens present in one layer, another in each step, are predicted from through the
+    last norm and the head; the router learns to tell that loss, by its squared error, and the blocks learn to make it
+    small (an exit loss, as in LayerSkip, arXiv 2404.16710). A token leaves where little is left to gain, and one number
+    b serves all layers. With `scores="straight_through"` r learns by the surrogate gradient of `Decision.hard`, and
+    each layer has a bias of its own.
+
+    Args:
+        scores: `"predicted_loss"`, which needs the regularizer `target_share`, or `"straight_through"`.
+        exit_loss: weight of the exit loss; 0: blocks do not learn from it. Of `"predicted_loss"` alone.
+        layer_dropout: in training a token leaves before layer l of its own accord with a chance of this times
+            l / (L - 1), as LayerSkip's layer dropout, but for the token and not for the sequence.
+        router: `"bottleneck"` or `"linear"`.
+    """
+
+    def __init__(
+        self, num_layers: int, width: int, initializer_range: float = 0.02, scores: str = "predicted_loss",
+        exit_loss: float | None = None, layer_dropout: float = 0.0, router: str = "bottleneck",
+    ):  # fmt: skip
+        if scores not in SCORES:
+            raise ValueError(f"scores is {scores!r}; expected one of {', '.join(map(repr, SCORES))}")
+        self.predicts = scores == "predicted_loss"
+        if exit_loss is not None and not self.predicts:
+            raise ValueError(f"exit_loss is {exit_loss!r}, of scores 'predicted_loss': leave it out")
+        gates = (0,) * num_layers if self.predicts else tuple(range(num_layers))
+        super().__init__(num_layers, width, initializer_range, gates, num_layers, router, not self.predicts)
+        self.exit_loss = 0.1 if exit_loss is None else float(exit_loss)
+        for name, value in (("exit_loss", self.exit_loss), ("layer_dropout", layer_dropout)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
+        self.layer_dropout, self.needs_target_share = layer_dropout, self.predicts
+        self.num_steps = nn.Buffer(torch.tensor(0))
+
+    def share_profile(self, outer: int) -> list[float | None]:
+        last = max(1, self.num_layers - 1 - outer)
+        depths = [None if layer < outer else (layer - outer) / last for layer in range(self.num_layers)]
+        return [depth and 0.0 for depth in depths] if self.predicts else depths
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
+        if layer == 0:
+            state["step"] = int(self.num_steps) if self.training else 0
+        before: Decision | None = state.get("decision")
+        if self.max_layers is not None and layer >= self.max_layers:
+            left_N = torch.zeros(len(h_ND), dtype=torch.bool, device=h_ND.device)
+            state["decision"] = Decision(left_N)
+            return state["decision"]
+        indices_N = None if before is None else batch.keep(before.keep_N).indices_N
+        state["scored"] = indices_N
+        x_MD = h_ND if indices_N is None else h_ND.index_select(0, indices_N)
+        if self.training and self.predicts and layer == state["step"] % self.num_layers:
+            state["exit"] = x_MD, indices_N
+        readiness_N = self.readiness(self.routers[layer](x_MD.detach()), self.gate_of_layer[layer] or 0)
+        if indices_N is not None:
+            readiness_N = readiness_N.new_ones(len(h_ND)).index_copy(0, indices_N, readiness_N)
+        keep_N = readiness_N < 1
+        if self.training and self.layer_dropout and layer:
+            rate = self.layer_dropout * layer / (self.num_layers - 1)
+            keep_N = keep_N & (uniform(batch, state["step"] * self.num_layers + layer) >= rate)
+        state["decision"] = Decision(keep_N) if self.predicts else self.decision(keep_N, readiness_N)
+        return state["decision"]
+
+    def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, nats_of: NatsOf) -> Tensor | None:
+        reached = sum(0 * parameter.sum() for parameter in self.routers.parameters())  # every rank wants a gradient
+        if "exit" not in state:
+            return reached if self.predicts else None  # pyright: ignore[reportReturnType]
+        x_MD, indices_N = state["exit"]
+        weight_M = (scored_N if indices_N is None else scored_N.index_select(0, indices_N)).to(nats_N.dtype)
+        weight_M = weight_M / weight_M.sum().clamp(min=1)
+        with torch.set_grad_enabled(self.exit_loss > 0):
+            exit_M = nats_of(x_MD, indices_N)
+        predicted_M = self.routers[state["step"] % self.num_layers](x_MD.detach())
+        error = ((predicted_M - exit_M.detach()).square() * weight_M).sum()
+        return reached + error + self.exit_loss * (exit_M * weight_M).sum()
+
+    def absorb(self) -> None:
+        self.num_steps += 1
+
+    def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
+        if self.max_layers is not None and layer >= self.max_layers:
+            return 0
+        router, indices_N = self.routers[layer], state["scored"]
+        assert isinstance(router, Router)
+        return router.flops * (batch.num_tokens if indices_N is None else len(indices_N))

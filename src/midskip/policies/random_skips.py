@@ -1,0 +1,75 @@
+"""At random: the control for what it is worth to choose tokens.
+
+N packed tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midskip.model.packing import PackedBatch
+from midskip.policies.base import Decision, Policy
+from midskip.policies.middle_out import nested
+from midskip.policies.scored import uniform
+
+KINDS = ("independent", "early_exit", "middle_out")
+FIXED_SEED = 1  # of one draw for good; those of steps come after it
+
+
+class RandomSkips(Policy):
+    """Each token skips layers by a draw from its id, the one before it and its position.
+
+    Args:
+        share: of block-tokens that run on average, in (0, 1].
+        kind: as in the policy of that name: each layer drawn anew; leaving for good; or leaving until the mirrored
+            layer. Depths of the last two are drawn evenly around their mean.
+        outer: layers at the beginning (and their mirrors, but for `early_exit`) that run for every token.
+        redraw: draw anew in every training step. In evaluation the draw is always the same.
+    """
+
+    def __init__(
+        self, num_layers: int, width: int, initializer_range: float = 0.02, share: float = 0.5,
+        kind: str = "independent", outer: int = 0, redraw: bool = True,
+    ):  # fmt: skip
+        super().__init__(num_layers, width, initializer_range)
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, KINDS))}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(f"share is {share!r}; expected a number above 0 and up to 1")
+        if isinstance(outer, bool) or not isinstance(outer, int) or not 0 <= outer <= num_layers // 2:
+            raise ValueError(f"outer is {outer!r}; expected a whole number from 0 to {num_layers // 2}")
+        self.kind, self.redraw = kind, redraw
+        profile = {
+            "independent": [None if min(n, num_layers - 1 - n) < outer else 0.0 for n in range(num_layers)],
+            "early_exit": [None if n < outer else float(n) for n in range(num_layers)],
+            "middle_out": nested(num_layers, outer)[1],
+        }[kind]
+        num_inner = sum(depth is not None for depth in profile)
+        mean = 1 - (1 - share) * num_layers / num_inner if num_inner else 1.0
+        if mean < 0 or (not num_inner and share < 1):
+            raise ValueError(f"share is {share!r} and outer {outer}, whose layers alone are more: lower outer")
+        self.present = self._present(profile, mean)
+        self.num_steps = torch.nn.Buffer(torch.tensor(0))
+
+    def _present(self, profile: list[float | None], mean: float) -> list[float]:
+        """Share of the tokens in each layer."""
+        depths = [depth for depth in profile if depth is not None]
+        largest = max(depths, default=0.0) or 1.0
+        middle = sum(depths) / len(depths) / largest if depths else 0.0
+        # from the first to the last in order the share falls as far as it can
+        reach = min(mean / (1 - middle), (1 - mean) / middle) if 0 < middle < 1 else 0.0
+        return [1.0 if depth is None else mean + reach * (middle - depth / largest) for depth in profile]
+
+    def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
+        if layer == 0:
+            seed = FIXED_SEED + (1 + int(self.num_steps) if self.training and self.redraw else 0)
+            layers = range(self.num_layers)
+            draws = [uniform(batch, seed * self.num_layers + n * (self.kind == "independent")) for n in layers]
+            keeps = [None if share == 1 else draw_N < share for draw_N, share in zip(draws, self.present, strict=True)]
+            state["decisions"] = [Decision(keep_N) for keep_N in keeps]
+            batch.count(keeps)
+        return state["decisions"][layer]
+
+    def absorb(self) -> None:
+        self.num_steps += 1

@@ -1,0 +1,248 @@
+"""Policies beside middle_out against what they say they do; and a share is held for each that has gates to set."""
+
+import math
+from collections.abc import Callable
+from itertools import cycle
+from typing import Any
+
+import pytest
+import torch
+from test_policies import decide_all, rectangle
+from tiny_runs import QUIET, history
+from torch import Tensor
+
+from midskip import MidskipForCausalLM
+from midskip.model.packing import PackedBatch
+from midskip.policies import Policy, build_policy
+from midskip.policies.early_exit import EarlyExit
+from midskip.policies.mixture_of_depths import MixtureOfDepths
+from midskip.policies.scored import Router
+from midskip.testing import check_policy
+from midskip.train import Recipe, train
+
+ROUTED = {
+    "independent": {"router": "linear"},
+    "early_exit": {"scores": "straight_through"},
+    "early_exit, by loss": {},
+    "mixture_of_depths": {"capacity": 0.5},
+    "reinforce": {"cost": 0.1},
+}
+CONTROLS = {
+    "static": {"share": 0.5},
+    "random": {"share": 0.4},
+    "random, exits": {"kind": "early_exit"},
+    "random, middle": {"kind": "middle_out", "outer": 1},
+}
+
+
+def make(name: str, num_layers: int = 6, width: int = 8, **settings: Any) -> Any:
+    given = {**ROUTED, **CONTROLS}.get(name, {}) | settings
+    policy = build_policy(name.split(",")[0], num_layers, width, 0.02, given)
+    policy.reset_parameters()
+    return policy
+
+
+def kept(policy: Policy, h_LND: Tensor, batch: PackedBatch) -> Tensor:
+    """bool [L, N]."""
+    decisions, _ = decide_all(policy, h_LND, batch)
+    return torch.stack([torch.ones(len(h_LND[0])).bool() if d.keep_N is None else d.keep_N for d in decisions])
+
+
+@pytest.mark.parametrize(("name", "skipped_kv"), zip([*ROUTED, *CONTROLS], cycle(["keep", "drop"])))
+def test_the_contract(name: str, skipped_kv: str) -> None:
+    check_policy(name.split(",")[0], {**ROUTED, **CONTROLS}[name], num_layers=4, skipped_kv=skipped_kv)
+
+
+# ---- what each decides
+
+
+@torch.no_grad()
+def test_independent_layers_ask_anew() -> None:
+    policy, h_LND = make("independent"), torch.randn(6, 40, 8)
+    policy.bias.copy_(torch.linspace(-1, 1, 6))
+    normed_LND = h_LND / h_LND.square().mean(-1, keepdim=True).sqrt()
+    above_LN = torch.stack(
+        [(y @ router.weight[0]) > b for y, router, b in zip(normed_LND, policy.routers, policy.bias)]
+    )
+    assert torch.equal(kept(policy, h_LND, rectangle(4, 10)), above_LN)
+    assert (above_LN[1:] & ~above_LN[:-1]).any(), "who skips a layer may run the next"
+    policy.set_limits(1.0, 2)
+    assert torch.equal(kept(policy, h_LND, rectangle(4, 10)), above_LN & (above_LN.cumsum(0) <= 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scores", ["predicted_loss", "straight_through"])
+def test_early_exit_is_for_good(scores: str) -> None:
+    policy, h_LND = make("early_exit", scores=scores), torch.randn(6, 40, 8)
+    policy.bias.fill_(-0.3)
+    above_LN = torch.stack([router(h_ND) > -0.3 for router, h_ND in zip(policy.routers, h_LND)])
+    kept_LN = kept(policy, h_LND, rectangle(4, 10))
+    assert torch.equal(kept_LN, above_LN.long().cummin(0).values.bool())
+    state, batch = {}, rectangle(4, 10)
+    for layer, h_ND in enumerate(h_LND):  # who has left is not scored again
+        policy(layer, h_ND, state, batch)
+        scored = int(kept_LN[layer - 1].sum()) if layer else 40
+        assert policy.flops(layer, state, batch) == policy.routers[layer].flops * scored
+    policy.set_limits(1.0, 2)
+    assert torch.equal(kept(policy, h_LND, rectangle(4, 10))[:2], kept_LN[:2])
+    assert not kept(policy, h_LND, rectangle(4, 10))[2:].any()
+
+
+def test_early_exit_learns_what_leaving_costs(make_model: Callable[..., MidskipForCausalLM]) -> None:
+    """The router's squared error and the exit loss, of the tokens present in the layer whose turn it is."""
+    model = make_model(None, policy="early_exit", num_hidden_layers=3)
+    policy = model.model.policy
+    assert isinstance(policy, EarlyExit)
+    with torch.no_grad():
+        policy.bias.fill_(-0.2)
+    ids_BT, total = torch.randint(31, (2, 9)), 0
+    for layer in range(3):
+        output = model(ids_BT, labels=ids_BT, output_hidden_states=True)
+        h_BTD = output.hidden_states[layer] if layer < 3 else None
+        present_BT = output.executed[layer - 1] if layer else torch.ones(2, 9).bool()
+        logits_BTV = model.lm_head(model.model.norm(h_BTD))[:, :-1]
+        nats = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")
+        predicted = policy.routers[layer](h_BTD.flatten(0, 1)).view(2, 9)[:, :-1]
+        counted = present_BT[:, :-1]
+        expected = (((predicted - nats).square() + 0.1 * nats) * counted).sum() / counted.sum()
+        torch.testing.assert_close(output.auxiliary_loss, expected)
+        total += int(counted.sum())
+        policy.absorb()
+    assert 16 < total < 48, "somebody left, and somebody stayed"
+    assert model.eval()(ids_BT, labels=ids_BT).auxiliary_loss is None
+
+
+def test_mixture_of_depths_trains_by_rank_and_runs_by_a_threshold() -> None:
+    policy = make("mixture_of_depths", capacity=0.25, ramp_steps=1)
+    assert isinstance(policy, MixtureOfDepths)
+    valid_BT = torch.ones(3, 20).bool()
+    valid_BT[1, 11:] = False
+    batch, h_LND = PackedBatch.from_rectangle(valid_BT), torch.randn(6, 51, 8)
+    decisions, state = decide_all(policy.train(), h_LND, batch)
+    policy.observe(state, torch.zeros(51), torch.ones(51).bool())
+    policy.absorb()
+    lowest = []
+    for layer, decision in enumerate(decisions):
+        if layer % 2 == 0:
+            assert decision.keep_N is None
+            continue
+        numbers = policy.routers[layer // 2](h_LND[layer]).split(batch.seqlens)
+        best = [number.topk(math.ceil(len(number) / 4)).values.min() for number in numbers]
+        expected = torch.cat([number >= least for number, least in zip(numbers, best)])
+        assert torch.equal(decision.keep_N, expected)
+        lowest.append(torch.stack(best).mean())
+    assert decisions[1].output_gate_N.requires_grad
+    torch.testing.assert_close(policy.bias.detach(), torch.stack(lowest).detach())
+    kept_LN = kept(policy.eval(), h_LND, batch)
+    for layer in (1, 3, 5):
+        assert torch.equal(kept_LN[layer], policy.routers[layer // 2](h_LND[layer]) > lowest[layer // 2])
+    with pytest.raises(ValueError, match="the policy MixtureOfDepths has no gates that a regularizer can set"):
+        policy.share_profile(0)
+
+
+def test_reinforce_makes_what_pays_more_likely(make_model: Callable[..., MidskipForCausalLM]) -> None:
+    """Where layers cost and losses are all alike, they are skipped; where running pays, they are run."""
+    for cost, sign in ((5.0, -1), (0.0, 1)):
+        policy = make("reinforce", num_layers=2, cost=cost, weight=1.0).train()
+        torch.nn.init.constant_(policy.bias, 0.0)
+        optimizer = torch.optim.Adam(policy.routers.parameters(), 0.02)
+        h_ND, before = torch.randn(400, 8), None
+        for _ in range(60):
+            batch = rectangle(4, 100)
+            decisions, state = decide_all(policy, h_ND.expand(2, -1, -1), batch)
+            share_N = torch.stack([decision.keep_N for decision in decisions]).float().mean(0)
+            before = share_N.mean() if before is None else before
+            nats_N = torch.full((400,), 2.0) if cost else 3 - 2 * share_N
+            loss = policy.objective(state, nats_N, torch.ones(400).bool(), lambda h, i: h)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            policy.absorb()
+        assert sign * (share_N.mean() - before) > 0.2
+
+
+@pytest.mark.parametrize("kind", ["independent", "early_exit", "middle_out"])
+def test_random_skips_have_their_share_and_shape(kind: str) -> None:
+    for share, outer in ((0.3, 0), (0.5, 1), (0.9, 1)):
+        policy = make("random", num_layers=8, kind=kind, share=share, outer=outer)
+        kept_LN = kept(policy.eval(), torch.zeros(8, 6000, 8), batch := rectangle(1, 6000))
+        assert kept_LN.float().mean() == pytest.approx(share, abs=0.02)
+        assert kept_LN[:outer].all()
+        if kind == "early_exit":
+            assert torch.equal(kept_LN, kept_LN.long().cummin(0).values.bool())
+        if kind == "middle_out":
+            assert torch.equal(kept_LN, kept_LN.flip(0))
+        policy.train()
+        first = kept(policy, torch.zeros(8, 6000, 8), batch)
+        policy.absorb()
+        assert not torch.equal(first, kept(policy, torch.zeros(8, 6000, 8), batch))
+        assert torch.equal(kept_LN, kept(policy.eval(), torch.zeros(8, 6000, 8), batch))
+
+
+def test_static_runs_its_layers() -> None:
+    for settings, expected in (({"share": 0.5}, [0, 1, 5]), ({"layers": [1, 4], "share": None}, [1, 4])):
+        policy = make("static", **settings)
+        assert kept(policy, torch.zeros(6, 5, 8), rectangle(1, 5)).all(1).nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["linear", "bottleneck"])
+def test_a_router_counts_its_flops_and_stays_in_float32(kind: str) -> None:
+    router = Router(24, kind)
+    router.reset_parameters(torch.nn.init)
+    h_ND = torch.randn(2000, 24)
+    assert router.flops == 2 * sum(parameter.numel() for parameter in router.parameters())
+    assert router(h_ND).std().item() == pytest.approx(1, abs=0.75), "numbers of about normal spread at the start"
+    torch.testing.assert_close(router(7 * h_ND), router(h_ND), rtol=1e-3, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router(h_ND), router(h_ND.clone())) and router(h_ND).dtype == torch.float32
+    assert router.bfloat16()(h_ND.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("static", {"share": None}, "expected one of the two"),
+        ("static", {"share": 0}, "share is 0; expected a number above 0"),
+        ("static", {"share": None, "layers": [0, 6]}, r"layers is \[0, 6\]; expected some of 0 to 5"),
+        ("random", {"kind": "middle"}, "kind is 'middle'; expected one of 'independent'"),
+        ("random", {"share": 0.1, "outer": 2}, "share is 0.1 and outer 2, whose layers alone are more"),
+        ("independent", {"router": "deep"}, "router is 'deep'; expected one of 'linear', 'bottleneck'"),
+        ("early_exit", {"scores": "hash"}, "scores is 'hash'; expected one of 'predicted_loss'"),
+        (
+            "early_exit",
+            {"scores": "straight_through", "exit_loss": 0.1},
+            "exit_loss is 0.1, of scores 'predicted_loss'",
+        ),
+        ("early_exit", {"layer_dropout": 2}, "layer_dropout is 2; expected a number from 0 to 1"),
+        ("mixture_of_depths", {"capacity": 0}, "capacity is 0; expected a number above 0"),
+        ("reinforce", {"cost": -1}, "cost is -1; expected a number of at least 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(name, **settings)
+
+
+# ---- trained
+
+
+@pytest.mark.usefixtures("no_pictures", "on_the_cpu")
+@pytest.mark.parametrize("name", ["independent", "early_exit", "early_exit, by loss", "reinforce", "mixture_of_depths"])
+def test_a_share_is_held_in_training(make_recipe: Callable[..., Recipe], name: str) -> None:
+    holds_its_own = name == "mixture_of_depths"
+    regularizer = ("none", {}) if holds_its_own else ("target_share", {"target_share": 0.6, "ramp_steps": 10})
+    settings = ROUTED[name] | ({"ramp_steps": 10} if holds_its_own else {})
+    recipe = make_recipe(
+        *regularizer, max_steps=60, learning_rate=0.003, per_device_train_batch_size=8,
+        model={"policy": name.split(",")[0], "policy_settings": settings},
+    )  # fmt: skip
+    report = train(recipe, console=QUIET)
+    rows, target = history(recipe), 0.75 if holds_its_own else 0.6
+    late = sum(row["executed_share"] for row in rows[-20:]) / 20
+    assert late == pytest.approx(target, abs=0.06) and rows[0]["executed_share"] > 0.9
+    assert report["validation"]["executed_share"] == pytest.approx(target, abs=0.12)
+    assert all(math.isfinite(row["auxiliary"]) for row in rows)
+    assert any(row["auxiliary"] for row in rows) is (name in ("early_exit, by loss", "reinforce"))
+    assert rows[5]["total"] == pytest.approx(
+        sum(rows[5][part] for part in ("cross_entropy", "regularizer", "auxiliary"))
+    )
