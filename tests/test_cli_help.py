@@ -29,6 +29,7 @@ def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) ->
         ("calibrate", ["--data", "--lowest", "--max_tokens", "--batch_size", "--name"]),
         ("evaluate", ["--data", "--batch_size", "--output", "--budgets", "--picture"]),
         ("generate", ["--prompt", "--temperature", "--seed", "--budget", "--max_layers", "--on_drift"]),
+        ("frontier", ["--output", "--cost", "kv_bytes"]),
         ("bench", ["--tasks", "--batch_sizes", "--shares", "--dtypes", "--gates", "--run", "--shape", "--output"]),
     ],
 )
@@ -39,7 +40,7 @@ def test_every_command_has_help(command: str, words: list[str], capsys: pytest.C
         assert end.code == 0
     out = capsys.readouterr().out
     assert f"midskip {command}" in out and [word for word in words if word not in out] == []
-    tested = {"demo", "prepare", "train", "calibrate", "evaluate", "generate", "bench"}
+    tested = {"demo", "prepare", "train", "calibrate", "evaluate", "generate", "frontier", "bench"}
     assert set(cli.COMMANDS) == tested, "else a command is not tested"
 
 

@@ -21,7 +21,7 @@ ORDER = (
     ("testing",),
     ("evaluate", "budget.calibrate", "generate"),
     ("train",),  # a run ends with its own evaluation and report
-    ("bench", "demo"),
+    ("bench", "demo", "frontier"),
     ("commands",),
     ("cli", "__main__"),
 )

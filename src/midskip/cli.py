@@ -1,4 +1,4 @@
-"""The command line: midskip demo | prepare | train | evaluate | calibrate | generate | bench."""
+"""The command line: midskip demo | prepare | train | evaluate | calibrate | generate | frontier | bench."""
 
 from __future__ import annotations
 

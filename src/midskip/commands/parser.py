@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "loss and work of a trained model on text",
     "calibrate": "measure what a budget at run time costs, and save it with the model",
     "generate": "go on with a prompt, coloured by the depth each token used",
+    "frontier": "hold the models of a sweep to the dense ones of the same cost",
     "bench": "time prefill, decode and training against Llama of the same shape, with the work that really ran",
 }
 

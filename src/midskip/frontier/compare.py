@@ -1,0 +1,236 @@
+"""All points of a sweep against the envelope of its dense models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from midskip.frontier.envelope import Envelope
+from midskip.frontier.intervals import CONFIDENCE, mean_interval
+from midskip.frontier.labels import NAME_LENGTH, SETTINGS_LENGTH, settings_label, shortened
+from midskip.frontier.read import COSTS, MEASURES, Point, read_points
+
+LEAST_SEEDS = 3  # for a verdict
+MISSING_SHOWN = 6  # results, in a note
+
+
+def frontier(folder: str | Path) -> dict[str, Any]:
+    """Held-out loss of every point of a sweep against its costs, and its distance to dense models of the same cost.
+
+    docs/frontier.md says how each number is found. The means of dense models are over the seeds that all of them have;
+    those of another point are over the seeds that it shares with them.
+
+    Returns:
+        - confidence: of the intervals; seeds: those that all dense models have; costs: the names that were measured;
+        - envelopes: by cost, of the means (`mean`) and by seed: `knots` [[cost, loss], ...], `cheapest`, `dearest`;
+        - points: for each that has a result: arm, settings, dense, trials, learning_rate; seeds that its means are
+          over; loss, losses by seed, in nats; costs and costs_by_seed; measures; remarks, in words; and `against_dense`
+          by cost, None for a dense point: distance in nats (below 0 is better than dense), distances by seed,
+          interval [low, high], cost_percent (of cost at equal loss, below 0 is cheaper), verdict. A dense point has
+          `on_envelope` by cost instead;
+        - missing: arm, settings, seed and key of results that are not there; notes: what else limits them, in words.
+        A number that is not known is None.
+
+    Raises:
+        ValueError: no folder, no result, no dense model, or no seed that all dense models have.
+    """
+    points = read_points(folder)
+    missing = [
+        {"arm": point.arm, "settings": point.settings, "seed": seed, "key": key}
+        for point in points
+        for seed, key in point.missing.items()
+    ]
+    points = [point for point in points if point.runs]
+    dense = [point for point in points if point.dense]
+    if not dense:
+        raise ValueError(f"{str(folder)!r} has no result of a dense model (policy: dense): there is no envelope")
+    seeds = [seed for seed in dense[0].runs if all(seed in point.runs for point in dense)]
+    if not seeds:
+        had = "; ".join(f"{_name(point.arm, point.settings)}: {', '.join(point.runs)}" for point in dense[:5])
+        raise ValueError(f"the dense models have no seed in common, so none can be compared with others. Seeds: {had}")
+    envelopes = {cost: found for cost in COSTS if (found := _envelopes(dense, seeds, cost))}
+    return {
+        "confidence": CONFIDENCE,
+        "seeds": seeds,
+        "costs": list(envelopes),
+        "envelopes": {
+            cost: {
+                name: {"knots": envelope.knots, "cheapest": envelope.cheapest, "dearest": envelope.dearest}
+                for name, envelope in found.items()
+                if envelope.knots
+            }
+            for cost, found in envelopes.items()
+        },
+        "points": [_row(point, dense, seeds, envelopes) for point in points],
+        "missing": missing,
+        "notes": _notes(points, dense, seeds, envelopes, missing),
+    }
+
+
+def _envelopes(dense: Sequence[Point], seeds: Sequence[str], cost: str) -> dict[str, Envelope]:
+    """By seed, and of the means; empty where no dense model has this cost for all seeds."""
+    usable = [point for point in dense if all(cost in point.runs[seed].costs for seed in seeds)]
+    if not usable:
+        return {}
+    found = {
+        seed: Envelope((point.runs[seed].costs[cost], point.runs[seed].loss) for point in usable) for seed in seeds
+    }
+    means = [(_mean_cost(point, seeds, cost), _mean_loss(point, seeds)) for point in usable]
+    return {"mean": Envelope((mean, loss) for mean, loss in means if mean is not None), **found}
+
+
+def _row(
+    point: Point, dense: Sequence[Point], dense_seeds: Sequence[str], envelopes: Mapping[str, dict[str, Envelope]]
+) -> dict[str, Any]:
+    paired = [seed for seed in point.runs if seed in dense_seeds]
+    seeds = paired or list(point.runs)
+    loss = _mean_loss(point, seeds)
+    costs = {cost: mean for cost in envelopes if (mean := _mean_cost(point, seeds, cost)) is not None}
+    measures = {name: [run.measures[name] for run in point.runs.values() if name in run.measures] for name in MEASURES}
+    row = {
+        "arm": point.arm,
+        "settings": point.settings,
+        "dense": point.dense,
+        "trials": point.trials,
+        "learning_rate": point.learning_rate,
+        "seeds": seeds,
+        "loss": _finite(loss),
+        "losses": {seed: _finite(run.loss) for seed, run in point.runs.items()},
+        "costs": costs,
+        "costs_by_seed": {seed: run.costs for seed, run in point.runs.items()},
+        "measures": {name: fmean(values) for name, values in measures.items() if values},
+        "remarks": [] if point.dense else _remarks(point, dense),
+        "against_dense": None,
+    }
+    if point.dense:
+        knots = {cost: found["mean"].knots for cost, found in envelopes.items()}
+        row["on_envelope"] = {cost: (costs.get(cost), loss) in knots[cost] for cost in envelopes}
+    else:
+        row["against_dense"] = {cost: _against(point, dense, paired, cost, found) for cost, found in envelopes.items()}
+    return row
+
+
+def _against(
+    point: Point, dense: Sequence[Point], paired: Sequence[str], cost: str, envelopes: Mapping[str, Envelope]
+) -> dict[str, Any]:
+    none = {"distance": None, "distances": {}, "interval": None, "cost_percent": None}
+    if reason := _no_distance(point, dense, paired, cost, envelopes):
+        return {**none, "verdict": reason}
+    distances, percents = {}, []
+    for seed in paired:
+        run, envelope = point.runs[seed], envelopes[seed]
+        expected, equal = envelope.at(run.costs[cost]), envelope.cost_at(run.loss)
+        assert expected is not None  # else there was a reason
+        distances[seed] = run.loss - expected
+        percents.append(None if equal is None else 100 * (run.costs[cost] / equal - 1))
+    interval = mean_interval(list(distances.values()))
+    return {
+        "distance": fmean(distances.values()),
+        "distances": distances,
+        "interval": interval and list(interval),
+        "cost_percent": None if None in percents else fmean(percents),
+        "verdict": _verdict(interval, len(paired)),
+    }
+
+
+def _verdict(interval: tuple[float, float] | None, num_seeds: int) -> str:
+    if interval is None or num_seeds < LEAST_SEEDS:
+        return f"not enough seeds ({num_seeds} of {LEAST_SEEDS})"
+    return "better" if interval[1] < 0 else "worse" if interval[0] > 0 else "no difference"
+
+
+def _no_distance(
+    point: Point, dense: Sequence[Point], paired: Sequence[str], cost: str, envelopes: Mapping[str, Envelope]
+) -> str | None:
+    """Why the point has no distance at this cost, in words; None if it has one."""
+    runs = {seed: point.runs[seed] for seed in paired}
+    others = [other.runs[seed] for other in dense for seed in paired]
+    if not runs:
+        return "no seed in common with the dense models"
+    if not all(cost in run.costs for run in runs.values()):
+        return "this cost was not measured"
+    if diverged := [seed for seed, run in runs.items() if math.isinf(run.loss)]:
+        return f"no finite loss ({_seeds(diverged)})"
+    if len({run.num_targets for run in (*runs.values(), *others)} - {None}) > 1:
+        return "not evaluated on the text of the dense models"
+    if cost == "seconds" and len({run.machine for run in (*runs.values(), *others)}) > 1:
+        return "not timed on the machine of the dense models"
+    outside = [seed for seed, run in runs.items() if envelopes[seed].at(run.costs[cost]) is None]
+    if outside:
+        some = f" ({_seeds(outside)})" if len(outside) < len(runs) else ""
+        return f"outside the dense range{some}"
+    return None
+
+
+def _remarks(point: Point, dense: Sequence[Point]) -> list[str]:
+    """What makes the comparison unequal, though it can be made."""
+    remarks = []
+    theirs = {other.trials for other in dense}
+    if theirs != {point.trials}:
+        own = "an unknown number of" if point.trials is None else point.trials
+        remarks.append(f"tuned with {own} trial{'s' * (own != 1)}, dense with {_range(theirs)}")
+    tokens = {run.num_tokens for run in point.runs.values()} - {None}
+    dense_tokens = {run.num_tokens for other in dense for run in other.runs.values()} - {None}
+    if tokens and dense_tokens and tokens != dense_tokens:
+        remarks.append(f"trained on {_range(tokens)} tokens, dense on {_range(dense_tokens)}")
+    return remarks
+
+
+def _notes(
+    points: Sequence[Point],
+    dense: Sequence[Point],
+    seeds: Sequence[str],
+    envelopes: Mapping[str, dict[str, Envelope]],
+    missing: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    notes = []
+    if missing:
+        count = len(missing) + sum(len(point.runs) for point in points)
+        named = [f"{_name(row['arm'], row['settings'])}, seed {row['seed']}" for row in missing[:MISSING_SHOWN]]
+        named += ["..."] * (len(missing) > MISSING_SHOWN)
+        notes.append(f"{len(missing)} of {count} results are missing: {'; '.join(named)}")
+    if unused := [seed for point in dense for seed in point.runs if seed not in seeds]:
+        notes.append(f"{_seeds(sorted(set(unused)))} not used: not every dense model has it")
+    for cost, found in envelopes.items():
+        count = sum(all(cost in point.runs[seed].costs for seed in seeds) for point in dense)
+        if count < len(dense):
+            notes.append(f"{COSTS[cost].heading}: measured for {count} of {len(dense)} dense models")
+        if not all(envelope.knots for envelope in found.values()):
+            notes.append(f"{COSTS[cost].heading}: a seed has no dense model with a finite loss")
+    if diverged := sum(math.isinf(run.loss) for point in points for run in point.runs.values()):
+        notes.append(f"results without a finite loss: {diverged}")
+    if compared := sum(not point.dense for point in points):
+        chance = f"{(1 - CONFIDENCE):.0%} of intervals leave 0 out by chance"
+        notes.append(f"{compared} points compared with dense models; {chance} where there is no difference")
+    return notes
+
+
+def _mean_loss(point: Point, seeds: Iterable[str]) -> float:
+    return fmean(point.runs[seed].loss for seed in seeds)
+
+
+def _mean_cost(point: Point, seeds: Iterable[str], cost: str) -> float | None:
+    costs = [point.runs[seed].costs.get(cost) for seed in seeds]
+    return None if None in costs else fmean(costs)  # pyright: ignore[reportArgumentType]
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
+
+
+def _name(arm: str, settings: Mapping[str, Any]) -> str:
+    return f"{shortened(arm, NAME_LENGTH)} ({shortened(settings_label(settings), SETTINGS_LENGTH)})"
+
+
+def _seeds(seeds: Sequence[str]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+
+
+def _range(values: Iterable[int | None]) -> str:
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return "an unknown number"
+    return f"{known[0]:,}" if known[0] == known[-1] else f"{known[0]:,} to {known[-1]:,}"

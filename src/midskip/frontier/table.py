@@ -1,0 +1,72 @@
+"""A frontier at one cost as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from midskip.frontier.labels import NAME_LENGTH, SETTINGS_LENGTH, amount, settings_label, short_names, shortened
+from midskip.frontier.read import COSTS
+
+
+def frontier_table(result: Mapping[str, Any], cost: str = "flops") -> Table:
+    """Of what `frontier` gave: dense points by cost, then the others in the order of the sweep. Two lines a point.
+
+    A seed that is missing is "-".
+
+    Raises ValueError for a cost that is not among the measured ones.
+    """
+    if cost not in result["costs"]:
+        measured = ", ".join(result["costs"]) or "none"
+        raise ValueError(f"the dense models have no {cost!r} that was measured; expected one of: {measured}")
+    title = f"Held-out loss against {COSTS[cost].words}; means of seeds {', '.join(result['seeds'])}"
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE)
+    interval = f"{result['confidence']:.0%} interval"
+    table.add_column("arm\nsettings", overflow="fold")
+    for heading in (
+        COSTS[cost].heading, "share run", "loss, nats\nby seed", f"from dense, nats\n{interval}", "cost at\nequal loss"
+    ):  # fmt: skip
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("verdict", overflow="fold")
+    names = short_names(result["points"])
+    dense = sorted((point for point in result["points"] if point["dense"]), key=lambda point: _cost(point, cost))
+    others = [point for point in result["points"] if not point["dense"]]
+    for number, point in enumerate((*dense, *others)):
+        settings = shortened(settings_label(point["settings"], names), SETTINGS_LENGTH)
+        seeds = dict.fromkeys((*result["seeds"], *point["losses"]))
+        by_seed = [_loss(point["losses"][seed]) if seed in point["losses"] else "-" for seed in seeds]
+        cells = (
+            f"{shortened(point['arm'], NAME_LENGTH)}\n{settings}",
+            amount(point["costs"][cost]) if cost in point["costs"] else "",
+            f"{share:.0%}" if (share := point["measures"].get("executed_share")) is not None else "",
+            f"{_loss(point['loss'])}\n{' '.join(by_seed)}",
+            *_comparison(point, cost),
+        )
+        table.add_row(*map(Text, cells), end_section=number == len(dense) - 1)
+    return table
+
+
+def _comparison(point: Mapping[str, Any], cost: str) -> tuple[str, str, str]:
+    """The last three cells."""
+    if point["dense"]:
+        return "", "", "dense" if point["on_envelope"][cost] else "dense, above the envelope"
+    against = point["against_dense"][cost]
+    distance, interval, percent = against["distance"], against["interval"], against["cost_percent"]
+    between = "" if interval is None else f"\n{interval[0]:+.4f} to {interval[1]:+.4f}"
+    return (
+        "" if distance is None else f"{distance:+.4f}{between}",
+        "" if percent is None else f"{percent:+.1f} %",
+        "\n".join((against["verdict"], *point["remarks"])),
+    )
+
+
+def _cost(point: Mapping[str, Any], cost: str) -> float:
+    return point["costs"].get(cost, float("inf"))
+
+
+def _loss(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"

@@ -1,0 +1,79 @@
+"""`midskip frontier`: its table, its pictures, and arms with hostile names."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from tiny_sweep import point, write_sweep
+
+from midskip.cli import main
+
+LOSSES, DENSE = (
+    [2.7, 2.71, 2.72],
+    {"dense": [point([3.0] * 3, 1e6, True, trials=1), point([2.6] * 3, 4e6, True, trials=1)]},
+)
+HOSTILE = [
+    "[bold]x[/bold] [/]",
+    "<script>alert(1)</script> ]]>--",
+    "\x1b[2J\x1b]0;owned\x07 $\\frac{$",
+    "_" * 5000,
+    "深さ",
+]
+
+
+def size_of_png(path: Path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+
+
+def test_it_writes_numbers_and_pictures_and_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = DENSE | {"gated": [point(LOSSES, 2e6, trials=3), point([2.6, None], 2e6), point(LOSSES, 9e6)]}
+    folder = write_sweep(tmp_path / "sweep", arms)
+    assert main(["frontier", str(folder), "--output", str(tmp_path / "out")]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    first = next(number for number, line in enumerate(lines) if line.startswith("gated"))
+    shown = [[cell for cell in line.split("  ") if cell] for line in lines[first : first + 6]]
+    shown = [[cell.strip() for cell in cells] for cells in shown]
+    assert shown == [
+        ["gated", "2 M", "50%", "2.7100", "-0.0900", "-26.8 %", "better"],
+        ["size=0", "2.7000 2.7100 2.7200", "-0.1069 to -0.0731", "tuned with 3 trials, dense with 1"],
+        ["gated", "2 M", "50%", "2.6000", "-0.2000", "-50.0 %", "not enough seeds (1 of 3)"],
+        ["size=1", "2.6000 - -", "tuned with an unknown number of trials, dense with 1"],
+        ["gated", "9 M", "50%", "2.7100", "outside the dense range"],
+        ["size=2", "2.7000 2.7100 2.7200", "tuned with an unknown number of trials, dense with 1"],
+    ], "the verdict and what is unequal stand together"
+    assert any(line.startswith("1 of 14 results are missing: gated (model.size=1), seed 1.") for line in lines)
+    saved = json.loads((tmp_path / "out" / "frontier.json").read_text(encoding="utf-8"))
+    assert saved["points"][2]["against_dense"]["flops"]["verdict"] == "better"
+    assert size_of_png(tmp_path / "out" / "frontier.png")[0] >= 1200
+    assert (tmp_path / "out" / "frontier.svg").is_file() and not (folder / "frontier.json").exists()
+
+
+def test_no_name_of_an_arm_becomes_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_sweep(tmp_path / "sweep", DENSE | {name: [point(LOSSES, 2e6)] for name in HOSTILE})
+    assert main(["frontier", str(folder), "--cost", "training_flops"]) == 0
+    printed = capsys.readouterr().out
+    assert "[bold]x[/bold] [/]" in printed and "深さ" in printed
+    assert "\x1b" not in printed and "\x07" not in printed and len(printed) < 10_000
+    source = (folder / "frontier.svg").read_text(encoding="utf-8")
+    tags = {element.tag.rsplit("}")[-1] for element in ElementTree.fromstring(source).iter()}
+    assert "script" not in tags and "<script" not in source and "\x1b" not in source and "_" * 100 not in source
+    assert json.loads((folder / "frontier.json").read_text(encoding="utf-8"))["points"][5]["arm"] == HOSTILE[3]
+
+
+def test_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(write_sweep(tmp_path / "sweep", DENSE))
+    for arguments, words in (
+        (
+            [folder, "--cost", "kv_bytes"],
+            "the dense models have no 'kv_bytes' that was measured; expected one of: flops",
+        ),
+        ([folder, "--cost", "joules"], "invalid choice: 'joules'"),
+        ([str(tmp_path / "none")], "there is no folder"),
+    ):
+        assert main(["frontier", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    assert not Path(folder, "frontier.json").exists()
