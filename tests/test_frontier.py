@@ -131,12 +131,14 @@ def test_losses_that_cannot_be_compared_are_not(tmp_path: Path) -> None:
         point(shifted(2.0), 2e6, num_targets=5),
         point(shifted(2.0), 2e6, first_seed=7),
         point(shifted(2.0), 2e6, machine={"cpu": "other"}),
+        point(shifted(2.0), 2e6, machine={"cpu": "one", "commit": "other"}),
     ]
     result = frontier(write_sweep(tmp_path / "a", {"dense": dense(), "gated": gated}))
     rows = [row["against_dense"] for row in result["points"][2:]]
     text, seed = "not evaluated on the text of the dense models", "no seed in common with the dense models"
-    assert [row["flops"]["verdict"] for row in rows] == ["no finite loss (seed 1)", text, seed, "better"]
-    assert rows[3]["seconds"]["verdict"] == "not timed on the machine of the dense models"
+    assert [row["flops"]["verdict"] for row in rows] == ["no finite loss (seed 1)", text, seed, "better", "better"]
+    assert rows[3]["seconds"]["verdict"] == "timed on another machine, or with other versions, than dense models"
+    assert not rows[4]["seconds"]["verdict"].startswith("timed")
     assert "results without a finite loss: 1" in result["notes"]
     json.dumps(result, allow_nan=False)
 
@@ -177,15 +179,25 @@ def test_unequal_tuning_and_unequal_training_are_said(tmp_path: Path) -> None:
 
 def test_missing_results_are_said(tmp_path: Path) -> None:
     beside = [*dense(), point([2.0, None, 2.0], 9e6, dense=True), point([None] * 3, 3e6, dense=True)]
-    result = frontier(write_sweep(tmp_path / "a", {"dense": beside, "gated": [point(shifted(2.0), 2e6)]}))
+    gated = [point(shifted(2.0), 2e6), point([*shifted(2.0), None], 2e6), point([], 2e6)]
+    folder = write_sweep(tmp_path / "a", {"dense": beside, "gated": gated})
+    (folder / "failed").mkdir()
+    (folder / "failed" / "run-1-1-3.txt").write_text("FloatingPointError: the loss is nan\n", encoding="utf-8")
+    result = frontier(folder)
+    failed = result["missing"].pop()
+    assert (failed["key"], failed["failed"]) == ("run-1-1-3", "FloatingPointError: the loss is nan")
+    assert all(row["failed"] is None for row in result["missing"])
     assert [(row["seed"], row["key"]) for row in result["missing"]] == [
         ("1", "run-0-2-1"), *((str(seed), f"run-0-3-{seed}") for seed in range(3))
     ]  # fmt: skip
-    assert result["notes"][0].startswith("4 of 15 results are missing: dense (model.size=2), seed 1; dense (")
-    assert result["notes"][1] == "seed 1 not used: not every dense model has it"
-    row = result["points"][-1]
+    assert result["notes"][0].startswith("5 of 19 results are missing: dense (model.size=2), seed 1; dense (")
+    assert result["notes"][0].endswith("gated (model.size=1), seed 3 (failed)")
+    assert result["notes"][1] == "learning rate not chosen yet: gated (model.size=2)"
+    assert result["notes"][2] == "seed 1 not used: not every dense model has it"
+    row, with_failure = result["points"][-2:]
+    assert with_failure["remarks"] == ["seed 3 failed"]
     assert (row["seeds"], row["against_dense"]["flops"]["verdict"]) == (["0", "2"], "not enough seeds (2 of 3)")
-    assert len(result["points"]) == 4 and row["loss"] == pytest.approx(2.0 + (SEEDS[0] + SEEDS[2]) / 2)
+    assert len(result["points"]) == 5 and row["loss"] == pytest.approx(2.0 + (SEEDS[0] + SEEDS[2]) / 2)
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 
 from midskip.frontier.envelope import Envelope
 from midskip.frontier.intervals import CONFIDENCE, mean_interval
-from midskip.frontier.labels import NAME_LENGTH, SETTINGS_LENGTH, settings_label, shortened
+from midskip.frontier.notes import notes_on, point_name, remarks_on, seeds_named
 from midskip.frontier.read import COSTS, MEASURES, Point, read_points
 
 LEAST_SEEDS = 3  # for a verdict
-MISSING_SHOWN = 6  # results, in a note
 
 
 def frontier(folder: str | Path) -> dict[str, Any]:
@@ -31,7 +30,8 @@ def frontier(folder: str | Path) -> dict[str, Any]:
           by cost, None for a dense point: distance in nats (below 0 is better than dense), distances by seed,
           interval [low, high], cost_percent (of cost at equal loss, below 0 is cheaper), verdict. A dense point has
           `on_envelope` by cost instead;
-        - missing: arm, settings, seed and key of results that are not there; notes: what else limits them, in words.
+        - missing: arm, settings, seed and key of results that are not there, and why the run failed, if it did; notes:
+          what else limits the numbers, in words.
         A number that is not known is None.
 
     Raises:
@@ -39,17 +39,18 @@ def frontier(folder: str | Path) -> dict[str, Any]:
     """
     points = read_points(folder)
     missing = [
-        {"arm": point.arm, "settings": point.settings, "seed": seed, "key": key}
+        {"arm": point.arm, "settings": point.settings, "seed": seed, "key": key, "failed": point.failed.get(seed)}
         for point in points
         for seed, key in point.missing.items()
     ]
+    unknown = [point_name(point.arm, point.settings) for point in points if not (point.runs or point.missing)]
     points = [point for point in points if point.runs]
     dense = [point for point in points if point.dense]
     if not dense:
         raise ValueError(f"{str(folder)!r} has no result of a dense model (policy: dense): there is no envelope")
     seeds = [seed for seed in dense[0].runs if all(seed in point.runs for point in dense)]
     if not seeds:
-        had = "; ".join(f"{_name(point.arm, point.settings)}: {', '.join(point.runs)}" for point in dense[:5])
+        had = "; ".join(f"{point_name(point.arm, point.settings)}: {', '.join(point.runs)}" for point in dense[:5])
         raise ValueError(f"the dense models have no seed in common, so none can be compared with others. Seeds: {had}")
     envelopes = {cost: found for cost in COSTS if (found := _envelopes(dense, seeds, cost))}
     return {
@@ -66,7 +67,7 @@ def frontier(folder: str | Path) -> dict[str, Any]:
         },
         "points": [_row(point, dense, seeds, envelopes) for point in points],
         "missing": missing,
-        "notes": _notes(points, dense, seeds, envelopes, missing),
+        "notes": notes_on(points, dense, seeds, envelopes, missing, unknown),
     }
 
 
@@ -102,7 +103,7 @@ def _row(
         "costs": costs,
         "costs_by_seed": {seed: run.costs for seed, run in point.runs.items()},
         "measures": {name: fmean(values) for name, values in measures.items() if values},
-        "remarks": [] if point.dense else _remarks(point, dense),
+        "remarks": [] if point.dense else remarks_on(point, dense),
         "against_dense": None,
     }
     if point.dense:
@@ -153,59 +154,16 @@ def _no_distance(
     if not all(cost in run.costs for run in runs.values()):
         return "this cost was not measured"
     if diverged := [seed for seed, run in runs.items() if math.isinf(run.loss)]:
-        return f"no finite loss ({_seeds(diverged)})"
+        return f"no finite loss ({seeds_named(diverged)})"
     if len({run.num_targets for run in (*runs.values(), *others)} - {None}) > 1:
         return "not evaluated on the text of the dense models"
     if cost == "seconds" and len({run.machine for run in (*runs.values(), *others)}) > 1:
-        return "not timed on the machine of the dense models"
+        return "timed on another machine, or with other versions, than dense models"
     outside = [seed for seed, run in runs.items() if envelopes[seed].at(run.costs[cost]) is None]
     if outside:
-        some = f" ({_seeds(outside)})" if len(outside) < len(runs) else ""
+        some = f" ({seeds_named(outside)})" if len(outside) < len(runs) else ""
         return f"outside the dense range{some}"
     return None
-
-
-def _remarks(point: Point, dense: Sequence[Point]) -> list[str]:
-    """What makes the comparison unequal, though it can be made."""
-    remarks = []
-    theirs = {other.trials for other in dense}
-    if theirs != {point.trials}:
-        own = "an unknown number of" if point.trials is None else point.trials
-        remarks.append(f"tuned with {own} trial{'s' * (own != 1)}, dense with {_range(theirs)}")
-    tokens = {run.num_tokens for run in point.runs.values()} - {None}
-    dense_tokens = {run.num_tokens for other in dense for run in other.runs.values()} - {None}
-    if tokens and dense_tokens and tokens != dense_tokens:
-        remarks.append(f"trained on {_range(tokens)} tokens, dense on {_range(dense_tokens)}")
-    return remarks
-
-
-def _notes(
-    points: Sequence[Point],
-    dense: Sequence[Point],
-    seeds: Sequence[str],
-    envelopes: Mapping[str, dict[str, Envelope]],
-    missing: Sequence[Mapping[str, Any]],
-) -> list[str]:
-    notes = []
-    if missing:
-        count = len(missing) + sum(len(point.runs) for point in points)
-        named = [f"{_name(row['arm'], row['settings'])}, seed {row['seed']}" for row in missing[:MISSING_SHOWN]]
-        named += ["..."] * (len(missing) > MISSING_SHOWN)
-        notes.append(f"{len(missing)} of {count} results are missing: {'; '.join(named)}")
-    if unused := [seed for point in dense for seed in point.runs if seed not in seeds]:
-        notes.append(f"{_seeds(sorted(set(unused)))} not used: not every dense model has it")
-    for cost, found in envelopes.items():
-        count = sum(all(cost in point.runs[seed].costs for seed in seeds) for point in dense)
-        if count < len(dense):
-            notes.append(f"{COSTS[cost].heading}: measured for {count} of {len(dense)} dense models")
-        if not all(envelope.knots for envelope in found.values()):
-            notes.append(f"{COSTS[cost].heading}: a seed has no dense model with a finite loss")
-    if diverged := sum(math.isinf(run.loss) for point in points for run in point.runs.values()):
-        notes.append(f"results without a finite loss: {diverged}")
-    if compared := sum(not point.dense for point in points):
-        chance = f"{(1 - CONFIDENCE):.0%} of intervals leave 0 out by chance"
-        notes.append(f"{compared} points compared with dense models; {chance} where there is no difference")
-    return notes
 
 
 def _mean_loss(point: Point, seeds: Iterable[str]) -> float:
@@ -219,18 +177,3 @@ def _mean_cost(point: Point, seeds: Iterable[str], cost: str) -> float | None:
 
 def _finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
-
-
-def _name(arm: str, settings: Mapping[str, Any]) -> str:
-    return f"{shortened(arm, NAME_LENGTH)} ({shortened(settings_label(settings), SETTINGS_LENGTH)})"
-
-
-def _seeds(seeds: Sequence[str]) -> str:
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
-
-
-def _range(values: Iterable[int | None]) -> str:
-    known = sorted(value for value in values if value is not None)
-    if not known:
-        return "an unknown number"
-    return f"{known[0]:,}" if known[0] == known[-1] else f"{known[0]:,} to {known[-1]:,}"

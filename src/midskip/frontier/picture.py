@@ -62,7 +62,9 @@ def _styles(points: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], dict[
             continue
         number = sum(dense == point["dense"] for _, dense in styles)
         colour = INK if point["dense"] else COLOURS[number % len(COLOURS)]
-        label = shortened(point["arm"], NAME_LENGTH) + (" (dense)" if point["dense"] else "")
+        label = shortened(point["arm"], NAME_LENGTH) + (
+            " (dense)" if point["dense"] and "dense" not in point["arm"] else ""
+        )
         styles[key] = {
             "color": colour,
             "marker": MARKERS[number % len(MARKERS)],
@@ -98,7 +100,7 @@ def _panel(axes: Any, cost: str, result: Mapping[str, Any], styles: Mapping[tupl
         axes.plot(*_xy(dots), ".", color=colour, markersize=3.5, alpha=0.6, zorder=2)
         axes.plot(*_xy(means), linestyle="", zorder=3, **style)
     axes.plot([], [], ".", color="#77777f", markersize=4, label="small dots: each seed")
-    axes.set_title(COSTS[cost].words[0].upper() + COSTS[cost].words[1:], fontsize=11)
+    axes.set_title(COSTS[cost].words[0].upper() + COSTS[cost].words[1:], fontsize=10)
     axes.set_xlabel(f"{COSTS[cost].heading}, log scale")
     _ticks(axes, min(seen), max(seen))
     axes.grid(alpha=0.3)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SWEEP_FILE, RESULTS_FOLDER = "sweep.json", "results"
+SWEEP_FILE, RESULTS_FOLDER, FAILED_FOLDER = "sweep.json", "results", "failed"
+OF_CODE = ("commit", "midskip")  # in what a result says of its machine
 
 
 class Cost(NamedTuple):
@@ -53,7 +54,11 @@ class Run:
 
 @dataclass
 class Point:
-    """A point of an arm's grid: what its seeds gave, by seed. `missing` are seeds whose result is not there."""
+    """A point of an arm's grid: what its seeds gave, by seed.
+
+    missing: by seed, the keys of results that are not there; failed: those of them whose run has failed, and why.
+    A point whose learning rate is still being chosen has no seeds yet.
+    """
 
     arm: str
     settings: dict[str, Any]
@@ -61,6 +66,7 @@ class Point:
     learning_rate: float | None
     runs: dict[str, Run] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def dense(self) -> bool:
@@ -105,6 +111,9 @@ def _read_result(folder: Path, point: Point, seed: str, key: str) -> None:
     file = folder / RESULTS_FOLDER / f"{key}.json"
     if not file.is_file():
         point.missing[seed] = key
+        failure = folder / FAILED_FOLDER / f"{key}.txt"
+        if failure.is_file():
+            point.failed[seed] = failure.read_text(encoding="utf-8", errors="replace").strip()
         return
     result = _json(file)
     try:
@@ -128,7 +137,9 @@ def _run(result: Mapping[str, Any]) -> Run:
         "seconds": training.get("seconds", result.get("seconds")),
         "kv_bytes": validation.get("kv_bytes_per_token"),
     }
-    loss = validation["loss"]
+    loss, machine = validation["loss"], result.get("machine")
+    if isinstance(machine, Mapping):
+        machine = {name: value for name, value in machine.items() if name not in OF_CODE}
     return Run(
         dense=result["recipe"]["model"]["policy"] == "dense",
         loss=float(loss) if loss is not None and math.isfinite(loss) else math.inf,
@@ -136,7 +147,7 @@ def _run(result: Mapping[str, Any]) -> Run:
         measures={name: float(validation[name]) for name in MEASURES if validation.get(name) is not None},
         num_targets=validation.get("num_targets"),
         num_tokens=training.get("num_tokens"),
-        machine=json.dumps(result.get("machine"), sort_keys=True),
+        machine=json.dumps(machine, sort_keys=True),
     )
 
 
