@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, NatsOf
 from midskip.policies.scored import Router, ScoredPolicy, uniform
 
 SCORES = ("predicted_loss", "straight_through")
+ERROR_WEIGHT = 0.1  # of the router's squared error
+MEMORY = 0.5  # of a layer's mean exit loss, from one time that it has its turn to the next
 
 
 class EarlyExit(ScoredPolicy):
     """A token leaves before the first layer l in which its router's number r(i, l) does not lie above the bias b.
 
     With `scores="predicted_loss"` r(i, l) is the loss, in nats, that the token's prediction is expected to have if it
-    leaves there. In each step the tokens present in one layer, another in each step, are predicted from through the
-    last norm and the head; the router learns to tell that loss, by its squared error, and the blocks learn to make it
-    small (an exit loss, as in LayerSkip, arXiv 2404.16710). A token leaves where little is left to gain, and one number
+    leaves there: a running mean of the layer's, and what the router adds to it. In each step the tokens present in one
+    layer, another in each step, are predicted from through the last norm and the head; the router learns to tell that
+    loss, by its squared error, and the blocks learn to make it small (an exit loss, as in LayerSkip, arXiv
+    2404.16710). A token leaves where little is left to gain, and one number
     b serves all layers. With `scores="straight_through"` r learns by the surrogate gradient of `Decision.hard`, and
     each layer has a bias of its own.
 
@@ -50,6 +54,8 @@ class EarlyExit(ScoredPolicy):
                 raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
         self.layer_dropout, self.needs_target_share = layer_dropout, self.predicts
         self.num_steps = nn.Buffer(torch.tensor(0))
+        self.mean_L = nn.Buffer(torch.zeros(num_layers)) if self.predicts else None
+        self._new: Tensor | None = None  # sum and count of exit losses in passes not absorbed yet
 
     def share_profile(self, outer: int) -> list[float | None]:
         last = max(1, self.num_layers - 1 - outer)
@@ -69,7 +75,7 @@ class EarlyExit(ScoredPolicy):
         x_MD = h_ND if indices_N is None else h_ND.index_select(0, indices_N)
         if self.training and self.predicts and layer == state["step"] % self.num_layers:
             state["exit"] = x_MD, indices_N
-        readiness_N = self.readiness(self.routers[layer](x_MD.detach()), self.gate_of_layer[layer] or 0)
+        readiness_N = self.readiness(self._number(layer, x_MD), self.gate_of_layer[layer] or 0)
         if indices_N is not None:
             readiness_N = readiness_N.new_ones(len(h_ND)).index_copy(0, indices_N, readiness_N)
         keep_N = readiness_N < 1
@@ -85,15 +91,31 @@ class EarlyExit(ScoredPolicy):
             return reached if self.predicts else None  # pyright: ignore[reportReturnType]
         x_MD, indices_N = state["exit"]
         weight_M = (scored_N if indices_N is None else scored_N.index_select(0, indices_N)).to(nats_N.dtype)
-        weight_M = weight_M / weight_M.sum().clamp(min=1)
+        count = weight_M.sum()
+        weight_M = weight_M / count.clamp(min=1)
         with torch.set_grad_enabled(self.exit_loss > 0):
             exit_M = nats_of(x_MD, indices_N)
-        predicted_M = self.routers[state["step"] % self.num_layers](x_MD.detach())
-        error = ((predicted_M - exit_M.detach()).square() * weight_M).sum()
-        return reached + error + self.exit_loss * (exit_M * weight_M).sum()
+        error = ((self._number(state["step"] % self.num_layers, x_MD) - exit_M.detach()).square() * weight_M).sum()
+        mean = (exit_M * weight_M).sum()
+        new = torch.stack([mean.detach() * count, count])
+        self._new = new if self._new is None else self._new + new
+        return reached + ERROR_WEIGHT * error + self.exit_loss * mean
 
+    def _number(self, layer: int, x_MD: Tensor) -> Tensor:
+        number_M = self.routers[layer](x_MD.detach())
+        return number_M if self.mean_L is None else number_M + self.mean_L[layer].to(number_M.dtype)
+
+    @torch.no_grad()
     def absorb(self) -> None:
+        layer = int(self.num_steps) % self.num_layers
         self.num_steps += 1
+        if self.mean_L is None or self._new is None:
+            return
+        sum_over_ranks(self._new)
+        mean = (self._new[0] / self._new[1].clamp(min=1)).to(self.mean_L)
+        is_first = int(self.num_steps) <= self.num_layers
+        self.mean_L[layer] = mean if is_first else MEMORY * self.mean_L[layer] + (1 - MEMORY) * mean
+        self._new = None
 
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
         if self.max_layers is not None and layer >= self.max_layers:
