@@ -3,6 +3,7 @@
 from .batches import TokenWindows, WindowOrder
 from .encode import encode_documents, encode_source
 from .errors import END_OF_TEXT, DataError
+from .labelled import LabelledData
 from .prepare import prepare
 from .prepared import Prepared, open_prepared, open_shards
 from .shards import ShardWriter, check_shards, open_shard
@@ -13,6 +14,7 @@ from .tokenizer import bytes_tokenizer, end_of_text_id, load_tokenizer, token_by
 __all__ = [
     "END_OF_TEXT",
     "DataError",
+    "LabelledData",
     "Prepared",
     "ShardWriter",
     "TokenWindows",
