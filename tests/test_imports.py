@@ -18,7 +18,7 @@ ORDER = (
     ("model.inputs",),
     ("model.modeling",),
     ("reference", "cost", "data", "convert", "report", "runs"),
-    ("testing",),
+    ("testing", "groups"),
     ("evaluate", "budget.calibrate", "generate"),
     ("train",),  # a run ends with its own evaluation and report
     ("bench", "demo", "frontier"),

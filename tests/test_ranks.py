@@ -109,7 +109,8 @@ def windows() -> list[dict[str, Tensor]]:
         ids_T = torch.randint(31, (9,), generator=torch.Generator().manual_seed(number))
         position_T = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]) + (32 if number in (2, 3) else 29)
         mask_T = (torch.arange(9) >= number % 4).long()
-        found.append({"input_ids": ids_T, "position_ids": position_T, "attention_mask": mask_T, "labels": ids_T})
+        item = {"input_ids": ids_T, "position_ids": position_T, "attention_mask": mask_T, "labels": ids_T}
+        found.append(item | {"group": ids_T % 4 - 1})
     return found
 
 
@@ -223,6 +224,7 @@ def test_evaluation_on_two_ranks_is_evaluation_on_one(
     assert 0.1 < one["executed_share"] < 0.9
     two = ranks[0]["evaluated", policy, skipped_kv, count, sharded]
     assert two == ranks[1]["evaluated", policy, skipped_kv, count, sharded] and two.keys() == one.keys()
+    assert len(one["accuracy_by_group"]) == 3
     for name, got in two.items():
         if "loss" in name or name in ("perplexity", "bits_per_byte"):
             expected = one[name] if isinstance(one[name], list) else [one[name]]

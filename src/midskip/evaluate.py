@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from midskip.budget.monitor import not_live
 from midskip.cost import Meter
-from midskip.data import TokenWindows
+from midskip.data.labelled import Items
 from midskip.data.progress import progress_bar
 from midskip.distributed import rank_and_world_size, sum_over_ranks
+from midskip.groups import add_groups, group_sizes, results_by_group
 from midskip.model.loss import IGNORED, cross_entropy
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import TokenDepth
@@ -40,7 +41,7 @@ def limits_kept(model: MidskipForCausalLM) -> Iterator[None]:
 @torch.no_grad()
 def evaluate(
     model: MidskipForCausalLM,
-    windows: TokenWindows | Sequence[dict[str, Tensor]],
+    windows: Items,
     token_bytes: Tensor | None = None,
     batch_size: int = 8,
     progress: bool = False,
@@ -55,7 +56,8 @@ def evaluate(
 
     Args:
         windows: held-out text, made with `drop_last=False` so that every token counts. Dicts of `input_ids`, `labels`
-            and maybe `attention_mask` and `position_ids`, each [T], as the model takes them.
+            and maybe `attention_mask` and `position_ids`, each [T], as the model takes them; and maybe `group`, int64
+            [T], of each token: -1 for none, else below 1024.
         token_bytes: int64 [V], bytes of text each token stands for; without it there are no bits per byte.
         batch_size: windows of a forward pass.
         progress: show a bar in a terminal, with this title.
@@ -64,7 +66,8 @@ def evaluate(
 
     Returns:
         - num_targets: predictions that were scored; loss: their mean cross-entropy in nats; perplexity: its
-          exponential; bits_per_byte: of the text that the targets stand for;
+          exponential; accuracy: share of them whose largest logit is the target's; bits_per_byte: of the text that the
+          targets stand for;
         - num_tokens: valid tokens that went in (in windows that overlap, more than there are in the text);
           executed_share: share of block-tokens that ran; share_by_layer [L]; tokens_by_blocks [L + 1]: share of the
           tokens that ran 0, 1, ... L blocks;
@@ -72,7 +75,10 @@ def evaluate(
           skipped;
         - loss_by_position, num_targets_by_position [T]: of the predictions made by tokens at position 0, 1, ... of
           their document (of their window if there are no `position_ids`); loss_by_blocks, num_targets_by_blocks
-          [L + 1]: of those made by tokens that ran 0, 1, ... L blocks. A loss is None where there is no target.
+          [L + 1]: of those made by tokens that ran 0, 1, ... L blocks. A loss is None where there is no target;
+        - for windows with `group`, of the predictions made by tokens of group 0, 1, ...: accuracy_by_group,
+          loss_by_group, num_targets_by_group; blocks_by_group: mean of the blocks that these tokens ran;
+          depth_rank_correlation: Spearman's, of their groups and the blocks they ran, None where either is constant.
 
     Raises:
         ValueError: nothing to evaluate on.
@@ -82,16 +88,16 @@ def evaluate(
     rank, world_size = rank_and_world_size()
     batches = range(0, len(windows), batch_size)
     own = batches[rank::world_size]
-    sums = _Sums(model, token_bytes, each)
+    sums = _Sums(model, token_bytes, each, "group" in windows[0])
     was_training = model.training
     model.eval()
     try:
         with Meter(model) as meter, limits_kept(model):
             for start in progress_bar(own, title, progress and rank == 0):
                 batch = batch_of(windows, range(start, min(start + batch_size, len(windows))), model.device)
-                labels_BT = batch.pop("labels")
+                labels_BT, group_BT = batch.pop("labels"), batch.pop("group", None)
                 output = model(**batch, use_cache=False)
-                sums.add(output.logits, output.executed, labels_BT, **batch)
+                sums.add(output.logits, output.executed, labels_BT, group_BT, **batch)
         if len(own) * world_size < len(batches):
             # not counted: sharded weights wait for all ranks
             model(windows[0]["input_ids"][None, :1].to(model.device), use_cache=False)
@@ -100,9 +106,7 @@ def evaluate(
     return sums.result(meter, windows[0]["input_ids"].shape[0], world_size)
 
 
-def batch_of(
-    windows: TokenWindows | Sequence[dict[str, Tensor]], rows: range, device: torch.device
-) -> dict[str, Tensor]:
+def batch_of(windows: Items, rows: range, device: torch.device) -> dict[str, Tensor]:
     """Those windows as the model takes them, `labels` among them, each [B, T]."""
     items = [windows[row] for row in rows]
     return {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
@@ -113,23 +117,24 @@ class _Sums:
 
     def __init__(
         self, model: MidskipForCausalLM, token_bytes: Tensor | None,
-        each: Callable[[Tensor, Tensor, Tensor], None] | None,
+        each: Callable[[Tensor, Tensor, Tensor], None] | None, has_groups: bool = False,
     ):  # fmt: skip
         self.each = each
         self.num_layers, num_positions = model.config.num_hidden_layers, model.config.max_position_embeddings
         self.token_bytes_V = None if token_bytes is None else token_bytes.to(model.device)
         sizes = {
-            "text": 2,  # nats, bytes
+            "text": 3,  # nats, bytes, targets that have the largest logit
             "metered": 4,  # tokens, rows that ran, FLOPs, dense FLOPs
             "executed": self.num_layers, "tokens_by_blocks": self.num_layers + 1,
             "nats_by_blocks": self.num_layers + 1, "num_targets_by_blocks": self.num_layers + 1,
             "nats_by_position": num_positions, "num_targets_by_position": num_positions,
+            **(group_sizes(self.num_layers) if has_groups else {}),
         }  # fmt: skip
         self.all = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=model.device)
         self.parts = dict(zip(sizes, self.all.split(list(sizes.values())), strict=True))
 
     def add(
-        self, logits_BTV: Tensor, executed_LBT: Tensor, labels_BT: Tensor, input_ids: Tensor,
+        self, logits_BTV: Tensor, executed_LBT: Tensor, labels_BT: Tensor, group_BT: Tensor | None, input_ids: Tensor,
         attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
     ) -> None:  # fmt: skip
         valid_BT = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
@@ -138,10 +143,12 @@ class _Sums:
         target_N = torch.where(valid_BT, next_BT, IGNORED).flatten()
         scored_N = target_N != IGNORED
         loss_N = cross_entropy(logits_BTV.flatten(0, 1), target_N).double()
+        correct_N = logits_BTV.argmax(-1).flatten() == target_N
         blocks_N = executed_LBT.sum(0).flatten()
         position_N = torch.where(scored_N, position_BT.flatten(), 0)  # who is not scored adds 0, wherever that is
         parts = self.parts
         parts["text"][0] += loss_N.sum()
+        parts["text"][2] += correct_N.sum()
         parts["executed"] += executed_LBT.sum((1, 2))
         parts["tokens_by_blocks"].index_add_(0, blocks_N, valid_BT.flatten().double())
         for name, index_N in (("blocks", blocks_N), ("position", position_N)):
@@ -149,6 +156,8 @@ class _Sums:
             parts[f"num_targets_by_{name}"].index_add_(0, index_N, scored_N.double())
         if self.token_bytes_V is not None:
             parts["text"][1] += (self.token_bytes_V[target_N.clamp(min=0)] * scored_N).sum()
+        if group_BT is not None:
+            add_groups(parts, group_BT.flatten(), blocks_N, loss_N, correct_N, scored_N)
         if self.each is not None:
             known = torch.where(scored_N, loss_N, math.nan), blocks_N.double(), position_BT.flatten().double()
             self.each(*(values_N[valid_BT.flatten()] for values_N in known))
@@ -160,7 +169,7 @@ class _Sums:
         self.parts["metered"].copy_(torch.tensor(metered, dtype=torch.float64))
         sum_over_ranks(self.all)
         sums = dict(zip(self.parts, self.all.cpu().split([len(part) for part in self.parts.values()]), strict=True))
-        nats, num_bytes = sums["text"].tolist()
+        nats, num_bytes, num_correct = sums["text"].tolist()
         num_tokens, query_rows, flops, dense_flops = sums["metered"].tolist()
         num_targets_P = sums["num_targets_by_position"]
         if not num_targets_P.any():
@@ -171,6 +180,7 @@ class _Sums:
         result = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700)),
+            "accuracy": num_correct / num_targets,
             "num_tokens": int(num_tokens),
             "num_targets": num_targets,
             "executed_share": query_rows / (num_tokens * self.num_layers),
@@ -186,25 +196,27 @@ class _Sums:
             nats_by = sums[f"nats_by_{name}"][:length].tolist()
             result[f"loss_by_{name}"] = [n / count if count else None for n, count in zip(nats_by, counts, strict=True)]
             result[f"num_targets_by_{name}"] = counts
-        return result
+        return result | (results_by_group(sums) if "tokens_by_group" in sums else {})
 
 
 @torch.no_grad()
 def depth_of_tokens(
     model: MidskipForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     ids: Sequence[int],
     positions: Sequence[int] | None = None,
 ) -> list[TokenDepth]:
     """Text, blocks run, gates and loss (of predicting it, in nats) of every token of one sequence, or of the documents
-    that `positions` tell apart. A monitor of live prompts does not see it."""
+    that `positions` tell apart. A monitor of live prompts does not see it. Without a tokenizer the text is the id, and
+    no loss is given: the ids are not what is to be predicted."""
     ids_1T = torch.tensor([list(ids)], device=model.device)
     position_1T = None if positions is None else torch.tensor([list(positions)], device=model.device)
     with limits_kept(model):
         output = model(ids_1T, position_ids=position_1T, use_cache=False)
     losses = -output.logits[0, :-1].float().log_softmax(-1).gather(1, ids_1T[0, 1:, None]).squeeze(1)
+    found = [None] * len(ids) if tokenizer is None else [None, *losses.tolist()]
     blocks_T, gates_TL = output.executed[:, 0].sum(0).tolist(), output.gates[:, 0].T.tolist()
     return [
-        TokenDepth(str(tokenizer.decode([token])), blocks, loss, tuple(gates_L))
-        for token, blocks, gates_L, loss in zip(ids, blocks_T, gates_TL, [None, *losses.tolist()], strict=True)
+        TokenDepth(str(tokenizer.decode([token])) if tokenizer else f"{token} ", blocks, loss, tuple(gates_L))
+        for token, blocks, gates_L, loss in zip(ids, blocks_T, gates_TL, found, strict=True)
     ]
