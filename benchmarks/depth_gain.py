@@ -30,7 +30,7 @@ from midskip.policies.difficulty import NUM_KINDS, drawn, kinds
 from midskip.policies.middle_out import MiddleOut
 from midskip.runs import RECIPE_FILE, load_run, write_atomically
 from midskip.train import read_recipe
-from midskip.train.run import cut_windows, open_text
+from midskip.train.text import cut_windows, open_text
 
 WINDOWS = 8  # of a pass
 MEASURED_SHARE = 0.4  # of the tokens of a pass; the others have drawn depths

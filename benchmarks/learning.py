@@ -25,7 +25,7 @@ from midskip.evaluate import batch_of, evaluate
 from midskip.regularizers.target_share import TargetShare
 from midskip.runs import load_run, write_atomically
 from midskip.train import read_recipe, train
-from midskip.train.run import cut_windows, open_text
+from midskip.train.text import cut_windows, open_text
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "bytes-tiny.yaml"
 ROW_FILE = "row.json"

@@ -241,7 +241,7 @@ def test_changed_shards_are_noticed(
     shutil.rmtree(tmp_path / "shards")
     text = write_documents(tmp_path / "text", 31)  # one more
     prepare(str(text), tmp_path / "shards", vocab_size=300, validation_share=0.2, console=QUIET)
-    shards = r"other training shards: train_000000\.bin; other validation shards: validation_000000\.bin"
+    shards = r"other training data: train_000000\.bin; other validation data: validation_000000\.bin"
     with pytest.raises(ValueError, match=rf"this run did not begin like that \({shards}\): .*--accept_changes"):
         train(recipe, resume=True, console=QUIET)
     assert [row["step"] for row in history(recipe)] == [1, 2]

@@ -62,7 +62,7 @@ def announce(say: Callable[[str], None]) -> None:
 
         setattr(owner, function, announced)
 
-    phase(run, "open_text", "text")
+    phase(run, "open_windows", "text")
     phase(trainer.MidskipTrainer, "train", "steps")
     phase(trainer.MidskipTrainer, "_save_checkpoint", "checkpoint")
     phase(trainer._AroundStep, "on_save", "marker")

@@ -14,7 +14,7 @@ from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.data import ShardWriter, bytes_tokenizer, encode_documents
 from midskip.demo import demo_recipe
 from midskip.policies import build_policy
-from midskip.runs import load_run
+from midskip.runs import load_any_run
 from midskip.train import Recipe, read_recipe, train
 from midskip.train.optimizer import build_optimizer, build_scheduler
 
@@ -53,6 +53,8 @@ def test_a_recipe_runs_as_it_is_but_for_its_size(path: Path) -> None:
     given = read_recipe(path)
     if given.data.source == "pydocs":
         overrides.append("--data.source=corpus/wiki-train-0.txt.xz")
+    if given.data.source == "pointers":
+        overrides.append("--data.settings={length: 32, num_training: 8, num_validation: 4}")
     if given.data.vocab_size is not None:
         overrides.append("--data.vocab_size=300")
     if given.training.gradient_accumulation_steps > 2:
@@ -62,9 +64,9 @@ def test_a_recipe_runs_as_it_is_but_for_its_size(path: Path) -> None:
     assert report["training"]["steps"] == 2
     for row in history(recipe):
         assert (
-            row["num_tokens"] == 32 * 2 * recipe.training.gradient_accumulation_steps and 4 < row["cross_entropy"] < 8
+            row["num_tokens"] == 32 * 2 * recipe.training.gradient_accumulation_steps and 3 < row["cross_entropy"] < 8
         )
-    model, _ = load_run(recipe.output)
+    model, _ = load_any_run(recipe.output)
     assert model.config.num_hidden_layers == given.model.num_hidden_layers
     assert model.config.policy == given.model.policy
     assert (report["validation"]["executed_share"] == 1) or given.model.policy != "dense"
@@ -84,7 +86,7 @@ def test_a_recipe_is_valid_and_says_how_it_is_run(path: Path) -> None:
     recipe.build_regularizer().steer(policy)
 
 
-@pytest.mark.parametrize("kind", ["pydocs-small", "wiki-tiny", "wiki-small"])
+@pytest.mark.parametrize("kind", ["pydocs-small", "wiki-tiny", "wiki-small", "pointers"])
 def test_twins_differ_in_nothing_but_the_gates(kind: str) -> None:
     gated, dense = (read_recipe(FOLDER / f"{kind}-{which}.yaml") for which in ("gated", "dense"))
     assert gated.data == dense.data and gated.training == dense.training
@@ -103,7 +105,7 @@ def test_the_small_recipe_is_the_demos() -> None:
 def test_gated_recipes_of_ours_have_hard_gates_and_a_dense_model_beside_them() -> None:
     recipes = [read_recipe(path) for path in RECIPES if path not in PAPERS]
     gated = [recipe for recipe in recipes if recipe.model.policy == "middle_out"]
-    assert len(gated) == 4
+    assert len(gated) == 5
     for recipe in gated:
         assert recipe.model.policy_settings == {"gates": "hard"} and recipe.regularizer.name == "target_share"
         assert recipe.dense_layers == [recipe.model.num_hidden_layers // 2], "of about as many FLOPs"

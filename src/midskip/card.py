@@ -44,7 +44,7 @@ def model_card(
         tags: for the hub, beside those every model of this package has.
     """
     parts = [f"---\n{_header(name, config, report, recipe, tags)}\n---\n{MARK}", f"# {plain(name)}", _summary(config)]
-    parts += _loading(name)
+    parts += _loading(name, _is_labelled(report))
     if report is not None:
         parts += _measured(config, num_parameters, report, recipe)
     if config.calibration is not None:
@@ -110,13 +110,13 @@ def _header(
     skipping = [] if config.policy == "dense" else ["layer-skipping", "adaptive-computation"]
     data: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        **({} if _is_labelled(report) else {"pipeline_tag": "text-generation"}),
         "tags": ["midskip", *skipping, *tags],
     }
     source = "" if recipe is None else str(recipe["data"]["source"])
     if found := re.match(r"hub:([\w.-]+/[\w.-]+)(:|$)", source):
         data["datasets"] = [found[1]]
-    if report is not None:
+    if report is not None and not _is_labelled(report):
         data["model_name"] = name
         data["eval_results"] = [
             EvalResult(
@@ -128,6 +128,11 @@ def _header(
             if metric in report["validation"]
         ]  # fmt: skip
     return ModelCardData(**data).to_yaml().strip()
+
+
+def _is_labelled(report: Mapping[str, Any] | None) -> bool:
+    """Whether the run was on labelled data: no text, no tokenizer."""
+    return report is not None and bool(report.get("labelled"))
 
 
 def _text_name(report: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> str:
@@ -143,8 +148,15 @@ def _summary(config: MidskipConfig) -> str:
     )
 
 
-def _loading(name: str) -> list[str]:
-    code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+def _loading(name: str, labelled: bool) -> list[str]:
+    code = f"""import torch
+from transformers import AutoModelForCausalLM
+
+name = {json.dumps(name)}  # this repository, or the folder it lies in
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+print(model(torch.tensor([[0, 1, 2]])).logits.shape)"""
+    if not labelled:
+        code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = {json.dumps(name)}  # this repository, or the folder it lies in
 model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
@@ -182,7 +194,10 @@ def _measured(
     )
     if report.get("dense"):
         notes += " The dense models were trained on the same text, for as many steps."
-    intro = f"On the held-out text of {plain(text)}: {found['num_targets']:,} predictions. One run, one seed."
+    what = "items" if _is_labelled(report) else "text"
+    intro = f"On the held-out {what} of {plain(text)}: {found['num_targets']:,} predictions. One run, one seed."
+    if _is_labelled(report):
+        intro += f" {found['accuracy']:.1%} of the labels have the largest logit."
     return ["## Measured", intro, _table(columns, table), notes]
 
 

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from midskip.card import RECIPE_FILE as RECIPE_FILE
 from midskip.card import REPORT_FILE as REPORT_FILE
+from midskip.card import read_run
+from midskip.data.labelled import is_labelled
 from midskip.model.modeling import MidskipForCausalLM
 
 PICTURE_FILE, PAGE_FILE = "picture.png", "page.html"
@@ -33,12 +35,32 @@ def load_run(folder: str | Path) -> tuple[MidskipForCausalLM, PreTrainedTokenize
     """The trained model, in evaluation mode on a GPU if there is one, and its tokenizer.
 
     Raises:
+        ValueError: the folder does not exist, holds no finished run, has files that are not whole, or the run is on
+            labelled data, which has no tokenizer.
+    """
+    model, tokenizer = load_any_run(folder)
+    if tokenizer is None:
+        raise ValueError(
+            f"the run in {str(folder)!r} is on labelled data and has no tokenizer, which text needs: give a run on "
+            "text, or load the model alone with MidskipForCausalLM.from_pretrained"
+        )
+    return model, tokenizer
+
+
+def load_any_run(folder: str | Path) -> tuple[MidskipForCausalLM, PreTrainedTokenizerBase | None]:
+    """As `load_run`; the tokenizer is None if the recipe in the folder names labelled data.
+
+    Raises:
         ValueError: the folder does not exist, holds no finished run, or has files that are not whole.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}; expected a run folder, as `midskip train` writes it")
     lacking = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / name).is_file()]
+    recipe = read_run(folder)[1] if lacking else None
+    labelled = recipe is not None and is_labelled(str(recipe["data"].get("source")))
+    if labelled:
+        lacking = [name for name in lacking if name != "tokenizer.json"]
     if lacking:
         unfinished = any(folder.glob("checkpoint-*")) or (folder / RECIPE_FILE).is_file()
         remedy = "go on with `midskip train ... --resume`" if unfinished else "give a run folder"
@@ -52,10 +74,10 @@ def load_run(folder: str | Path) -> tuple[MidskipForCausalLM, PreTrainedTokenize
         )
         if wrong := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
             raise ValueError(f"model.safetensors lacks {', '.join(wrong)} of the shape in config.json")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = None if labelled else AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # json, safetensors, transformers and tokenizers each raise their own kinds
         raise ValueError(f"the run in {str(folder)!r} cannot be read: {error}") from error
-    if len(tokenizer) > model.config.vocab_size:
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {str(folder)!r} has {len(tokenizer)} tokens and its model {model.config.vocab_size}: "
             "they do not belong together"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from midskip.budget.calibration import NUM_BUCKETS, Calibration, bucket_of, calibration_in
 from midskip.data import TokenWindows
+from midskip.data.labelled import Items
 from midskip.distributed import rank_and_world_size
 from midskip.evaluate import evaluate, limits_kept
 from midskip.model.modeling import MidskipForCausalLM
@@ -28,7 +29,7 @@ LARGEST_SCALE = 2.0**20
 FLAT = 0.01  # a share that is above that at the largest scale by no more than this does not change any more
 FEWEST_BLOCKS = 8  # for a standard deviation
 
-Windows = TokenWindows | Sequence[dict[str, Tensor]]
+Windows = Items  # `TokenWindows`, a list of windows, ...
 
 
 def calibrate(

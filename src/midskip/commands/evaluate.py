@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from midskip.commands.parser import HELD_OUT, Parser, add_text, numbers, text_of
+from midskip.commands.parser import HELD_OUT, Parser, add_text, items_of, numbers, text_of
 
 
 def run(arguments: list[str]) -> None:
@@ -31,16 +31,19 @@ def run(arguments: list[str]) -> None:
     from midskip.distributed import joined_ranks
     from midskip.evaluate import evaluate
     from midskip.report import budget_table, write_curves
-    from midskip.runs import load_run, to_json
+    from midskip.runs import load_any_run, to_json
 
     with joined_ranks() as rank:
-        model, tokenizer = load_run(options.run)
+        model, tokenizer = load_any_run(options.run)
         calibration = scales_for(model, options.budgets)[0] if options.budgets else None
         console = Console(stderr=True, quiet=rank > 0)
-        windows = text_of(options, model, tokenizer, console)
         num_bytes = None
-        with suppress(DataError):  # not every kind of tokenizer tells
-            num_bytes = token_bytes(tokenizer)
+        if tokenizer is None:
+            windows = items_of(options, console)
+        else:
+            windows = text_of(options, model, tokenizer, console)
+            with suppress(DataError):  # not every kind of tokenizer tells
+                num_bytes = token_bytes(tokenizer)
         result = evaluate(model, windows, num_bytes, options.batch_size, progress=True)
         if calibration:
             result["budgets"] = loss_by_budget(model, windows, options.budgets, options.batch_size, progress=True)

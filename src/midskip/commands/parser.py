@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # else `--help` would wait for them
     from transformers import PreTrainedTokenizerBase
 
     from midskip.data import TokenWindows
+    from midskip.data.labelled import Items
     from midskip.model.modeling import MidskipForCausalLM
 
 COMMANDS = {
@@ -64,6 +65,17 @@ def text_of(
     ids = encode_source(tokenizer, options.data, console=console)
     end_of_text = end_of_text_id(tokenizer) if settings.separate_documents else None
     return TokenWindows(ids, model.config.max_position_embeddings, drop_last=False, end_of_text=end_of_text)
+
+
+def items_of(options: argparse.Namespace, console: Console) -> Items:
+    """Those that a run on labelled data holds out."""
+    from midskip.runs import RECIPE_FILE
+    from midskip.train.recipe import read_recipe
+    from midskip.train.text import open_windows
+
+    if options.data is not None:
+        raise ValueError(f"{options.run!r} is a run on labelled data, and --data names text: leave it out")
+    return open_windows(read_recipe(Path(options.run) / RECIPE_FILE).data, Path(options.run), console)[2]
 
 
 def words(text: str) -> tuple[str, ...]:

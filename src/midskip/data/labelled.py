@@ -98,7 +98,9 @@ class LabelledData:
             if not isinstance(values, Tensor) or values.dtype != torch.int64 or values.shape != (self.length,):
                 got = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
                 raise DataError(f"The {where} has as {name} {got}. Expected a tensor, int64 [{self.length}].")
-            wrong = ((values < _LOWEST[name]) | (values >= ends[name])) & ~((values == IGNORED_LABEL) & (name == "labels"))
+            wrong = ((values < _LOWEST[name]) | (values >= ends[name])) & ~(
+                (values == IGNORED_LABEL) & (name == "labels")
+            )
             if wrong.any():
                 also = f", or {IGNORED_LABEL}" if name == "labels" else ""
                 raise DataError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from midskip.data.prepared import Prepared
+from midskip.data import LabelledData, Prepared
 from midskip.runs import PAGE_FILE, RECIPE_FILE, write_atomically
 from midskip.train.recipe import Recipe, changes, read_recipe
 from midskip.train.text import TEXT_FOLDER
@@ -39,9 +39,9 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool, accept_changes: boo
 
 
 def begin(
-    folder: Path, recipe: Recipe, text: Prepared, world_size: int, accept_changes: bool, console: Console
+    folder: Path, recipe: Recipe, text: Prepared | LabelledData, world_size: int, accept_changes: bool, console: Console
 ) -> None:
-    """Check the text, and write down, or compare with what was written down, what the run began with."""
+    """Check the text or data, and write down, or compare with what was written down, what the run began with."""
     start = {"num_processes": world_size, "shards": text.check(console)}
     if (folder / START_FILE).is_file() and not accept_changes:
         earlier = json.loads((folder / START_FILE).read_text(encoding="utf-8"))
@@ -50,7 +50,8 @@ def begin(
     folder.mkdir(parents=True, exist_ok=True)
     recipe.save(folder / RECIPE_FILE)  # first: it makes the folder that of a run
     write_atomically(folder / START_FILE, json.dumps(start, indent=1))
-    text.tokenizer.save_pretrained(folder)
+    if text.tokenizer is not None:
+        text.tokenizer.save_pretrained(folder)
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -61,5 +62,5 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for side in now["shards"]:
         before, after = ({shard["name"]: shard for shard in start["shards"][side]} for start in (earlier, now))
         if other := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
-            found.append(f"other {side} shards: {', '.join(other[:3])}{', ...' * (len(other) > 3)}")
+            found.append(f"other {side} data: {', '.join(other[:3])}{', ...' * (len(other) > 3)}")
     return found

@@ -17,17 +17,19 @@ from midskip.runs import write_atomically
 
 @dataclass
 class DataSettings:
-    """The text.
+    """The text, or labelled data.
 
     Args:
         source: what `midskip prepare` takes (pydocs, files, globs, a folder, hub:NAME), prepared into the run's folder;
             or a folder that `midskip prepare` wrote, with a tokenizer and held-out text of its own; or shards of
-            tokens (a glob that ends in .bin).
+            tokens (a glob that ends in .bin); or labelled data, "pointers" or "package.module:Class", of which only
+            `settings` and `length` are to be given.
+        settings: keyword arguments of the labelled data.
         validation: the held-out text or shards; null to hold out a share of the documents of `source`.
         validation_share: that share; null for 0.05.
         tokenizer: "bpe" (byte-level, trained on the text), "bytes", or a Hugging Face one by folder or name.
         vocab_size: tokens of the "bpe" tokenizer; null for 2048.
-        length: tokens of a training window, and the longest input of the model.
+        length: tokens of a training window, and the longest input of the model; items may be shorter.
         separate_documents: keep attention within documents; false lets those that share a window see each other.
         max_tokens: stop reading `source` after so many training tokens; null for all.
         max_validation_tokens: the same for the held-out text.
@@ -35,6 +37,7 @@ class DataSettings:
     """
 
     source: str = "pydocs"
+    settings: dict[str, Any] = field(default_factory=dict)
     validation: str | None = None
     validation_share: float | None = None
     tokenizer: str = "bpe"

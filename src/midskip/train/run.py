@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from midskip.card import source_name, write_card
-from midskip.data import DataError, TokenWindows, token_bytes
+from midskip.data import DataError, LabelledData, token_bytes
+from midskip.data.labelled import Items
 from midskip.distributed import num_launched
 from midskip.evaluate import depth_of_tokens, evaluate
 from midskip.model.layers import compile_blocks
@@ -42,7 +43,7 @@ from midskip.train.optimizer import num_warmup_steps
 from midskip.train.peak import peak_flops
 from midskip.train.progress import ProgressBar
 from midskip.train.recipe import Recipe, TrainingSettings
-from midskip.train.text import cut_windows, open_text
+from midskip.train.text import open_windows
 from midskip.train.trainer import BEST_FILE, BEST_FOLDER, MidskipTrainer
 
 
@@ -84,8 +85,7 @@ def train(
         checkpoint = newest_checkpoint(folder, tell) if resume else None
         if is_first and checkpoint is not None:
             remove_old(folder, settings.save_total_limit)  # one that was half removed
-        text = open_text(recipe.data, folder, console)
-        training, validation = cut_windows(text, recipe.data)
+        text, training, validation = open_windows(recipe.data, folder, console)
         per_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         training.require(per_device * arguments.world_size)
         if is_first:
@@ -110,7 +110,7 @@ def train(
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if settings.torch_compile:
         compile_blocks(model.model.layers)
-    num_bytes = _token_bytes(text.tokenizer)
+    num_bytes = None if text.tokenizer is None else _token_bytes(text.tokenizer)
 
     def measure(module: MidskipForCausalLM) -> dict[str, Any]:
         return evaluate(module, validation, num_bytes, settings.per_device_train_batch_size)
@@ -144,6 +144,7 @@ def train(
         model = MidskipForCausalLM.from_pretrained(folder)
         model.to(trainer.args.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
     report = _report(recipe, model, metrics, trainer.history, {"flops_per_s": peak, "from": peak_source}, dense)
+    report |= {"labelled": True} if isinstance(text, LabelledData) else {}
     report["text"] = source_name(text.summary.get("settings", {}).get("source") or recipe.data.source)
     if (folder / BEST_FOLDER / BEST_FILE).is_file():
         report["best"] = json.loads((folder / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))
@@ -197,12 +198,12 @@ def train_dense(recipe: Recipe, resume: bool, accept_changes: bool, console: Con
 def write_pages(
     folder: Path,
     model: MidskipForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    validation: TokenWindows,
+    tokenizer: PreTrainedTokenizerBase | None,
+    validation: Items,
     report: dict[str, Any],
     history: list[dict[str, Any]],
 ) -> None:
-    """The picture of shares over training, and the page of held-out text coloured by depth."""
+    """The picture of shares over training, and the page of held-out text, or of ids of items, coloured by depth."""
     metrics = report["validation"]
     drawn = history[:: max(1, len(history) // 500)]
     shares = [(row["step"], row["share_by_layer"]) for row in drawn]
@@ -211,10 +212,11 @@ def write_pages(
     passages = []
     for number in range(num_passages):
         window = validation[number * len(validation) // num_passages]
-        valid = window["attention_mask"].bool()
+        valid = window.get("attention_mask", torch.ones_like(window["input_ids"])).bool()
         ids, positions = window["input_ids"][valid].tolist(), window.get("position_ids")
         tokens = depth_of_tokens(model, tokenizer, ids, None if positions is None else positions[valid].tolist())
-        passages.append((f"held-out text, passage {number + 1}", tokens))
+        kind = "held-out text, passage" if tokenizer is not None else "held-out item"
+        passages.append((f"{kind} {number + 1}", tokens))
     pattern = "{loss:.4f} nats a token, {flops_per_token:,.0f} FLOPs"
     summary = {"validation": pattern.format(**metrics), "block-tokens that ran": f"{metrics['executed_share']:.1%}"}
     summary |= {f"dense, {row['num_hidden_layers']} layers": pattern.format(**row) for row in report["dense"]}

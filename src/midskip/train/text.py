@@ -1,18 +1,63 @@
-"""The tokens a recipe names: prepared if they are text, and cut into windows."""
+"""What a recipe trains on: text, prepared and cut into windows, or labelled data."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
-from midskip.data import DataError, TokenWindows
+from midskip.data import DataError, LabelledData, TokenWindows
+from midskip.data.labelled import Items, TrainingItems, build_labelled, is_labelled
 from midskip.data.prepare import prepare
 from midskip.data.prepared import SUMMARY_FILE, Prepared, open_prepared, open_shards
 from midskip.runs import RECIPE_FILE
 from midskip.train.recipe import DataSettings, read_recipe
 
 TEXT_FOLDER = "text"  # in the run folder: the shards, where the recipe names text
+_OF_LABELLED = ("source", "settings", "length")  # all other settings are of text
+
+
+def open_windows(
+    settings: DataSettings, folder: Path, console: Console
+) -> tuple[Prepared | LabelledData, TokenWindows | TrainingItems, Items]:
+    """What `settings.source` is, and its windows or items for training and for validation.
+
+    Raises:
+        DataError: text that `open_text` or `cut_windows` refuse, or labelled data that `open_labelled` refuses.
+    """
+    if is_labelled(settings.source):
+        data = open_labelled(settings)
+        return data, TrainingItems(data.training), data.validation
+    if settings.settings:
+        raise DataError(
+            f"data.source is {settings.source!r}, text, and data.settings are {settings.settings}. Expected none: they "
+            "are of labelled data, which is named 'package.module:Class'; leave them out."
+        )
+    text = open_text(settings, folder, console)
+    return text, *cut_windows(text, settings)
+
+
+def open_labelled(settings: DataSettings) -> LabelledData:
+    """The labelled data that `settings.source` names.
+
+    Raises:
+        ValueError: no such class, settings that it does not know or that are of text, or items that are too long.
+    """
+    usual = asdict(DataSettings())
+    given = [name for name, value in asdict(settings).items() if name not in _OF_LABELLED and value != usual[name]]
+    if given:
+        raise DataError(
+            f"data.source is {settings.source!r}, labelled data, and there is data.{given[0]}, a setting of text. "
+            "Expected data.settings; leave the other out."
+        )
+    data = build_labelled(settings.source, settings.settings)
+    if data.length > settings.length:
+        raise DataError(
+            f"An item of {settings.source!r} has {data.length} columns, and data.length is {settings.length}. Expected "
+            f"{data.length} or more, what the model takes."
+        )
+    return data
 
 
 def open_text(settings: DataSettings, folder: Path, console: Console) -> Prepared:

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from midskip.data import TokenWindows, WindowOrder
+from midskip.data.labelled import TrainingItems
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
 from midskip.runs import write_atomically
@@ -46,7 +47,7 @@ class MidskipTrainer(Trainer):
         regularizer: the gate regularizer; it is updated after each optimizer step from the gates of the whole step.
         settings: the optimisation.
         measure: called by `evaluate` on all ranks, gives the metrics of the model on all held-out text.
-        tokenizer: saved beside the best model.
+        tokenizer: saved beside the best model; None if the data is no text.
         peak_flops: of one device in a second, for utilisation.
         arguments: those of `transformers.Trainer`.
 
@@ -59,7 +60,7 @@ class MidskipTrainer(Trainer):
         regularizer: Regularizer,
         settings: TrainingSettings,
         measure: Callable[[MidskipForCausalLM], dict[str, Any]],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         peak_flops: float,
         **arguments: Any,
     ):
@@ -127,7 +128,7 @@ class MidskipTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WindowOrder:
         windows: Any = self.train_dataset
-        assert isinstance(windows, TokenWindows)
+        assert isinstance(windows, TokenWindows | TrainingItems)
         settings = self.settings
         per_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         num_samples = settings.max_steps * per_device * self.args.world_size
@@ -141,7 +142,7 @@ class MidskipTrainer(Trainer):
         """The metrics of `measure` on all held-out text, the regularizer never among them."""
         result = self.metrics()
         self.keep_best(result["loss"])
-        metrics = {f"{metric_key_prefix}_{name}": float(v) for name, v in result.items() if not isinstance(v, list)}
+        metrics = {f"{metric_key_prefix}_{name}": float(v) for name, v in result.items() if isinstance(v, int | float)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -163,7 +164,8 @@ class MidskipTrainer(Trainer):
         if self.args.should_save:
             part = best.with_name(best.name + ".part")
             self.bare_model.save_pretrained(part, state_dict=state)
-            self.tokenizer.save_pretrained(part)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(part)
             best.mkdir(exist_ok=True)
             for file in part.iterdir():
                 file.replace(best / file.name)
