@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from test_checkpoints import stop_at_step
-from tiny_runs import QUIET, Stop, differences, tiny_recipe
+from tiny_runs import QUIET, Stop, assert_same_weights, differences, history, tiny_recipe, weights
 from torch import Tensor
 
 from midskip import MidskipForCausalLM
@@ -97,6 +97,17 @@ def test_the_model_is_given_the_items_in_the_order_of_windows_without_groups(
     assert [set(batch) for batch in seen] == [{"input_ids", "labels"}] * 6
     for name in ("input_ids", "labels"):
         assert torch.equal(torch.cat([batch[name] for batch in seen]), torch.stack([item[name] for item in expected]))
+
+    first = seen.copy()
+    for seed, data_seed in ((1, 0), (0, 1)):
+        seen.clear()
+        other = recipe_of(tmp_path, f"{seed}-{data_seed}", seed=seed, data_seed=data_seed, save_steps=0, eval_steps=0)
+        train(other, console=QUIET)
+        same_order = all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, seen, strict=True))
+        assert same_order == (data_seed == 0)
+        assert history(other)[0] != history(recipe)[0]
+    with pytest.raises(AssertionError):
+        assert_same_weights(weights(recipe), weights(other))
 
 
 def test_an_outsiders_data_as_the_docs_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,7 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ("max_grad_norm", (-1.0, math.nan), (0.0,)),
         ("peak_flops", (0.0, -1.0, math.nan), (1e12,)),
         ("seed", (-1, 2**32), (0, 2**32 - 1)),
+        ("data_seed", (-1, 2**32), (None, 0, 2**32 - 1)),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, bad: tuple, good: tuple) -> None:

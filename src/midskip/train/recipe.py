@@ -115,7 +115,8 @@ class TrainingSettings:
         adam_epsilon: AdamW's.
         weight_decay: AdamW's, on matrices.
         max_grad_norm: largest norm of the gradient; 0 for no clipping.
-        seed: of the weights and of the order of the windows.
+        seed: of the weights.
+        data_seed: of the order of the windows; null for that of the weights.
         logging_steps: steps between two points of the curves by layer, of throughput and of utilisation.
         eval_steps: steps between two evaluations on all held-out text, of which the best model is kept; 0 for
             one at the end.
@@ -142,6 +143,7 @@ class TrainingSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
+    data_seed: int | None = None
     logging_steps: int = 10
     eval_steps: int = 0
     save_steps: int = 200
@@ -168,8 +170,9 @@ class TrainingSettings:
         for name in ("learning_rate", "adam_epsilon", "peak_flops"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected above 0")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"training.seed is {self.seed}; expected from 0 to below 2**32")
+        for name in ("seed", "data_seed"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 2**32:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; expected from 0 to below 2**32")
 
 
 @dataclass

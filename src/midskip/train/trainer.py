@@ -132,7 +132,8 @@ class MidskipTrainer(Trainer):
         settings = self.settings
         per_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         num_samples = settings.max_steps * per_device * self.args.world_size
-        return WindowOrder(len(windows), num_samples, settings.seed)
+        seed = settings.seed if settings.data_seed is None else settings.data_seed
+        return WindowOrder(len(windows), num_samples, seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """To the reporters alone: what the run keeps is in its history, not in each checkpoint again."""
