@@ -1,6 +1,6 @@
 """Ceilings for `pointers`: depths that are told, as a policy by import path (with benchmarks/ on the import path).
 
-    --model.policy=pointers_oracle:OracleDepths
+--model.policy=pointers_oracle:OracleDepths
 """
 
 from typing import Any
