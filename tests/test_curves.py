@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import QUIET, batch_of, history, starting_model, weights, windows_of
+from tiny_runs import QUIET, batch_of, first_windows, history, starting_model, weights, windows_of
 from transformers import TrainingArguments
 
 from midskip.cost import LayerWork, Meter, block_flops, dense_flops, head_flops
@@ -201,6 +201,27 @@ def test_flops_are_those_of_what_ran_forward_and_backward(make_recipe: MakeRecip
         total += block_flops(model.config, work).total
     total += head_flops(model.config, 96).total + meter.policy_flops
     assert found == pytest.approx(3 * total / 96, rel=1e-12)
+
+
+def test_flops_of_training_are_those_of_every_step(make_recipe: MakeRecipe) -> None:
+    dense = make_recipe(model={"policy": "dense"}, output="dense", max_steps=4, logging_steps=3)
+    report, config = train(dense, console=QUIET), starting_model(dense).config
+    windows, _ = windows_of(dense)
+    read = batch_of(windows, *first_windows(dense, 8))
+    expected = 3 * sum(dense_flops(config, document_lengths(one)).total for one in read["position_ids"].split(1))
+    assert report["training"]["flops"] == expected
+    several = ("target_share", {"target_share": 0.5, "lowest_share": 0.3, "ramp_steps": 1})
+    found = []
+    for logging_steps in (1, 3):
+        gated = make_recipe(
+            *several, model={"policy_settings": {"gates": "hard"}}, output=f"gated-{logging_steps}", max_steps=4,
+            logging_steps=logging_steps,
+        )  # fmt: skip
+        report = train(gated, console=QUIET)
+        found.append([row["flops"] for row in history(gated)])
+        assert report["training"]["flops"] == sum(found[-1])
+    assert found[0] == found[1], "steps count as much whether they are logged or not"
+    assert min(found[0]) > 1.5 * expected / 4, "all three passes of a step count, not one"
 
 
 def test_throughput_and_utilisation_follow_from_the_rows(make_recipe: MakeRecipe) -> None:

@@ -82,6 +82,18 @@ def test_shares_and_depths_are_those_of_the_gates(model: MidskipForCausalLM, win
         assert result["executed_share"] == pytest.approx(present_LN.float().mean().item())
 
 
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_bytes_of_keys_and_values_are_those_of_a_cache(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, windows: TokenWindows, skipped_kv: str
+) -> None:
+    model = make_model("mixed", torch.float32, vocab_size=len(tokenizer), skipped_kv=skipped_kv)
+    present = sum(int((gates_LT > 0).sum()) for gates_LT in gates_of(model, windows))
+    result = evaluate(model, windows, batch_size=3)
+    entries = 4.0 if skipped_kv == "keep" else present / result["num_tokens"]
+    assert 0 < present < 4 * result["num_tokens"]
+    assert result["kv_bytes_per_token"] == pytest.approx(entries * 2 * 2 * 4 * 4, rel=1e-12)
+
+
 @pytest.mark.parametrize("policy", ["middle_out", "dense"])
 def test_flops_are_those_of_what_ran(
     make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, windows: TokenWindows, policy: str

@@ -13,8 +13,9 @@ N queries, M keys, D width, L layers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Any
 
@@ -53,19 +54,35 @@ class LayerWork:
 
     @classmethod
     def of(cls, queries: PackedBatch, keys: PackedBatch, gated: bool, past: LayerCache | None = None) -> LayerWork:
-        """The work of a block on these queries and keys, the latter just added to `past`, if that is given."""
-        if queries is keys:
+        """The work of a block on these queries and keys, the latter just added to `past`, if that is given. Waits for
+        the device where queries are some of the keys."""
+        work, index_sum = cls.without_waiting(queries, keys, gated, past)
+        return work if index_sum is None else work.with_index_sum(int(index_sum))
+
+    @classmethod
+    def without_waiting(
+        cls, queries: PackedBatch, keys: PackedBatch, gated: bool, past: LayerCache | None = None
+    ) -> tuple[LayerWork, Tensor | None]:
+        """The same in two parts: where queries are some of the keys, `causal_pairs` lacks the sum of their indices
+        among the keys, which is the tensor, int64 []."""
+        index_sum = None
+        if queries is keys or queries.indices_N is None:
             causal = sum(n * (n + 1) // 2 for n in queries.seqlens)
         else:  # a key's place in its sequence is how many keys came before it
-            starts = torch.tensor([0, *keys.seqlens[:-1]]).cumsum(0).repeat_interleave(torch.tensor(queries.seqlens))
-            rows = torch.arange(keys.num_tokens) if queries.indices_N is None else queries.indices_N.cpu()
-            causal = int((rows - starts + 1).sum())
+            index_sum = queries.indices_N.sum()
+            starts = itertools.accumulate(keys.seqlens, initial=0)
+            causal = sum(n * (1 - start) for n, start in zip(queries.seqlens, starts))
         seen = past.seqlens if past is not None and past.seqlens else keys.seqlens
         earlier = sum(n * (all_ - m) for n, m, all_ in zip(queries.seqlens, keys.seqlens, seen, strict=True))
         square = sum(n * m for n, m in zip(queries.seqlens, seen, strict=True))
         goes_on = sum(seen) > sum(keys.seqlens)
         read = sum(m for n, m in zip(queries.seqlens, seen, strict=True) if n) if goes_on else 0
-        return cls(queries.num_tokens, keys.num_tokens, causal + earlier, square, gated and not goes_on, read)
+        work = cls(queries.num_tokens, keys.num_tokens, causal + earlier, square, gated and not goes_on, read)
+        return work, index_sum
+
+    def with_index_sum(self, index_sum: int) -> LayerWork:
+        """Whole, of the first part that `without_waiting` gives."""
+        return replace(self, causal_pairs=self.causal_pairs + index_sum)
 
 
 @dataclass(frozen=True)
@@ -175,7 +192,8 @@ class Meter:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        self.layers: list[list[LayerWork]] = [[] for _ in range(self.config.num_hidden_layers)]
+        self._layers: list[list[LayerWork]] = [[] for _ in range(self.config.num_hidden_layers)]
+        self._index_sums: list[tuple[int, int, Tensor]] = []  # layer, call, and what its work still lacks
         self.seqlens: list[int] = []
         self.past_seqlens: list[int] = []
         self.policy_flops = self.head_rows = 0
@@ -198,17 +216,31 @@ class Meter:
             hook.remove()
 
     @property
+    def layers(self) -> list[list[LayerWork]]:
+        if self._index_sums:  # looked at now, all at once, and not while the passes ran
+            sums = torch.stack([index_sum for _, _, index_sum in self._index_sums]).tolist()
+            for (layer, call, _), index_sum in zip(self._index_sums, sums, strict=True):
+                self._layers[layer][call] = self._layers[layer][call].with_index_sum(index_sum)
+            self._index_sums = []
+        return self._layers
+
+    @property
     def num_tokens(self) -> int:
         return sum(self.seqlens)
 
     @property
     def query_rows_L(self) -> list[int]:
-        return [sum(work.query_rows for work in calls) for calls in self.layers]
+        return [sum(work.query_rows for work in calls) for calls in self._layers]
+
+    @property
+    def key_rows_L(self) -> list[int]:
+        """Tokens that made a key and a value in each layer."""
+        return [sum(work.key_rows for work in calls) for calls in self._layers]
 
     @property
     def executed_share(self) -> float:
         """Share of block-tokens that ran, of valid tokens times layers."""
-        return sum(self.query_rows_L) / max(1, self.num_tokens * len(self.layers))
+        return sum(self.query_rows_L) / max(1, self.num_tokens * len(self._layers))
 
     def flops(self, convention: str = "causal", backward: bool = False) -> Flops:
         """FLOPs of all that was counted, forward alone or forward and backward."""
@@ -231,11 +263,13 @@ class Meter:
             if is_backward():
                 return
             x_ND, others_MD, queries, keys, _, key_gate_M, past = arguments
-            work = LayerWork.of(queries, keys, key_gate_M is not None, past)
+            work, index_sum = LayerWork.without_waiting(queries, keys, key_gate_M is not None, past)
             rows = x_ND.shape[0], x_ND.shape[0] if others_MD is None else others_MD.shape[0]
             if rows != (work.query_rows, work.key_rows):
                 raise RuntimeError(f"block {layer} ran on {rows} rows and its packed batches say {work}")
-            self.layers[layer].append(work)
+            if index_sum is not None:
+                self._index_sums.append((layer, len(self._layers[layer]), index_sum))
+            self._layers[layer].append(work)
             of_keys = (block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
             weights = _bytes_of(block) if work.query_rows else sum(map(_bytes_of, of_keys)) if work.key_rows else 0
             # what a cache notes of columns is for cropping, and is not read

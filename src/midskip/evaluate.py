@@ -72,7 +72,8 @@ def evaluate(
           executed_share: share of block-tokens that ran; share_by_layer [L]; tokens_by_blocks [L + 1]: share of the
           tokens that ran 0, 1, ... L blocks;
         - flops_per_token, dense_flops_per_token: of a forward pass, causal convention, as metered and with nothing
-          skipped;
+          skipped; kv_bytes_per_token: of the keys and values that a cache in the model's dtype would hold of a token,
+          in all layers together;
         - loss_by_position, num_targets_by_position [T]: of the predictions made by tokens at position 0, 1, ... of
           their document (of their window if there are no `position_ids`); loss_by_blocks, num_targets_by_blocks
           [L + 1]: of those made by tokens that ran 0, 1, ... L blocks. A loss is None where there is no target;
@@ -124,7 +125,7 @@ class _Sums:
         self.token_bytes_V = None if token_bytes is None else token_bytes.to(model.device)
         sizes = {
             "text": 3,  # nats, bytes, targets that have the largest logit
-            "metered": 4,  # tokens, rows that ran, FLOPs, dense FLOPs
+            "metered": 5,  # tokens, rows that ran, FLOPs, dense FLOPs, keys that were made
             "executed": self.num_layers, "tokens_by_blocks": self.num_layers + 1,
             "nats_by_blocks": self.num_layers + 1, "num_targets_by_blocks": self.num_layers + 1,
             "nats_by_position": num_positions, "num_targets_by_position": num_positions,
@@ -165,12 +166,14 @@ class _Sums:
     def result(self, meter: Meter, num_columns: int, world_size: int) -> dict[str, Any]:
         """The numbers of all ranks."""
         flops, dense_flops = meter.flops().total, meter.dense_flops().total
-        metered = [meter.num_tokens, sum(meter.query_rows_L), flops, dense_flops]
+        metered = [meter.num_tokens, sum(meter.query_rows_L), flops, dense_flops, sum(meter.key_rows_L)]
         self.parts["metered"].copy_(torch.tensor(metered, dtype=torch.float64))
         sum_over_ranks(self.all)
         sums = dict(zip(self.parts, self.all.cpu().split([len(part) for part in self.parts.values()]), strict=True))
         nats, num_bytes, num_correct = sums["text"].tolist()
-        num_tokens, query_rows, flops, dense_flops = sums["metered"].tolist()
+        num_tokens, query_rows, flops, dense_flops, key_rows = sums["metered"].tolist()
+        config = meter.config
+        key_bytes = 2 * config.num_key_value_heads * config.head_dim * meter.model.dtype.itemsize
         num_targets_P = sums["num_targets_by_position"]
         if not num_targets_P.any():
             raise ValueError("the windows hold no token to predict, only pads or labels of -100: give more text")
@@ -188,6 +191,7 @@ class _Sums:
             "tokens_by_blocks": (sums["tokens_by_blocks"] / num_tokens).tolist(),
             "flops_per_token": flops / num_tokens,
             "dense_flops_per_token": dense_flops / num_tokens,
+            "kv_bytes_per_token": key_rows * key_bytes / num_tokens,
         }
         if num_bytes:
             result["bits_per_byte"] = nats / math.log(2) / num_bytes

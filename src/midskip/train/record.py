@@ -24,7 +24,7 @@ class StepRecord:
 
     Attributes, after `reduce`:
         cross_entropy, regularizer, auxiliary: means over the passes of all ranks; the last is the policy's own loss.
-        statistics: of the gates by layer; with a `Profiler`, also of the norms of what went in and out of each block.
+        statistics: of the gates by layer; with a `Profiler` that looks at norms, also of those.
         num_tokens: valid tokens.
         flops: executed in all passes, forward and backward; 0 without a `Profiler`.
     """
@@ -67,31 +67,41 @@ class StepRecord:
 
 
 class Profiler:
-    """Looks into the blocks during some steps: FLOPs, and the norms of the hidden states that go in and come out.
+    """Looks into the blocks: FLOPs of every step, and in some steps the norms of the hidden states that go into the
+    blocks and come out.
 
-    Used as a context around the passes of one step; `give` then adds what was seen to that step's record.
+    Used as a context around the passes of one step; `update` then adds what was seen to that step's record.
+
+    Attributes:
+        norms: whether the next step's norms are looked at.
     """
 
     def __init__(self, model: MidskipForCausalLM):
         self.meter = Meter(model)
         self.layers = model.model.layers
+        self.norms = False
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Profiler:
         self.meter.reset()
         self.meter.__enter__()
         self._sums_2L: list[list[list[Tensor]]] = [[[] for _ in self.layers] for _ in range(2)]
-        self._hooks = [block.register_forward_hook(self._on_block(layer)) for layer, block in enumerate(self.layers)]
+        if self.norms:
+            blocks = enumerate(self.layers)
+            self._hooks = [block.register_forward_hook(self._on_block(layer)) for layer, block in blocks]
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.meter.__exit__(None, None, None)
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
 
     def update(self, record: StepRecord) -> None:
         """Add what was seen to the record, before its `reduce`."""
         record.flops = float(self.meter.flops(backward=True).total)
+        if not self.norms:
+            return
         for name, sums_L in zip(("norm_in", "norm_out"), self._sums_2L, strict=True):
             sums_3L = torch.stack([torch.stack(passes).sum(0) for passes in sums_L], 1)
             record.statistics.add_sums({name: sums_3L})

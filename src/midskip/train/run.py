@@ -245,6 +245,7 @@ def _report(
         "training": {
             "steps": history[-1]["step"],
             "num_tokens": sum(row["num_tokens"] for row in history),
+            "flops": sum(row["flops"] for row in history),
             "seconds": history[-1]["seconds"],
             "executed_share": sum(row["executed_share"] for row in history) / len(history),
             **speed,

@@ -188,7 +188,6 @@ class _AroundStep(TrainerCallback):
 
     def __init__(self, trainer: MidskipTrainer):
         self.trainer, self.folder = trainer, Path(str(trainer.args.output_dir))
-        self.profiler: Profiler | None = None
         self.gradient_norm = math.nan
 
     def on_train_begin(
@@ -198,23 +197,22 @@ class _AroundStep(TrainerCallback):
         earlier_s = self.trainer.history[-1]["seconds"] if self.trainer.history else 0.0
         self.started_s = time.perf_counter() - earlier_s
         self.resumed_s = time.perf_counter()
+        self.profiler = Profiler(self.trainer.bare_model)  # now that it is wrapped for several devices
         self.rows: list[dict[str, Any]] = []  # since the last log
         self.health = Health(num_warmup_steps(self.trainer.settings), self.trainer.history)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if (state.global_step + 1) % args.logging_steps == 0:
-            self.profiler = Profiler(self.trainer.bare_model).__enter__()
+        self.profiler.norms = (state.global_step + 1) % args.logging_steps == 0
+        self.profiler.__enter__()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = self.trainer.step
-        if self.profiler is not None:
-            self.profiler.__exit__()
-            self.profiler.update(step)
-            self.profiler = None
+        self.profiler.__exit__()
+        self.profiler.update(step)
         step.reduce()
         parameters = self.trainer.model.parameters()  # pyright: ignore[reportOptionalMemberAccess]
         norm = nn.utils.clip_grad_norm_(parameters, self.trainer.settings.max_grad_norm or math.inf)
@@ -249,6 +247,7 @@ class _AroundStep(TrainerCallback):
             "gate_mean_by_layer": mean_L.tolist(),
             "gate_variance_by_layer": variance_L.tolist(),
             "num_tokens": step.num_tokens,
+            "flops": step.flops,
             "step_seconds": now_s - self.resumed_s,
             "seconds": now_s - self.started_s,
         }
