@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_sweep import point, write_sweep
+from tiny_frontier import point, write_sweep
 
 from midskip.frontier import Envelope, frontier, mean_interval, t_quantile
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from tiny_sweep import point, write_sweep
+from tiny_frontier import point, write_sweep
 
 from midskip.cli import main
 

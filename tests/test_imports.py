@@ -22,6 +22,7 @@ ORDER = (
     ("evaluate", "budget.calibrate", "generate"),
     ("train",),  # a run ends with its own evaluation and report
     ("bench", "demo", "frontier"),
+    ("sweep",),
     ("commands",),
     ("cli", "__main__"),
 )

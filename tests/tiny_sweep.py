@@ -1,57 +1,36 @@
-"""Folders as `midskip sweep` writes them, with numbers made up by hand."""
+"""Sweeps of tiny runs, and a stand-in for training: what the tests of sweeps share."""
 
-import json
-from collections.abc import Mapping, Sequence
+import math
 from pathlib import Path
 from typing import Any
 
+import yaml
 
-def point(
-    losses: Sequence[float | None], flops: float | Sequence[float], dense: bool = False, **more: Any
-) -> dict[str, Any]:
-    """A point with a loss for each seed 0, 1, ...; None where the result is missing.
+from midskip.sweep.plan import Run, Sweep
 
-    `flops` are of all seeds or of each. `more`: settings, trials, first_seed, and of the results training_flops,
-    seconds, kv_bytes, machine, num_tokens, num_targets.
-    """
-    return {"losses": losses, "flops": flops, "dense": dense, **more}
-
-
-def write_sweep(folder: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
-    (folder / "results").mkdir(parents=True)
-    listed = []
-    for arm_number, (arm, points) in enumerate(arms.items()):
-        rows = []
-        for number, given in enumerate(points):
-            seeds = {}
-            for place, loss in enumerate(given["losses"]):
-                seed, key = place + given.get("first_seed", 0), f"run-{arm_number}-{number}-{place}"
-                seeds[str(seed)] = key
-                if loss is not None:
-                    flops = given["flops"][place] if isinstance(given["flops"], Sequence) else given["flops"]
-                    result = _result(given, key, seed, loss, flops)
-                    (folder / "results" / f"{key}.json").write_text(json.dumps(result), encoding="utf-8")
-            row = {"settings": given.get("settings", {"model.size": number}), "seeds": seeds, "learning_rate": None}
-            rows.append(row | ({"trials": given["trials"]} if "trials" in given else {}))
-        listed.append({"name": arm, "points": rows})
-    (folder / "sweep.json").write_text(json.dumps({"arms": listed}), encoding="utf-8")
-    return folder
+RECIPE = {
+    "data": {"source": "text", "length": 16, "vocab_size": 300, "validation_share": 0.3},
+    "model": {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "policy": "dense",
+    },
+    "training": {
+        "max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "logging_steps": 1, "peak_flops": 1e12,
+        "report_to": [],
+    },
+}  # fmt: skip
+DENSE: dict[str, Any] = {"name": "dense", "recipe": "recipe.yaml", "grid": {"model.num_hidden_layers": [1, 2]}}
 
 
-def _result(given: Mapping[str, Any], key: str, seed: int, loss: float, flops: float) -> dict[str, Any]:
-    validation = {"loss": loss, "executed_share": 1.0 if given["dense"] else 0.5, "flops_per_token": flops}
-    validation |= {"num_targets": given.get("num_targets", 999)}
-    if "kv_bytes" in given:
-        validation["kv_bytes_per_token"] = given["kv_bytes"]
-    return {
-        "key": key,
-        "recipe": {"model": {"policy": "dense" if given["dense"] else "middle_out", "num_hidden_layers": 4}},
-        "seed": seed,
-        "report": {
-            "validation": validation,
-            "training": {"seconds": given.get("seconds", 60.0), "num_tokens": given.get("num_tokens", 10**6)},
-        },
-        "training_flops": given.get("training_flops", flops * 3e6),
-        "seconds": 70.0,
-        "machine": given.get("machine", {"cpu": "one"}),
-    }
+def write_sweep(folder: Path, *arms: dict[str, Any], **more: Any) -> Path:
+    """A sweep's file of these arms, and `recipe.yaml` beside it."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    given = {"output": str(folder / "out"), "seeds": [0, 1], "arms": list(arms or [DENSE])}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(given | more))
+    return folder / "sweep.yaml"
+
+
+def stand_in(sweep: Sweep, run: Run) -> dict[str, Any]:
+    """The report of a run that was not trained: fewer layers and a learning rate far from 0.002 are worse."""
+    training = run.recipe.training
+    loss = 2 / run.recipe.model.num_hidden_layers + abs(math.log(training.learning_rate / 0.002)) + training.seed / 100
+    return {"validation": {"loss": loss}, "training": {"flops": 7.0, "seconds": 2.0}}

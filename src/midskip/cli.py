@@ -1,4 +1,4 @@
-"""The command line: midskip demo | prepare | train | evaluate | calibrate | generate | frontier | bench."""
+"""The command line: midskip demo | prepare | train | sweep | evaluate | calibrate | generate | frontier | bench."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), 1)
     except RuntimeError as error:
         from midskip.bench import DisagreementError
+        from midskip.sweep import FailedRunsError
 
-        if not isinstance(error, DisagreementError):
+        if not isinstance(error, DisagreementError | FailedRunsError):
             raise
         return _fail(str(error), 1)
     except KeyboardInterrupt:

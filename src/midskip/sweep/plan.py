@@ -1,0 +1,178 @@
+"""What a sweep runs: its runs, each with a key that says what decides it, and which of them are wanted next."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from midskip.train.recipe import Recipe
+
+CODE = 1  # to be raised when the same recipe would train another model, or when what a result says changes
+
+Losses = Mapping[str, float | None]  # by key, of the runs that have ended: held-out loss, None where the run failed
+
+
+def decides(recipe: Recipe) -> dict[str, Any]:
+    """What decides a run: the recipe without its folder, and without dense models beside it."""
+    given = asdict(recipe)
+    del given["output"]
+    return given | {"dense_layers": []}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        recipe: its `output` is not that of the run.
+        key: 16 hexadecimal digits; two runs with the same key would give the same result.
+        label: arm, grid point and seed, for people.
+    """
+
+    recipe: Recipe
+    key: str
+    label: str
+
+    @classmethod
+    def of(cls, recipe: Recipe, label: str) -> Run:
+        text = json.dumps({"recipe": decides(recipe), "code": CODE}, sort_keys=True, separators=(",", ":"))
+        return cls(recipe, hashlib.sha256(text.encode()).hexdigest()[:16], label)
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.training.seed
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of an arm's grid.
+
+    Attributes:
+        settings: the values of the grid, by name.
+        recipe: with these settings; seed and, where it is tuned, learning rate are those of no run.
+        seeds: that are wanted.
+        learning_rates: to choose among; empty for the recipe's own.
+        tune_seed: of the runs among which it is chosen.
+    """
+
+    arm: str
+    settings: dict[str, Any]
+    recipe: Recipe
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...] = ()
+    tune_seed: int = 0
+    _runs: dict[tuple[int, float | None], Run] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        values = (f"{name.rpartition('.')[2]}={show(value)}" for name, value in self.settings.items())
+        return " ".join([self.arm, *values])
+
+    def run(self, seed: int, learning_rate: float | None = None) -> Run:
+        """That run."""
+        if (seed, learning_rate) in self._runs:
+            return self._runs[seed, learning_rate]
+        changed = {"seed": seed} | ({} if learning_rate is None else {"learning_rate": learning_rate})
+        label = f"{self.label} seed={seed}" + ("" if learning_rate is None else f" learning_rate={learning_rate:g}")
+        run = Run.of(replace(self.recipe, training=replace(self.recipe.training, **changed)), label)
+        return self._runs.setdefault((seed, learning_rate), run)
+
+    def trials(self) -> list[Run]:
+        """The runs among which the learning rate is chosen."""
+        return [self.run(self.tune_seed, rate) for rate in self.learning_rates]
+
+    def learning_rate(self, losses: Losses) -> float | None:
+        """The best of `learning_rates` by held-out loss, the first of equals; a trial that failed loses. None as long
+        as a trial has not ended, where none succeeded, and where there is nothing to choose."""
+        trials = self.trials()
+        if not trials or any(trial.key not in losses for trial in trials):
+            return None
+        found = [
+            loss if loss is not None and not math.isnan(loss) else math.inf for loss in map(losses.get, keys(trials))
+        ]
+        best = min(range(len(found)), key=found.__getitem__)
+        return self.learning_rates[best] if found[best] < math.inf else None
+
+    def of_seeds(self, losses: Losses) -> dict[int, Run]:
+        """The run of each seed, as far as it is known: before the learning rate is chosen, of none."""
+        if not self.learning_rates:
+            return {seed: self.run(seed) for seed in self.seeds}
+        rate = self.learning_rate(losses)
+        return {} if rate is None else {seed: self.run(seed, rate) for seed in self.seeds}
+
+    def num_runs(self) -> int:
+        """Once the learning rate is chosen."""
+        return (
+            len(set(self.seeds) - {self.tune_seed}) + len(self.learning_rates)
+            if self.learning_rates
+            else len(self.seeds)
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep, as its file says.
+
+    Attributes:
+        path: the file.
+        folder: the folder that paths in recipes are relative to.
+        output: the folder of the sweep.
+        points: of all arms, in order.
+        keep_runs: whether run folders keep weights and checkpoints.
+    """
+
+    path: Path
+    folder: Path
+    output: Path
+    points: tuple[Point, ...]
+    keep_runs: bool = False
+
+    def runs(self, losses: Losses) -> list[Run]:
+        """All runs that are known to be wanted, each key once: trials first, then seed by seed."""
+        found: dict[str, Run] = {}
+        for run in self._runs(losses):
+            found.setdefault(run.key, run)
+        return list(found.values())
+
+    def _runs(self, losses: Losses) -> Iterator[Run]:
+        for point in self.points:
+            yield from point.trials()
+        of_points = [point.of_seeds(losses) for point in self.points]
+        for seed in dict.fromkeys(seed for point in self.points for seed in point.seeds):
+            yield from (runs[seed] for runs in of_points if seed in runs)
+
+    def index(self, losses: Losses) -> dict[str, Any]:
+        """What `sweep.json` says."""
+        arms: dict[str, list[dict[str, Any]]] = {}
+        for point in self.points:
+            row: dict[str, Any] = {"settings": point.settings}
+            row["seeds"] = {str(seed): run.key for seed, run in point.of_seeds(losses).items()}
+            row["trials"] = len(point.learning_rates)
+            row["learning_rate"] = point.learning_rate(losses) or (
+                None if point.learning_rates else point.recipe.training.learning_rate
+            )
+            if point.learning_rates:
+                row["tuning"] = [
+                    {"learning_rate": rate, "seed": point.tune_seed, "key": trial.key}
+                    for rate, trial in zip(point.learning_rates, point.trials(), strict=True)
+                ]
+            arms.setdefault(point.arm, []).append(row)
+        return {
+            "sweep": str(self.path),
+            "code": CODE,
+            "arms": [{"name": name, "points": rows} for name, rows in arms.items()],
+        }
+
+
+def keys(runs: list[Run]) -> list[str]:
+    return [run.key for run in runs]
+
+
+def show(value: Any) -> str:
+    """A setting's value, in short."""
+    return value if isinstance(value, str) else json.dumps(value)
