@@ -200,6 +200,16 @@ def test_a_run_that_another_process_has_is_left_to_it(
     assert [run.key for run in ran] == [run.key for run in others]
 
 
+def test_a_run_that_ended_in_between_is_not_done_again(sweep_of: SweepOf, ran: list[Run]) -> None:
+    sweep = sweep_of()
+    first, second, *_ = sweep.runs({})
+    store = Store(sweep.output)
+    store.make()
+    store.write_result(first.key, work.result_of(first, stand_in(sweep, first)))
+    store.write_failure(second.key, ValueError("no text"))
+    assert work.attempt(sweep, store, first) and work.attempt(sweep, store, second) and not ran
+
+
 def test_what_a_killed_process_left_is_tidied(sweep_of: SweepOf, ran: list[Run]) -> None:
     sweep = sweep_of()
     run_sweep(sweep, console=QUIET)
@@ -293,6 +303,19 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "odd.yaml").write_text("[]")
     with pytest.raises(ValueError, match=r"the file is \[\]; expected names and values"):
         read_sweep(tmp_path / "odd.yaml")
+
+
+def test_folders_that_hold_something_else(sweep_of: SweepOf, ran: list[Run]) -> None:
+    sweep = sweep_of()
+    sweep.output.write_text("")
+    with pytest.raises(ValueError, match="which is a file; expected a folder"):
+        run_sweep(sweep, console=QUIET)
+    sweep.output.unlink()
+    sweep.output.mkdir()
+    (sweep.output / "recipe.yaml").write_text("")
+    with pytest.raises(ValueError, match="which holds a run of `midskip train`"):
+        run_sweep(sweep, console=QUIET)
+    assert not ran and [path.name for path in sweep.output.iterdir()] == ["recipe.yaml"]
 
 
 def test_a_result_that_is_broken_is_named(sweep_of: SweepOf, ran: list[Run]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from midskip.runs import RECIPE_FILE
 from midskip.sweep.executors import in_processes, on_ray
 from midskip.sweep.plan import Sweep
 from midskip.sweep.store import Store
@@ -27,11 +28,13 @@ def run_sweep(
         ray: on Ray: on this machine, or on the cluster at `address`.
 
     Raises:
-        ValueError: the folder is not that of a sweep, or Ray cannot be used.
+        ValueError: the folder holds something else, or Ray cannot be used.
         FailedRunsError: a run failed; all others were done.
     """
     if sweep.output.exists() and not sweep.output.is_dir():
         raise ValueError(f"output is {str(sweep.output)!r}, which is a file; expected a folder")
+    if (sweep.output / RECIPE_FILE).is_file():
+        raise ValueError(f"output is {str(sweep.output)!r}, which holds a run of `midskip train`; give another folder")
     store, died = Store(sweep.output), []
     store.make()
     store.tidy(sweep.keep_runs)
