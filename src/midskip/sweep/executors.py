@@ -22,6 +22,7 @@ RETRIES = 10  # of a Ray task whose process or machine died
 def in_processes(sweep: Sweep, jobs: int) -> list[str]:
     """`jobs` processes, each with its share of the threads and one of the GPUs; those that died, in words."""
     context = multiprocessing.get_context("spawn")
+    jobs = min(jobs, sweep.num_runs())
     num_threads = max(1, torch.get_num_threads() // jobs)
     workers = [context.Process(target=_as_child, args=(sweep, num_threads), name=f"worker {n}") for n in range(jobs)]
     try:
@@ -89,7 +90,7 @@ def on_ray(sweep: Sweep, address: str | None, jobs: int | None) -> list[str]:
     try:
         resources: dict[str, float] = ray.cluster_resources()
         num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-        jobs = jobs or num_gpus or num_cpus
+        jobs = min(jobs or num_gpus or num_cpus, sweep.num_runs())
         cpus_each = max(1, num_cpus // jobs)
         task: Any = ray.remote(max_retries=RETRIES, num_cpus=cpus_each, num_gpus=min(1, num_gpus / jobs))(
             work_elsewhere

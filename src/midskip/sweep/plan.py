@@ -132,6 +132,10 @@ class Sweep:
     points: tuple[Point, ...]
     keep_runs: bool = False
 
+    def num_runs(self) -> int:
+        """The most that it can have: a run of two points counts twice."""
+        return sum(point.num_runs() for point in self.points)
+
     def runs(self, losses: Losses) -> list[Run]:
         """All runs that are known to be wanted, each key once: trials first, then seed by seed."""
         found: dict[str, Run] = {}
