@@ -81,6 +81,11 @@ def ended(pids: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
+def num_lines(folder: Path) -> int:
+    log = folder / "log"
+    return log.read_text().count("\n") if log.is_file() else 0
+
+
 def kill_ten_times(folder: Path) -> None:
     """Two processes on a sweep of 40 runs, killed ten times together."""
     write_documents(folder / "text")
@@ -89,8 +94,11 @@ def kill_ten_times(folder: Path) -> None:
     log_runs(folder)
     killed = []
     for _ in range(10):
+        lines = num_lines(folder) + moments.randint(1, 6)  # of 80, so that ten kills come before the end
         pids = [fork(sweep) for _ in range(2)]
-        time.sleep(moments.uniform(0.3, 2.5))
+        while num_lines(folder) < lines:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         killed += ended(pids)
@@ -187,7 +195,7 @@ def test_a_sweep_killed_ten_times_ends_with_every_run_once(tmp_path: Path) -> No
     killed, last = run_program("kill_ten_times", tmp_path)
     found = counts(tmp_path)
     print(f"{killed.count(-9)} killed, {found['start'].total()} starts, {found['finish'].total()} logged finishes")
-    assert killed.count(-9) >= 10 and last == [0, 0]
+    assert killed == [-9] * 20 and last == [0, 0]
     results = sorted(path.stem for path in (tmp_path / "out" / "results").iterdir())
     assert len(results) == 40 and results == sorted(found["start"])
     assert set(found["finish"].values()) == {1} and not found["again"], "no run has finished twice"
