@@ -134,7 +134,8 @@ def test_inductor_under_autocast_is_as_close_to_float32(make_model: Make, change
 # ---- beside what else can be done with a model
 
 
-@pytest.mark.parametrize("backend", [ACCURATE, pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [ACCURATE, "inductor"])
 def test_with_gradient_checkpointing(make_model: Make, backend: str) -> None:
     plain, compiled = pair(make_model, backend, num_hidden_layers=3)
     getattr(compiled, "activation_checkpointing_enable", compiled.gradient_checkpointing_enable)()

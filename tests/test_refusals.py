@@ -41,7 +41,10 @@ def refused(recipe: Recipe, message: str, trainers: list[MidskipTrainer], **more
     [
         ({"regularizer": "nonsense"}, "unknown regularizer 'nonsense'"),
         ({"regularizer": "target_share"}, "missing a required argument: 'target_share'"),
-        ({"regularizer": "target_share", "settings": {"target_share": 0.5}, "model": {"policy": "dense"}}, "got Dense"),
+        (
+            {"regularizer": "target_share", "settings": {"target_share": 0.5}, "model": {"policy": "dense"}},
+            "the policy Dense has no gates",
+        ),
         ({"model": {"policy": "no_such_module:Policy"}}, r"'no_such_module:Policy' cannot be loaded"),
         ({"model": {"policy_settings": {"begin": "open"}}}, "does not know the setting 'begin'"),
         ({"model": {"num_attention_heads": 3}}, r"hidden_size \(16\) is not a multiple of num_attention_heads \(3\)"),

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny_runs import QUIET, write_documents
-from tiny_sweep import DENSE, stand_in, write_sweep
+from tiny_sweep import DENSE, RECIPE, stand_in, write_sweep
 
 from midskip.runs import load_run
 from midskip.sweep import read_sweep, run_sweep, work
@@ -175,6 +176,17 @@ def test_a_run_goes_on_inside(
     assert steps == [0, -1, 1, 0, 1], "the first run goes on with its second step"
 
 
+def test_labelled_data_need_no_text(sweep: Sweep, no_pictures: None, on_the_cpu: None) -> None:
+    given = {"data": {"source": "pointers", "settings": {"num_training": 8, "num_validation": 2}, "length": 65}}
+    Path("pointers.yaml").write_text(yaml.safe_dump(RECIPE | given))
+    write_sweep(Path(), DENSE | {"recipe": "pointers.yaml", "grid": {}}, seeds=[0])
+    pointers = read_sweep("sweep.yaml")
+    run_sweep(pointers, console=QUIET)
+    (result,) = (json.loads(path.read_text()) for path in (pointers.output / "results").iterdir())
+    assert len(result["report"]["validation"]["accuracy_by_group"]) == 9
+    assert not list((pointers.output / "text").iterdir())
+
+
 def test_run_folders_can_be_kept(sweep: Sweep, no_pictures: None, on_the_cpu: None) -> None:
     write_sweep(Path(), DENSE | {"grid": {}}, keep_runs=True, seeds=[0])
     kept = read_sweep("sweep.yaml")
@@ -183,6 +195,7 @@ def test_run_folders_can_be_kept(sweep: Sweep, no_pictures: None, on_the_cpu: No
     assert model.config.num_hidden_layers == 4
 
 
+@pytest.mark.slow
 def test_three_processes_do_each_run_once(tmp_path: Path) -> None:
     assert run_program("three_at_once", tmp_path) == [0, 0, 0]
     found = counts(tmp_path)

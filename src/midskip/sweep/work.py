@@ -19,6 +19,7 @@ import transformers
 from rich.console import Console
 
 from midskip.bench.results import machine
+from midskip.data.labelled import is_labelled
 from midskip.runs import RECIPE_FILE
 from midskip.sweep.plan import Run, Sweep, decides
 from midskip.sweep.store import Store, strip
@@ -100,7 +101,9 @@ def train_run(sweep: Sweep, run: Run) -> dict[str, Any]:
 
 
 def share_text(sweep: Sweep, recipe: Recipe) -> None:
-    """Prepare text once for all runs that name it: each run's folder has a link to it."""
+    """Prepare text once for all runs that name it: each run's folder has a link to it. Labelled data need none."""
+    if is_labelled(recipe.data.source):
+        return
     settings = json.dumps(asdict(recipe.data), sort_keys=True)
     name = hashlib.sha256(settings.encode()).hexdigest()[:16]
     shared, own = sweep.output / "text" / name, Path(recipe.output, TEXT_FOLDER)
