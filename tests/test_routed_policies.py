@@ -11,12 +11,12 @@ from test_policies import decide_all, rectangle
 from tiny_runs import QUIET, history
 from torch import Tensor, nn
 
-from midskip import MidskipForCausalLM
+from midskip import MidskipForCausalLM, meter
 from midskip.model.packing import PackedBatch
 from midskip.policies import Policy, build_policy
 from midskip.policies.early_exit import EarlyExit
 from midskip.policies.mixture_of_depths import MixtureOfDepths
-from midskip.policies.scored import Router
+from midskip.policies.scored import Router, ScoredPolicy
 from midskip.testing import check_policy
 from midskip.train import Recipe, train
 
@@ -246,3 +246,29 @@ def test_a_share_is_held_in_training(make_recipe: Callable[..., Recipe], name: s
     assert rows[5]["total"] == pytest.approx(
         sum(rows[5][part] for part in ("cross_entropy", "regularizer", "auxiliary"))
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*ROUTED, *CONTROLS])
+def test_what_ran_is_what_is_claimed(make_model: Callable[..., MidskipForCausalLM], name: str) -> None:
+    """Rows that went into the queries' projection, by hooks of this test, against outputs and meter."""
+    settings = {**ROUTED, **CONTROLS}[name]
+    model = make_model(None, policy=name.split(",")[0], policy_settings=settings, num_hidden_layers=4).eval()
+    policy, seen = model.model.policy, [0] * 4
+    if isinstance(policy, ScoredPolicy):
+        policy.bias.fill_(-0.2)  # half of the tokens stay, or about
+    for layer, block in enumerate(model.model.layers):
+        block.self_attn.q_proj.register_forward_pre_hook(
+            lambda _, given, layer=layer: seen.__setitem__(layer, seen[layer] + len(given[0]))
+        )
+    for batch_size in (1, 8, 32):
+        ids_BT, cache, claimed_L = torch.randint(31, (batch_size, 13)), None, torch.zeros(4, dtype=torch.int64)
+        seen[:] = [0] * 4
+        with meter(model) as work:
+            for part_BT in ids_BT.split([9, 1, 1, 2], 1):  # a prompt, and steps of decoding
+                output = model(part_BT, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                claimed_L += output.executed.sum((1, 2))
+        assert seen == claimed_L.tolist() == list(work.query_rows_L)
+        assert work.executed_share == pytest.approx(sum(seen) / (4 * 13 * batch_size))
+    assert 0 < sum(seen) < 4 * 13 * 32

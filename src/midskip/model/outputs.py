@@ -54,13 +54,13 @@ class MidskipCausalLMOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    auxiliary_loss: Tensor | None = None
     past_key_values: SkipCache | None = None
     gates: Tensor | None = None
     depth_scores: Tensor | None = None
     executed: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     executed_share: float | None = None
+    auxiliary_loss: Tensor | None = None
 
 
 @dataclass
