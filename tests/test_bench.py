@@ -147,17 +147,17 @@ def test_a_trained_model_on_text(make_model: Callable[..., MidskipForCausalLM], 
     assert (given.prompt_tokens, given.context_tokens, given.new_tokens) == (64, 48, 16)
     windows = [{"input_ids": torch.randint(31, (64,)), "attention_mask": torch.ones(64)} for _ in range(4)]
     windows[0]["attention_mask"][-1] = 0  # padded: not used
-    given = replace(given, dtypes=("bfloat16", "float32"))
+    given = replace(given, dtypes=("bfloat16",))
     report = bench_run(given, model, windows, tmp_path, Console(file=StringIO()))
     assert model.dtype == DTYPE  # and not rounded by the way
     assert report["settings"]["run"] == "mine" and report["limits"] == {"score_scale": 1.0, "max_layers": None}
     assert {row["task"] for row in report["rows"]} == {"prefill", "decode", "training"}
-    sides = [row["side"] for row in report["rows"] if (row["task"], row["dtype"]) == ("prefill", "float32")]
+    sides = [row["side"] for row in report["rows"] if (row["task"], row["dtype"]) == ("prefill", "bfloat16")]
     assert sides == ["llama", "dense twin", "trained"]
     with torch.no_grad():
         share = (model(windows[1]["input_ids"][None]).gates > 0).double().mean().item()
-    trained = next(row for row in report["rows"] if (row["side"], row["dtype"]) == ("trained", "float32"))
-    assert trained["work"]["executed_share"] == pytest.approx(share) and 0.1 < share < 0.9
+    trained = next(row for row in report["rows"] if (row["side"], row["dtype"]) == ("trained", "bfloat16"))
+    assert trained["work"]["executed_share"] == pytest.approx(share, abs=0.02) and 0.1 < share < 0.9
     assert trained["ratios"]["dense"]["of"] == "dense twin" and trained["ratios"]["dense"]["work"] < 1
     for more, message in (
         ({"batch_sizes": (5,)}, "has 3 windows of 64 tokens; 5 are needed"),

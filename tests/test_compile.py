@@ -82,7 +82,8 @@ def pair(make_model: Make, backend: str, **changes: Any) -> tuple[MidskipForCaus
 # makes that one again; no number of the first batch is
 
 
-@pytest.mark.parametrize("skipped_kv, num_graphs", [("drop", 8), pytest.param("keep", 10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("skipped_kv, num_graphs", [("drop", 8), ("keep", 10)])
 def test_compiled_equals_plain_in_few_graphs(make_model: Make, skipped_kv: str, num_graphs: int) -> None:
     check_equal(*pair(make_model, ACCURATE, skipped_kv=skipped_kv, num_hidden_layers=3))
     assert counters["stats"]["unique_graphs"] <= num_graphs

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import QUIET, history
+from tiny_runs import QUIET, history, write_documents
 
 from midskip.runs import load_run
 from midskip.testing import check_policy
@@ -25,10 +25,11 @@ def test_it_keeps_the_contract() -> None:
 @pytest.mark.usefixtures("no_pictures", "on_the_cpu")
 def test_its_recipe_trains_and_frequent_tokens_leave(tmp_path: Path) -> None:
     small = [
-        f"--output={tmp_path / 'run'}", "--data.vocab_size=300", "--data.length=64", "--model.hidden_size=16",
-        "--model.intermediate_size=24", "--model.num_hidden_layers=4", "--model.num_attention_heads=2",
-        "--training.max_steps=80", "--training.per_device_train_batch_size=2", "--training.report_to=[]",
-        "--training.peak_flops=1e12", "--training.save_steps=0", "--dense_layers=[]",
+        f"--output={tmp_path / 'run'}", f"--data.source={write_documents(tmp_path / 'text', 200)}",
+        "--data.vocab_size=300", "--data.length=64", "--model.hidden_size=16", "--model.intermediate_size=24",
+        "--model.num_hidden_layers=4", "--model.num_attention_heads=2", "--training.max_steps=80",
+        "--training.per_device_train_batch_size=2", "--training.report_to=[]", "--training.peak_flops=1e12",
+        "--training.save_steps=0", "--dense_layers=[]",
     ]  # fmt: skip
     recipe = read_recipe(EXAMPLE / "recipe.yaml", small)
     report = train(recipe, console=QUIET)

@@ -149,7 +149,7 @@ def test_decide_must_be_written() -> None:
     "policy, settings, num_layers, skipped_kv",
     [
         ("dense", {}, 4, "keep"),
-        ("middle_out", {}, None, "drop"),  # at every depth that the contract tries
+        ("middle_out", {}, 1, "drop"),
         ("middle_out", {}, 4, "keep"),
         *(("middle_out", {"start": start}, 5, "drop") for start in STARTS if start != "open"),
         (FIXED, {"skip_share": 0.4}, 4, "keep"),

@@ -39,6 +39,7 @@ from midskip.train import Recipe, read_recipe, run, train
 from midskip.train.checkpoints import fault_of
 from midskip.train.trainer import MidskipTrainer
 
+pytestmark = pytest.mark.slow  # tests/test_ranks.py has a step on two ranks
 RELEASED = {"policy_settings": {"start": "released"}, "initializer_range": 0.3}
 EARLY = {"policy": "test_train_ranks:Late"}
 LATE_POSITION = 12
