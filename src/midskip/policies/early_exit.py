@@ -25,9 +25,9 @@ class EarlyExit(ScoredPolicy):
     leaves there: a running mean of the layer's, and what the router adds to it. In each step the tokens present in one
     layer, another in each step, are predicted from through the last norm and the head; the router learns to tell that
     loss, by its squared error, and the blocks learn to make it small (an exit loss, as in LayerSkip, arXiv
-    2404.16710). A token leaves where little is left to gain, and one number
-    b serves all layers. With `scores="straight_through"` r learns by the surrogate gradient of `Decision.hard`, and
-    each layer has a bias of its own.
+    2404.16710). A token leaves where little is left to gain, and one number b serves all layers. With
+    `scores="straight_through"` r learns by the surrogate gradient of `Decision.hard`, and each layer has a bias of its
+    own.
 
     Args:
         scores: `"predicted_loss"`, which needs the regularizer `target_share`, or `"straight_through"`.
@@ -64,7 +64,7 @@ class EarlyExit(ScoredPolicy):
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         if layer == 0:
-            state["step"] = int(self.num_steps) if self.training else 0
+            state["step"] = int(self.num_steps) if self.training else 0  # on a GPU the host waits for it
         before: Decision | None = state.get("decision")
         if self.max_layers is not None and layer >= self.max_layers:
             left_N = torch.zeros(len(h_ND), dtype=torch.bool, device=h_ND.device)

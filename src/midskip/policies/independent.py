@@ -29,10 +29,6 @@ class Independent(ScoredPolicy):
         gates = tuple(range(num_layers))
         super().__init__(num_layers, width, initializer_range, gates, num_layers, router)
 
-    def share_profile(self, outer: int) -> list[float | None]:
-        inner = range(outer, self.num_layers - outer)
-        return [0.0 if layer in inner else None for layer in range(self.num_layers)]
-
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         readiness_N = self.readiness(self.routers[layer](h_ND.detach()), layer)
         return self.decision(self.within(readiness_N < 1, state), readiness_N)

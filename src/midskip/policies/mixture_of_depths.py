@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision
+from midskip.policies.base import Decision, Policy
 from midskip.policies.scored import Router, ScoredPolicy
 
 MEMORY = 0.98  # of the threshold, from one step to the next
@@ -47,6 +47,9 @@ class MixtureOfDepths(ScoredPolicy):
         self.num_steps = nn.Buffer(torch.tensor(0))
         self._lowest: Tensor | None = None  # [2, G], sums over sequences of the lowest number kept, and their count
 
+    def share_profile(self, outer: int) -> list[float | None]:
+        return Policy.share_profile(self, outer)  # a ValueError: the capacity holds the share
+
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         gate = self.gates[layer]
         if gate is None:
@@ -63,16 +66,16 @@ class MixtureOfDepths(ScoredPolicy):
 
     def _best(self, number_N: Tensor, gate: int, state: dict[str, Any], batch: PackedBatch) -> Tensor:
         """bool [N], those among the best of their sequence, and notes the lowest of these."""
-        ramp = min(1.0, (int(self.num_steps) + 1) / self.ramp_steps)
-        share = 1 - (1 - self.capacity) * ramp
+        if "share" not in state:  # on a GPU the host waits for the step, once a pass
+            ramp = min(1.0, (int(self.num_steps) + 1) / self.ramp_steps)
+            state["share"] = 1 - (1 - self.capacity) * ramp
         order_N = number_N.argsort(descending=True, stable=True)
         order_N = order_N[batch.sequence_N[order_N].argsort(stable=True)]  # by sequence, the best first
         rank_N = torch.empty_like(order_N)
         rank_N[order_N] = batch.index_in_sequence_N  # rows are by sequence, and so is the order
-        ends = batch.cu_seqlens.diff().to(number_N.dtype)
-        limit_S = (share * ends).ceil()
-        keep_N = rank_N < limit_S[batch.sequence_N]
-        last_N = rank_N == limit_S[batch.sequence_N] - 1
+        limit_S = (state["share"] * batch.cu_seqlens.diff().to(number_N.dtype)).ceil()
+        limit_N = limit_S[batch.sequence_N]
+        keep_N, last_N = rank_N < limit_N, rank_N == limit_N - 1
         noted = torch.stack([torch.where(last_N, number_N, 0).sum(), last_N.sum()])
         state.setdefault("lowest", {})[gate] = noted
         return keep_N

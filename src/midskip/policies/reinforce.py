@@ -40,19 +40,16 @@ class Reinforce(ScoredPolicy):
         self.cost, self.weight = float(cost), float(weight)
         self.num_steps = nn.Buffer(torch.tensor(0))
 
-    def share_profile(self, outer: int) -> list[float | None]:
-        inner = range(outer, self.num_layers - outer)
-        return [0.0 if layer in inner else None for layer in range(self.num_layers)]
-
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         number_N = self.routers[layer](h_ND.detach())
         if layer == 0 and self.training:
-            state.update(log_p=[], kept=[], value=self.routers[self.num_layers](h_ND.detach()))
+            step = int(self.num_steps)  # on a GPU the host waits for it, once a pass
+            state.update(step=step, log_p=[], kept=[], value=self.routers[self.num_layers](h_ND.detach()))
         readiness_N = self.readiness(number_N, layer)  # below 1 where r lies above b
         if not self.training:
             return Decision(self.within(readiness_N < 1, state))
         logit_N = -readiness_N.clamp(min=torch.finfo(readiness_N.dtype).tiny).log()
-        draw_N = uniform(batch, int(self.num_steps) * self.num_layers + layer).to(logit_N.dtype)
+        draw_N = uniform(batch, state["step"] * self.num_layers + layer).to(logit_N.dtype)
         keep_N = self.within(draw_N < torch.sigmoid(logit_N), state)
         state["log_p"].append(torch.where(keep_N, F.logsigmoid(logit_N), F.logsigmoid(-logit_N)))
         state["kept"].append(keep_N)

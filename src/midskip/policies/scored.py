@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, Policy
 from midskip.policies.difficulty import drawn
+from midskip.policies.middle_out import LARGEST_EXPONENT
 
 ROUTERS = ("linear", "bottleneck")
 BOTTLENECK = 16  # hidden features of a router
 OPEN_BIAS = -4.0  # at which nearly every token runs: routers start with numbers of about normal spread
-LARGEST_EXPONENT = 30.0  # a score is finite under any scale, and so is its gradient
 
 
 class Router(nn.Module):
@@ -54,7 +54,8 @@ class ScoredPolicy(Policy):
     """Hard gates: a token runs where its readiness to skip, exp(b - r), is below 1, that is, where its router's number
     r lies above the bias b of the gate. Routers read hidden states without a gradient to them.
 
-    A subclass says in `gate_of_layer` which gate each layer goes by; a gate has a router and a bias.
+    A subclass says in `gate_of_layer` which gate, and so which bias, each layer goes by; several layers with routers of
+    their own may share one.
     """
 
     adjustable = True
@@ -76,6 +77,11 @@ class ScoredPolicy(Policy):
         init.constant_(self.bias, self.open_bias)
         for router in self.routers:
             router.reset_parameters(init)  # pyright: ignore[reportCallIssue]
+
+    def share_profile(self, outer: int) -> list[float | None]:
+        """The same share in all layers but the outer ones."""
+        inner = range(outer, self.num_layers - outer)
+        return [0.0 if layer in inner else None for layer in range(self.num_layers)]
 
     def readiness(self, number_N: Tensor, gate: int) -> Tensor:
         """To skip, above 0: what is compared with 1, under the scale in force. Of what a router gave."""
