@@ -1,6 +1,7 @@
 """Mutants of the core's code that no test notices, from what `make mutants` has found so far.
 
     python benchmarks/mutants.py [--output benchmarks/results/mutants.json]
+    python benchmarks/mutants.py --sample 80    (prints names, for `make mutants ONLY="..."`)
 
 A mutant is the code with one change: another operator, number or argument. It is killed if a test of those that call
 the changed function fails, or does not end. `mutmut` makes them and runs the tests, as `[tool.mutmut]` in
@@ -10,6 +11,7 @@ wording of messages is left out by that setting.
 
 import argparse
 import json
+import random
 import re
 from collections import Counter
 from importlib.metadata import version
@@ -59,11 +61,21 @@ def report_of(path: Path) -> dict[str, Any]:
     }
 
 
+def sample_of(path: Path, size: int) -> list[str]:
+    """Names of so many mutants of one module, drawn at random, the same ones each time."""
+    names = sorted(json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"])
+    return random.Random(0).sample(names, min(size, len(names)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/mutants.json"))
+    parser.add_argument("--sample", type=int, metavar="N", help="print the names of N mutants of each module")
     arguments = parser.parse_args()
     metas = sorted(Path("mutants").rglob("*.py.meta"))
+    if arguments.sample:
+        print(*(name for path in metas for name in sample_of(path, arguments.sample)))
+        return
     modules = {str(path): report_of(path) for path in (meta.relative_to("mutants").with_suffix("") for meta in metas)}
     modules = {name: report for name, report in modules.items() if report["num_checked"]}
     checked, killed = (sum(report[name] for report in modules.values()) for name in ("num_checked", "num_killed"))

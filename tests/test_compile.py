@@ -135,10 +135,16 @@ def test_inductor_under_autocast_is_as_close_to_float32(make_model: Make, change
 # ---- beside what else can be done with a model
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", [ACCURATE, "inductor"])
-def test_with_gradient_checkpointing(make_model: Make, backend: str) -> None:
-    plain, compiled = pair(make_model, backend, num_hidden_layers=3)
+@pytest.mark.parametrize(
+    ("backend", "skip_unit"),
+    [
+        ("eager", "sublayer"),
+        *(pytest.param(backend, "block", marks=pytest.mark.slow) for backend in (ACCURATE, "inductor")),
+        pytest.param("inductor", "sublayer", marks=pytest.mark.slow),
+    ],
+)
+def test_with_gradient_checkpointing(make_model: Make, backend: str, skip_unit: str) -> None:
+    plain, compiled = pair(make_model, backend, num_hidden_layers=3, skip_unit=skip_unit)
     getattr(compiled, "activation_checkpointing_enable", compiled.gradient_checkpointing_enable)()
     for batch in list(batches())[::4]:
         with Meter(compiled) as meter:

@@ -67,6 +67,8 @@ def test_a_key_is_of_what_decides_the_run(sweep_of: SweepOf, monkeypatch: pytest
     again = {"name": "again", "recipe": "recipe.yaml", "settings": {"model.num_hidden_layers": 2}}
     assert keys_of(sweep_of(DENSE, again)) == before, "the same run in two arms is one run"
     assert not set(keys_of(sweep_of(settings={"training.weight_decay": 0.1}))) & set(before)
+    assert keys_of(sweep_of(settings={"model.skip_unit": "block"})) == before, "a default that is written out"
+    assert not set(keys_of(sweep_of(settings={"model.skip_unit": "sublayer"}))) & set(before)
     assert not set(keys_of(sweep_of(seeds=[2, 3]))) & set(before)
     recipe = sweep_of().points[0].recipe
     assert Run.of(replace(recipe, dense_layers=[3]), "").key == Run.of(replace(recipe, output="x"), "").key
@@ -354,7 +356,7 @@ def test_the_examples_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(ROOT)
     shown, depth = read_sweep(tmp_path / "SWEEP.yaml"), read_sweep("sweeps/pydocs-depth.yaml")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    assert len(read_sweep("sweeps/pointers.yaml").runs({})) == 3 * 26
+    assert len(read_sweep("sweeps/pointers.yaml").runs({})) == 3 * 27
     assert sum(point.num_runs() for point in shown.points) == 5 * (3 + 2)
     assert [run.label for run in depth.runs({})][:4] == [
         *(f"dense num_hidden_layers={layers} seed=0" for layers in (2, 4, 8)), "gated seed=0",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midskip.model.config import MidskipConfig
+from midskip.model.config import PARTS, MidskipConfig
 from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Block
 from midskip.model.modeling import MidskipForCausalLM
@@ -43,6 +43,7 @@ class LayerWork:
         square_pairs: all (query, key) of the same sequence.
         gated: whether keys carried a gate as one more feature of every head.
         cache_tokens: tokens whose keys and values were read from a cache, those just added to it included.
+        part: what ran of the block: `"block"`, all of it, `"attention"` or `"feed_forward"`.
     """
 
     query_rows: int
@@ -51,6 +52,7 @@ class LayerWork:
     square_pairs: int
     gated: bool
     cache_tokens: int = 0
+    part: str = "block"
 
     @classmethod
     def of(cls, queries: PackedBatch, keys: PackedBatch, gated: bool, past: LayerCache | None = None) -> LayerWork:
@@ -140,11 +142,14 @@ def block_flops(config: MidskipConfig, work: LayerWork, convention: str = "causa
         raise ValueError(f"convention is {convention!r}; expected one of {', '.join(map(repr, CONVENTIONS))}")
     width, heads, key_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     pairs = work.causal_pairs if convention == "causal" else work.square_pairs
-    return Flops(
+    mlp = Flops(mlp=6 * work.query_rows * width * config.intermediate_size)
+    if work.part == "feed_forward":
+        return mlp
+    attention = Flops(
         projections=4 * width * config.head_dim * (work.query_rows * heads + work.key_rows * key_heads),
         attention=4 * pairs * heads * (config.head_dim + work.gated),
-        mlp=6 * work.query_rows * width * config.intermediate_size,
     )
+    return attention if work.part == "attention" else attention + mlp
 
 
 def head_flops(config: MidskipConfig, rows: int) -> Flops:
@@ -176,8 +181,8 @@ class Meter:
     Forward passes count, and what gradient checkpointing runs again in a backward pass does not.
 
     Attributes:
-        query_rows_L: rows that went through each block.
-        layers: for each layer, the `LayerWork` of each of its calls, in order.
+        query_rows_L: rows that went through each block, or, if tokens skip sublayers, through each of those.
+        layers: for each layer, or sublayer, the `LayerWork` of each of its calls, in order.
         seqlens, past_seqlens: tokens of each sequence (or document) that entered layer 0, and of those before them in a
             cache.
         num_tokens: the sum of `seqlens`.
@@ -192,7 +197,7 @@ class Meter:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        self._layers: list[list[LayerWork]] = [[] for _ in range(self.config.num_hidden_layers)]
+        self._layers: list[list[LayerWork]] = [[] for _ in range(self.config.num_skip_units)]
         self._index_sums: list[tuple[int, int, Tensor]] = []  # layer, call, and what its work still lacks
         self.seqlens: list[int] = []
         self.past_seqlens: list[int] = []
@@ -259,19 +264,26 @@ class Meter:
         return self._dense_bytes
 
     def _on_block(self, layer: int) -> Any:
+        parts = PARTS[self.config.skip_unit]
+
         def count(block: Block, arguments: tuple[Any, ...], output: Tensor) -> None:
             if is_backward():
                 return
-            x_ND, others_MD, queries, keys, _, key_gate_M, past = arguments
-            work, index_sum = LayerWork.without_waiting(queries, keys, key_gate_M is not None, past)
-            rows = x_ND.shape[0], x_ND.shape[0] if others_MD is None else others_MD.shape[0]
-            if rows != (work.query_rows, work.key_rows):
+            x_ND, others_MD, queries, keys, _, key_gate_M, past, part = arguments
+            if part == "feed_forward":
+                work, index_sum = LayerWork(queries.num_tokens, 0, 0, 0, gated=False, part=part), None
+            else:
+                work, index_sum = LayerWork.without_waiting(queries, keys, key_gate_M is not None, past)
+                work = replace(work, part=part)
+            key_rows = 0 if part == "feed_forward" else len(x_ND if others_MD is None else others_MD)
+            if (rows := (len(x_ND), key_rows)) != (work.query_rows, work.key_rows):
                 raise RuntimeError(f"block {layer} ran on {rows} rows and its packed batches say {work}")
+            unit = layer * len(parts) + parts.index(part)
             if index_sum is not None:
-                self._index_sums.append((layer, len(self._layers[layer]), index_sum))
-            self._layers[layer].append(work)
-            of_keys = (block.input_layernorm, block.self_attn.k_proj, block.self_attn.v_proj)
-            weights = _bytes_of(block) if work.query_rows else sum(map(_bytes_of, of_keys)) if work.key_rows else 0
+                self._index_sums.append((unit, len(self._layers[unit]), index_sum))
+            self._layers[unit].append(work)
+            read = block.modules_of(part) if work.query_rows else block.modules_of("keys") if work.key_rows else ()
+            weights = sum(map(_bytes_of, read))
             # what a cache notes of columns is for cropping, and is not read
             token_bytes = past.token_bytes - past.columns.element_size() if past and work.cache_tokens else 0
             self.bytes += Bytes(weights, work.cache_tokens * token_bytes)

@@ -81,7 +81,7 @@ def demo(output: str = "runs/demo", steps: int = STEPS, source: str = "pydocs", 
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name in (PICTURE_FILE, PAGE_FILE):
         shutil.copyfile(folder / "gated" / name, folder / name)
-    num_layers = models["gated"].config.num_hidden_layers
+    num_layers = models["gated"].config.num_skip_units
     tokens = depth_of_tokens(models["gated"], prepared.tokenizer, ids_sample)
     title = f"a sample of the gated model, trained for {steps} steps, coloured by depth"
     console.print(Panel(Group(depth_text(tokens, num_layers), legend(num_layers)), title=title))

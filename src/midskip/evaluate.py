@@ -121,7 +121,7 @@ class _Sums:
         each: Callable[[Tensor, Tensor, Tensor], None] | None, has_groups: bool = False,
     ):  # fmt: skip
         self.each = each
-        self.num_layers, num_positions = model.config.num_hidden_layers, model.config.max_position_embeddings
+        self.num_layers, num_positions = model.config.num_skip_units, model.config.max_position_embeddings
         self.token_bytes_V = None if token_bytes is None else token_bytes.to(model.device)
         sizes = {
             "text": 3,  # nats, bytes, targets that have the largest logit

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midskip.model.config import PARTS
 from midskip.model.layers import Block, RMSNorm
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.model.packing import PackedBatch
@@ -27,7 +28,7 @@ class ReferenceOutput:
     logits: Tensor  # [B, T, V]
     gates: Tensor  # [L, B, T]
     depth_scores: Tensor | None  # [ceil(L/2), B, T]; scores go on growing past 1
-    hidden_states: Tensor  # [L + 1, B, T, D], the last one after the last norm
+    hidden_states: Tensor  # [blocks + 1, B, T, D], the last one after the last norm
 
 
 def reference_forward(
@@ -43,7 +44,7 @@ def reference_forward(
     shape = input_ids.shape
     dtype = model.lm_head.weight.dtype
     logits = torch.zeros(*shape, config.vocab_size, dtype=dtype)
-    gates = torch.zeros(config.num_hidden_layers, *shape, dtype=dtype)
+    gates = torch.zeros(config.num_skip_units, *shape, dtype=dtype)
     hidden = torch.zeros(config.num_hidden_layers + 1, *shape, config.hidden_size, dtype=dtype)
     scores, losses = [], []
     for b in range(shape[0]):
@@ -91,22 +92,27 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Re
         batch.token_N = ids_T[document]
         asked.append(({}, batch))
     priority_T = _priorities(body.policy, ids_T, documents).to(x_TD.dtype)
-    for layer, block in enumerate(body.layers):
-        if isinstance(body.policy, MiddleOut):
-            output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, priority_T, scores, gates)
-            if body.policy.is_hard:
-                key_gate_T = key_gate_T.detach()  # the surrogate gradient is of what a block adds, not of its keys
-        else:
-            pairs = [
-                _decided_gates(body.policy, layer, x_TD[document], state, batch)
-                for document, (state, batch) in zip(documents, asked, strict=True)
-            ]
-            output_gate_T, key_gate_T = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        gates.append(output_gate_T)
-        if config.skipped_kv == "keep":
-            key_gate_T = torch.ones_like(key_gate_T)
+    for block in body.layers:
         assert isinstance(block, Block)
-        x_TD = _block(block, x_TD, output_gate_T, key_gate_T, turn_TK, sees_TT, config.head_dim)
+        for part in PARTS[config.skip_unit]:
+            layer = len(gates)
+            if isinstance(body.policy, MiddleOut):
+                output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, priority_T, scores, gates)
+                if body.policy.is_hard:
+                    key_gate_T = key_gate_T.detach()  # the surrogate gradient is of what a block adds, not of its keys
+            else:
+                pairs = [
+                    _decided_gates(body.policy, layer, x_TD[document], state, batch)
+                    for document, (state, batch) in zip(documents, asked, strict=True)
+                ]
+                output_gate_T, key_gate_T = (torch.cat(of_documents) for of_documents in zip(*pairs, strict=True))
+            gates.append(output_gate_T)
+            if config.skipped_kv == "keep":
+                key_gate_T = torch.ones_like(key_gate_T)
+            if part != "feed_forward":
+                x_TD = _attention(block, x_TD, output_gate_T, key_gate_T, turn_TK, sees_TT, config.head_dim)
+            if part != "attention":
+                x_TD = _feed_forward(block, x_TD, output_gate_T)
         hidden.append(x_TD)
     hidden[-1] = _rms_norm(x_TD, body.norm)
     logits_TV = hidden[-1] @ model.lm_head.weight.T
@@ -200,11 +206,11 @@ def _outer_blocks(policy: MiddleOut, layer: int) -> int:
     return sum(min(other, policy.num_layers - 1 - other) <= layer for other in range(policy.num_layers))
 
 
-def _block(
+def _attention(
     block: Block, x_TD: Tensor, output_gate_T: Tensor, key_gate_T: Tensor, turn_TK: Tensor, sees_TT: Tensor,
     head_width: int,
 ) -> Tensor:  # fmt: skip
-    attention, mlp = block.self_attn, block.mlp
+    attention = block.self_attn
     y_TD = _rms_norm(x_TD, block.input_layernorm)
     q, k, v = (
         (y_TD @ projection.weight.T).unflatten(-1, (-1, head_width)).transpose(0, 1)
@@ -221,7 +227,11 @@ def _block(
     branch_TD = mixed_HTK.transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
     if isinstance(block.post_attention_layernorm, RMSNorm):
         branch_TD = _rms_norm(branch_TD, block.post_attention_layernorm)
-    x_TD = x_TD + output_gate_T[:, None] * branch_TD
+    return x_TD + output_gate_T[:, None] * branch_TD
+
+
+def _feed_forward(block: Block, x_TD: Tensor, output_gate_T: Tensor) -> Tensor:
+    mlp = block.mlp
     y_TD = _rms_norm(x_TD, block.pre_feedforward_layernorm)
     open_TF = y_TD @ mlp.gate_proj.weight.T
     branch_TD = (open_TF * torch.sigmoid(open_TF) * (y_TD @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T

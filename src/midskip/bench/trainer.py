@@ -148,7 +148,7 @@ class TrainerSteps(Training):
         if side.is_ours:
             regularizer = copy.deepcopy(self.regularizer)
             if regularizer is None or side.skip_share is not None or model.config.policy == "dense":
-                regularizer = Unsteered(model.config.num_hidden_layers)
+                regularizer = Unsteered(model.config.num_skip_units)
             tokenizer: Any = None  # nothing is saved
             trainer: Trainer = MidskipTrainer(regularizer, settings, lambda model: {}, tokenizer, 1.0, **common)
         else:

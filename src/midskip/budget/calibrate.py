@@ -143,7 +143,7 @@ class _Curve:
         loss_N, blocks_N, position_N = torch.cat(batches, 1)
         buckets = [bucket_of(position) for position in range(self.model.config.max_position_embeddings)]
         bucket_N = torch.tensor(buckets)[position_N.long()]
-        share_P, share_std = self._by_bucket(blocks_N / self.model.config.num_hidden_layers, bucket_N)
+        share_P, share_std = self._by_bucket(blocks_N / self.model.config.num_skip_units, bucket_N)
         loss_P, loss_std = self._by_bucket(loss_N, bucket_N)
         self.points[score_scale] = {
             "share": result["executed_share"], "share_by_bucket": share_P, "share_std": share_std,

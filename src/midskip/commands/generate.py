@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
         ids = generate(
             model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed
         )
-    console, num_layers = Console(), model.config.num_hidden_layers
+    console, num_layers = Console(), model.config.num_skip_units
     texts = [str(tokenizer.decode([token])) for token in ids]
     text = depth_text([TokenDepth(*token) for token in zip(texts, blocks)], num_layers)
     console.print(text.append(visible(texts[-1])))  # the last one was not run

@@ -12,6 +12,7 @@ from midskip.budget.calibration import Calibration
 
 NORMS = ("sandwich", "pre")
 SKIPPED_KV = ("drop", "keep")
+PARTS = {"block": ("block",), "sublayer": ("attention", "feed_forward")}  # of a block, which a token skips apart
 
 # What transformers itself hands to a configuration beside its declared fields.
 _FROM_TRANSFORMERS = {
@@ -49,6 +50,9 @@ class MidskipConfig(PretrainedConfig):
         skipped_kv: `"drop"`, a token that skips a layer has no key and value there and others see it scaled by its gate
             (the paper's equations), or `"keep"`, every valid token makes keys and values at every layer and no key is
             gated (what the paper's released code computes).
+        skip_unit: what a token skips: `"block"`, or `"sublayer"`, attention and feed-forward apart. With `"sublayer"`
+            the layers of policies, regularizers, gates, shares and reports are sublayers: 2 l is the attention of block
+            l, and 2 l + 1 its feed-forward. Weights are the same.
         policy: who skips: a name in `midskip.policies` (`"middle_out"`, `"dense"`) or `"package.module:Class"`.
         policy_settings: keyword arguments of that policy.
         use_cache: whether `generate()`, and a forward pass without gradients, use a cache unless they are told.
@@ -82,6 +86,7 @@ class MidskipConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = None
     norms: str = "sandwich"
     skipped_kv: str = "drop"
+    skip_unit: str = "block"
     policy: str = "middle_out"
     policy_settings: dict = None  # pyright: ignore[reportAssignmentType]
     calibration: Any = None  # checked here, so that what is wrong in it is named
@@ -106,6 +111,11 @@ class MidskipConfig(PretrainedConfig):
         super().__post_init__(**kwargs | {"auto_map": dict(AUTO_MAP)})
         self._check()
 
+    @property
+    def num_skip_units(self) -> int:
+        """What a policy decides about: blocks, or twice as many sublayers."""
+        return self.num_hidden_layers * len(PARTS[self.skip_unit])
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As transformers does, with a module beside it that imports midskip, so that `AutoModelForCausalLM` loads the
         folder with `trust_remote_code=True` where nobody has imported it."""
@@ -119,6 +129,7 @@ class MidskipConfig(PretrainedConfig):
     def _check(self) -> None:
         _one_of("norms", self.norms, NORMS)
         _one_of("skipped_kv", self.skipped_kv, SKIPPED_KV)
+        _one_of("skip_unit", self.skip_unit, tuple(PARTS))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "

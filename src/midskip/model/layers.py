@@ -95,7 +95,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer on the tokens that are present, as if no others existed.
+    """One layer, or one sublayer of it, on the tokens that are present, as if no others existed.
 
     x = x + g post_norm(attention(pre_norm(x)));  x = x + g post_norm(swiglu(pre_norm(x)))
 
@@ -124,8 +124,9 @@ class Block(nn.Module):
     def forward(
         self, x_ND: Tensor, others_MD: Tensor | None, queries: PackedBatch, keys: PackedBatch,
         output_gate_N: Tensor | None = None, key_gate_M: Tensor | None = None, past: LayerCache | None = None,
+        part: str = "block",
     ) -> Tensor:  # fmt: skip
-        """Run the block.
+        """Run the block, or a part of it.
 
         Args:
             x_ND: hidden states of the tokens present, which ask.
@@ -133,20 +134,30 @@ class Block(nn.Module):
             queries, keys: who the rows of both are, with their rotary angles.
             output_gate_N, key_gate_M: float32, gates of what is added and of the keys; None means 1.
             past: keys and values of earlier columns, which are seen too; the new ones are added to it.
+            part: `"block"`, `"attention"` or `"feed_forward"`; the last one reads `x_ND` and `output_gate_N` alone.
 
         Returns:
             [N, D], the new hidden states of the tokens present.
         """
         assert queries.rotary and keys.rotary, "the model sets the angles before the first block"
-        before, after = Block._before_attention, Block._after_attention
-        if self.backend is not None and x_ND.shape[0] > 1:  # 0 and 1 would each be compiled apart, for nothing
-            before, after = _compiled(self.backend)
+        # none or one row would each be compiled apart, for nothing
+        before, after, ahead = STRETCHES if self.backend is None or x_ND.shape[0] <= 1 else _compiled(self.backend)
+        if part == "feed_forward":
+            return ahead(self, x_ND, output_gate_N)
         indices_N = None if others_MD is None else queries.indices_N
         in_cache = past is not None and past.num_tokens  # against a cache, gates are in there
         gates = None if in_cache else key_gate_M
         q_NHJ, k_MGJ, v_MGJ = before(self, x_ND, others_MD, indices_N, queries.rotary, keys.rotary, gates)
         out_NHJ = self.self_attn.attend(q_NHJ, k_MGJ, v_MGJ, queries, keys, key_gate_M, past)
-        return after(self, x_ND, out_NHJ, output_gate_N)
+        return after(self, x_ND, out_NHJ, output_gate_N, part == "block")
+
+    def modules_of(self, part: str) -> tuple[nn.Module, ...]:
+        """Whose weights a part takes; `"keys"`: the keys and values of tokens that do not run it."""
+        if part == "keys":
+            return self.input_layernorm, self.self_attn.k_proj, self.self_attn.v_proj
+        attention = self.input_layernorm, self.self_attn, self.post_attention_layernorm
+        feed_forward = self.pre_feedforward_layernorm, self.mlp, self.post_feedforward_layernorm
+        return {"attention": attention, "feed_forward": feed_forward, "block": attention + feed_forward}[part]
 
     # What stands before and after the attention kernel: arithmetic on rows, which torch.compile may take
 
@@ -161,8 +172,11 @@ class Block(nn.Module):
             normed = context.index_select(0, indices_N)
         return self.self_attn.project(normed, context, queries, keys, key_gate_M)
 
-    def _after_attention(self, x_ND: Tensor, out_NHJ: Tensor, output_gate_N: Tensor | None) -> Tensor:
+    def _after_attention(self, x_ND: Tensor, out_NHJ: Tensor, output_gate_N: Tensor | None, goes_on: bool) -> Tensor:
         x_ND = self.post_attention_layernorm(self.self_attn.output(out_NHJ), output_gate_N, x_ND)
+        return self._feed_forward(x_ND, output_gate_N) if goes_on else x_ND
+
+    def _feed_forward(self, x_ND: Tensor, output_gate_N: Tensor | None) -> Tensor:
         ahead = self.mlp(self.pre_feedforward_layernorm(x_ND))
         return self.post_feedforward_layernorm(ahead, output_gate_N, x_ND)
 
@@ -178,10 +192,10 @@ def compile_blocks(layers: Iterable[nn.Module], backend: str = "inductor") -> No
         block.backend = backend
 
 
+STRETCHES = (Block._before_attention, Block._after_attention, Block._feed_forward)
+
+
 @cache
-def _compiled(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The halves of a block, as functions of it, so that it can still be copied and pickled."""
-    before, after = (
-        torch.compile(half, dynamic=True, backend=backend) for half in (Block._before_attention, Block._after_attention)
-    )
-    return before, after
+def _compiled(backend: str) -> tuple[Callable[..., Any], ...]:
+    """The stretches of a block, as functions of it, so that it can still be copied and pickled."""
+    return tuple(torch.compile(stretch, dynamic=True, backend=backend) for stretch in STRETCHES)

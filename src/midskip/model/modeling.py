@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from midskip.budget.calibration import calibration_in
 from midskip.distributed import is_initialized
 from midskip.model.cache import SkipCache, unchanged_if_broken_off
-from midskip.model.config import MidskipConfig
+from midskip.model.config import PARTS, MidskipConfig
 from midskip.model.generation import CachedGeneration
 from midskip.model.hub import CardedModel
 from midskip.model.inputs import check_others, inputs_for
@@ -63,7 +63,7 @@ class MidskipModel(MidskipPreTrainedModel):
         self.embed_layernorm = RMSNorm(width, eps) if config.norms == "sandwich" else nn.Identity()
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters)
         self.policy = build_policy(
-            config.policy, config.num_hidden_layers, width, config.initializer_range, config.policy_settings
+            config.policy, config.num_skip_units, width, config.initializer_range, config.policy_settings
         )
         self.layers = nn.ModuleList(
             Block(
@@ -147,11 +147,13 @@ class MidskipModel(MidskipPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [h_ND] if output_hidden_states else None
         decisions, state = [], {}
+        parts = PARTS[self.config.skip_unit]
         for layer, block in enumerate(self.layers):
-            decision = self.policy(layer, h_ND, state, batch)
-            decisions.append(decision)
             past = None if cache is None else cache.layers[layer]
-            h_ND = self._run_block(block, h_ND, decision, batch, past)
+            for part in parts:
+                decision = self.policy(len(decisions), h_ND, state, batch)
+                decisions.append(decision)
+                h_ND = self._run_block(block, h_ND, decision, batch, past, part)
             if hidden_states is not None and layer + 1 < len(self.layers):
                 hidden_states.append(h_ND)
         h_ND = self.norm(h_ND)
@@ -164,13 +166,15 @@ class MidskipModel(MidskipPreTrainedModel):
         return packed
 
     def _run_block(
-        self, block: nn.Module, h_ND: Tensor, decision: Decision, batch: PackedBatch, past: LayerCache | None
+        self, block: nn.Module, h_ND: Tensor, decision: Decision, batch: PackedBatch, past: LayerCache | None, part: str
     ) -> Tensor:
-        """Take the tokens present, run the block on them as if the others did not exist, put the results back."""
+        """Take the tokens present, run the block, or a part of it, on them as if the others did not exist, put the
+        results back."""
         present = batch.keep(decision.keep_N)
         indices_N = present.indices_N
         gated = self.config.skipped_kv == "drop"
-        for_others = not gated and past is not None  # keys and values of all tokens are wanted later
+        all_have_keys = not gated and part != "feed_forward"
+        for_others = all_have_keys and past is not None  # keys and values of all tokens are wanted later
         if not (present.num_tokens or for_others or self.training or is_initialized()):
             return h_ND
         x_ND = h_ND if indices_N is None else h_ND.index_select(0, indices_N)
@@ -178,9 +182,10 @@ class MidskipModel(MidskipPreTrainedModel):
             gate if gate is None or indices_N is None else gate.index_select(0, indices_N)
             for gate in (decision.output_gate_N, decision.key_gate_N if gated else None)
         )
-        others_MD = None if gated or indices_N is None or not (present.num_tokens or for_others) else h_ND
+        has_others = all_have_keys and indices_N is not None and (present.num_tokens or for_others)
+        others_MD = h_ND if has_others else None
         keys = present if others_MD is None else batch
-        arguments = (x_ND, others_MD, present, keys, output_gate_N, key_gate_N, past)
+        arguments = (x_ND, others_MD, present, keys, output_gate_N, key_gate_N, past, part)
         if self.gradient_checkpointing and self.training:
             x_ND = self._gradient_checkpointing_func(block.__call__, *arguments)
         else:

@@ -21,6 +21,8 @@ from midskip.policies import Decision
 class MidskipModelOutput(ModelOutput):
     """What `MidskipModel` gives.
 
+    L is 2 * num_hidden_layers with `skip_unit="sublayer"`, but in `hidden_states`.
+
     Attributes:
         last_hidden_state: [B, T, D], after the last norm; 0 at pads.
         gates: float32 [L, B, T], the gate of each token in each layer; exactly 0 where it was not present.

@@ -72,7 +72,7 @@ class Policy(nn.Module):
     sequence. `midskip.testing.check_policy` checks it.
 
     Args:
-        num_layers: L.
+        num_layers: L; with `skip_unit="sublayer"` twice the number of blocks.
         width: D, of the hidden states.
         initializer_range: standard deviation of the model's weights at the start.
         settings: the policy's own, from `config.policy_settings`, as keyword arguments.

@@ -12,7 +12,8 @@ from typing import Any
 
 from midskip.train.recipe import Recipe
 
-CODE = 1  # to be raised when the same recipe would train another model, or when what a result says changes
+CODE = 1  # to be raised when the same recipe would train another model, as when a default changes, or when what a
+# result says changes
 
 Losses = Mapping[str, float | None]  # by key, of the runs that have ended: held-out loss, None where the run failed
 
@@ -22,6 +23,15 @@ def decides(recipe: Recipe) -> dict[str, Any]:
     given = asdict(recipe)
     del given["output"]
     return given | {"dense_layers": []}
+
+
+def _unlike(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults, group by group."""
+    return {
+        name: _unlike(default, given[name]) if isinstance(default, dict) and default else given[name]
+        for name, default in defaults.items()
+        if given[name] != default
+    }
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,8 @@ class Run:
 
     @classmethod
     def of(cls, recipe: Recipe, label: str) -> Run:
-        text = json.dumps({"recipe": decides(recipe), "code": CODE}, sort_keys=True, separators=(",", ":"))
+        chosen = _unlike(decides(Recipe()), decides(recipe))  # so a setting that is new one day changes no key
+        text = json.dumps({"recipe": chosen, "code": CODE}, sort_keys=True, separators=(",", ":"))
         return cls(recipe, hashlib.sha256(text.encode()).hexdigest()[:16], label)
 
     @property

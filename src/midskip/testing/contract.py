@@ -30,6 +30,7 @@ def check_policy(
     *,
     num_layers: int | None = None,
     skipped_kv: str | None = None,
+    skip_unit: str = "block",
     seed: int = 0,
 ) -> None:
     """Check a policy, in tiny models in float64, as it starts and with its parameters moved at random.
@@ -57,6 +58,7 @@ def check_policy(
         policy, settings: as `policy` and `policy_settings` in `MidskipConfig`.
         num_layers: L; 1, 4 and 5 by default.
         skipped_kv: as in `MidskipConfig`; both by default.
+        skip_unit: as in `MidskipConfig`.
         seed: of weights, tokens and the random move.
 
     Raises:
@@ -66,7 +68,7 @@ def check_policy(
     for layers in (1, 4, 5) if num_layers is None else (num_layers,):
         for kv in SKIPPED_KV if skipped_kv is None else (skipped_kv,):
             for moved in (False, True):
-                trial = Trial.make(policy, dict(settings or {}), layers, kv, moved, seed)
+                trial = Trial.make(policy, dict(settings or {}), layers, kv, skip_unit, moved, seed)
                 for check in (
                     _gates, _repeatable, _untouched, _no_future_leak, _batch, _prefix, _decode, _finite,
                     _packed_is_reference, _state, _budget,

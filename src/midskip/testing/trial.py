@@ -32,11 +32,13 @@ class Trial:
     where: str
 
     @classmethod
-    def make(cls, policy: str, settings: dict, num_layers: int, skipped_kv: str, moved: bool, seed: int) -> Trial:
+    def make(
+        cls, policy: str, settings: dict, num_layers: int, skipped_kv: str, skip_unit: str, moved: bool, seed: int
+    ) -> Trial:
         config = MidskipConfig(
             vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=num_layers, num_attention_heads=2,
             num_key_value_heads=1, max_position_embeddings=2 * NUM_COLUMNS, initializer_range=0.3,
-            skipped_kv=skipped_kv, policy=policy, policy_settings=settings,
+            skipped_kv=skipped_kv, skip_unit=skip_unit, policy=policy, policy_settings=settings,
         )  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -46,7 +48,8 @@ class Trial:
         if moved:
             _move(model, ids_BT, generator)
         state = "with its parameters moved" if moved else "as it starts"
-        return cls(model, ids_BT, generator, f"{policy!r}, {num_layers} layers, skipped_kv={skipped_kv!r}, {state}")
+        where = f"{policy!r}, {num_layers} layers, skipped_kv={skipped_kv!r}, skip_unit={skip_unit!r}, {state}"
+        return cls(model, ids_BT, generator, where)
 
     def failed(self, check: str, what: str) -> AssertionError:
         return AssertionError(f"check {check!r} failed: {what} ({self.where})")

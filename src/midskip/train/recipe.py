@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser
 
-from midskip.model.config import MidskipConfig
+from midskip.model.config import PARTS, MidskipConfig
 from midskip.regularizers import Regularizer, build_regularizer
 from midskip.runs import write_atomically
 
@@ -61,6 +61,7 @@ class ModelSettings:
         num_key_value_heads: key and value heads; as many as query heads if null.
         norms: "sandwich" (the paper's) or "pre" (Llama's).
         skipped_kv: "drop" (a token that skips a layer has no key there) or "keep".
+        skip_unit: "block", or "sublayer": attention and feed-forward are skipped apart.
         policy: who skips: "middle_out", "dense" or "package.module:Class".
         policy_settings: settings of the policy.
         tie_word_embeddings: one matrix for the embedding and the head.
@@ -77,6 +78,7 @@ class ModelSettings:
     num_key_value_heads: int | None = None
     norms: Literal["sandwich", "pre"] = "sandwich"
     skipped_kv: Literal["drop", "keep"] = "drop"
+    skip_unit: Literal["block", "sublayer"] = "block"
     policy: str = "middle_out"
     policy_settings: dict[str, Any] = field(default_factory=dict)
     tie_word_embeddings: bool = False
@@ -220,7 +222,8 @@ class Recipe:
 
     def build_regularizer(self) -> Regularizer:
         """The gate regularizer. Raises ValueError for settings that do not fit."""
-        return build_regularizer(self.regularizer.name, self.model.num_hidden_layers, **self.regularizer.settings)
+        num_units = self.model.num_hidden_layers * len(PARTS[self.model.skip_unit])
+        return build_regularizer(self.regularizer.name, num_units, **self.regularizer.settings)
 
     def save(self, path: Path) -> None:
         """Write it as YAML that `read_recipe` reads."""

@@ -160,7 +160,9 @@ def dense_recipes(recipe: Recipe) -> list[Recipe]:
         Recipe(
             output=str(Path(recipe.output, f"dense-{num_layers}")),
             data=recipe.data,
-            model=replace(recipe.model, policy="dense", policy_settings={}, num_hidden_layers=num_layers),
+            model=replace(
+                recipe.model, policy="dense", policy_settings={}, skip_unit="block", num_hidden_layers=num_layers
+            ),
             training=recipe.training,
         )
         for num_layers in recipe.dense_layers
@@ -223,7 +225,7 @@ def write_pages(
     if not report["dense"] and model.config.policy != "dense":
         summary["dense model of fewer layers"] = "none was trained (dense_layers)"
     part = folder / f"{PAGE_FILE}.part"
-    write_page(part, f"Depth by token: {folder.name}", passages, model.config.num_hidden_layers, summary)
+    write_page(part, f"Depth by token: {folder.name}", passages, model.config.num_skip_units, summary)
     part.replace(folder / PAGE_FILE)  # whole or not there: it marks the run as finished
 
 
