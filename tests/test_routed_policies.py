@@ -16,7 +16,7 @@ from midskip.model.packing import PackedBatch
 from midskip.policies import Policy, build_policy
 from midskip.policies.early_exit import EarlyExit
 from midskip.policies.mixture_of_depths import MixtureOfDepths
-from midskip.policies.scored import Router, ScoredPolicy
+from midskip.policies.scored import Router, ScoredPolicy, uniform
 from midskip.testing import check_policy
 from midskip.train import Recipe, train
 
@@ -88,9 +88,11 @@ def test_early_exit_is_for_good(scores: str) -> None:
     assert not kept(policy, h_LND, rectangle(4, 10))[2:].any()
 
 
-def test_early_exit_learns_what_leaving_costs(make_model: Callable[..., MidskipForCausalLM]) -> None:
-    """The router's squared error and the exit loss, of the tokens present in the layer whose turn it is."""
-    model = make_model(None, policy="early_exit", num_hidden_layers=3)
+@pytest.mark.parametrize("exit_share", [1.0, 0.6])
+def test_early_exit_learns_what_leaving_costs(make_model: Callable[..., MidskipForCausalLM], exit_share: float) -> None:
+    """The router's squared error and the exit loss, of the tokens present in the layer whose turn it is, or of a share
+    of them."""
+    model = make_model(None, policy="early_exit", policy_settings={"exit_share": exit_share}, num_hidden_layers=3)
     policy = model.model.policy
     assert isinstance(policy, EarlyExit)
     ids_BT, total = torch.randint(31, (2, 9)), 0
@@ -102,13 +104,16 @@ def test_early_exit_learns_what_leaving_costs(make_model: Callable[..., MidskipF
         logits_BTV = model.lm_head(model.model.norm(h_BTD))[:, :-1]
         nats = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")
         predicted = policy.routers[layer](h_BTD.flatten(0, 1)).view(2, 9)[:, :-1]
-        counted = present_BT[:, :-1]
+        batch = rectangle(2, 9)
+        batch.token_N = ids_BT.flatten()
+        drawn_BT = uniform(batch, layer).view(2, 9) < exit_share
+        counted = (present_BT & drawn_BT)[:, :-1]
         expected = ((0.1 * (predicted - nats).square() + 0.1 * nats) * counted).sum() / counted.sum()
         torch.testing.assert_close(output.auxiliary_loss, expected)
         total += int(counted.sum())
         policy.absorb()
         torch.testing.assert_close(policy.mean_L[layer], (nats * counted).sum() / counted.sum(), check_dtype=False)
-    assert 16 < total < 48, "somebody left, and somebody stayed"
+    assert (16 if exit_share == 1 else 4) < total < 48 * exit_share, "somebody left, and somebody stayed"
     assert model.eval()(ids_BT, labels=ids_BT).auxiliary_loss is None
 
 
@@ -213,6 +218,7 @@ def test_a_router_counts_its_flops_and_stays_in_float32(kind: str) -> None:
             {"scores": "straight_through", "exit_loss": 0.1},
             "exit_loss is 0.1, of scores 'predicted_loss'",
         ),
+        ("early_exit", {"exit_share": 0}, "exit_share is 0; expected a number above 0"),
         ("early_exit", {"layer_dropout": 2}, "layer_dropout is 2; expected a number from 0 to 1"),
         ("mixture_of_depths", {"capacity": 0}, "capacity is 0; expected a number above 0"),
         ("reinforce", {"cost": -1}, "cost is -1; expected a number of at least 0"),

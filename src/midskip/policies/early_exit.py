@@ -32,6 +32,8 @@ class EarlyExit(ScoredPolicy):
     Args:
         scores: `"predicted_loss"`, which needs the regularizer `target_share`, or `"straight_through"`.
         exit_loss: weight of the exit loss; 0: blocks do not learn from it. Of `"predicted_loss"` alone.
+        exit_share: of the tokens present in the layer that has its turn, the share, drawn anew in each step, that are
+            predicted from; in (0, 1]. Predicting costs a head each. Of `"predicted_loss"` alone.
         layer_dropout: in training a token leaves before layer l of its own accord with a chance of this times
             l / (L - 1), as LayerSkip's layer dropout, but for the token and not for the sequence.
         router: `"bottleneck"` or `"linear"`.
@@ -39,7 +41,7 @@ class EarlyExit(ScoredPolicy):
 
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, scores: str = "predicted_loss",
-        exit_loss: float | None = None, layer_dropout: float = 0.0, router: str = "bottleneck",
+        exit_loss: float | None = None, exit_share: float = 1.0, layer_dropout: float = 0.0, router: str = "bottleneck",
     ):  # fmt: skip
         if scores not in SCORES:
             raise ValueError(f"scores is {scores!r}; expected one of {', '.join(map(repr, SCORES))}")
@@ -52,6 +54,9 @@ class EarlyExit(ScoredPolicy):
         for name, value in (("exit_loss", self.exit_loss), ("layer_dropout", layer_dropout)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
+        if not 0 < exit_share <= 1:
+            raise ValueError(f"exit_share is {exit_share!r}; expected a number above 0 and up to 1")
+        self.exit_share = exit_share
         self.layer_dropout, self.needs_target_share = layer_dropout, self.predicts
         self.num_steps = nn.Buffer(torch.tensor(0))
         self.mean_L = nn.Buffer(torch.zeros(num_layers)) if self.predicts else None
@@ -74,7 +79,7 @@ class EarlyExit(ScoredPolicy):
         state["scored"] = indices_N
         x_MD = h_ND if indices_N is None else h_ND.index_select(0, indices_N)
         if self.training and self.predicts and layer == state["step"] % self.num_layers:
-            state["exit"] = x_MD, indices_N
+            state["exit"] = self._drawn(h_ND, before, state["step"], batch)
         readiness_N = self.readiness(self._number(layer, x_MD), self.gate_of_layer[layer] or 0)
         if indices_N is not None:
             readiness_N = readiness_N.new_ones(len(h_ND)).index_copy(0, indices_N, readiness_N)
@@ -84,6 +89,17 @@ class EarlyExit(ScoredPolicy):
             keep_N = keep_N & (uniform(batch, state["step"] * self.num_layers + layer) >= rate)
         state["decision"] = Decision(keep_N) if self.predicts else self.decision(keep_N, readiness_N)
         return state["decision"]
+
+    def _drawn(
+        self, h_ND: Tensor, before: Decision | None, step: int, batch: PackedBatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of tokens present that are predicted from, and whose they are (None for all)."""
+        keep_N = None if before is None else before.keep_N
+        if self.exit_share < 1:
+            drawn_N = uniform(batch, step) < self.exit_share
+            keep_N = drawn_N if keep_N is None else keep_N & drawn_N
+        indices_N = batch.keep(keep_N).indices_N
+        return (h_ND if indices_N is None else h_ND.index_select(0, indices_N)), indices_N
 
     def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, nats_of: NatsOf) -> Tensor | None:
         reached = sum(0 * parameter.sum() for parameter in self.routers.parameters())  # every rank wants a gradient
