@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, NatsOf
-from midskip.policies.scored import Router, ScoredPolicy, uniform
+from midskip.policies.scored import ScoredPolicy, uniform
 
 SCORES = ("predicted_loss", "straight_through")
 ERROR_WEIGHT = 0.1  # of the router's squared error
@@ -136,6 +136,5 @@ class EarlyExit(ScoredPolicy):
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
         if self.max_layers is not None and layer >= self.max_layers:
             return 0
-        router, indices_N = self.routers[layer], state["scored"]
-        assert isinstance(router, Router)
-        return router.flops * (batch.num_tokens if indices_N is None else len(indices_N))
+        indices_N = state["scored"]
+        return self.router_flops(layer) * (batch.num_tokens if indices_N is None else len(indices_N))

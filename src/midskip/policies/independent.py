@@ -9,7 +9,7 @@ from torch import Tensor
 
 from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision
-from midskip.policies.scored import Router, ScoredPolicy
+from midskip.policies.scored import ScoredPolicy
 
 
 class Independent(ScoredPolicy):
@@ -34,6 +34,4 @@ class Independent(ScoredPolicy):
         return self.decision(self.within(readiness_N < 1, state), readiness_N)
 
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
-        router = self.routers[layer]
-        assert isinstance(router, Router)
-        return router.flops * batch.num_tokens
+        return self.router_flops(layer) * batch.num_tokens

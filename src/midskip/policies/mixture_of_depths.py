@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, Policy
-from midskip.policies.scored import Router, ScoredPolicy
+from midskip.policies.scored import ScoredPolicy
 
 MEMORY = 0.98  # of the threshold, from one step to the next
 
@@ -101,8 +101,4 @@ class MixtureOfDepths(ScoredPolicy):
 
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
         gate = self.gates[layer]
-        if gate is None:
-            return 0
-        router = self.routers[gate]
-        assert isinstance(router, Router)
-        return router.flops * batch.num_tokens
+        return 0 if gate is None else self.router_flops(gate) * batch.num_tokens

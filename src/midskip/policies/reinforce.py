@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, NatsOf
-from midskip.policies.scored import Router, ScoredPolicy, uniform
+from midskip.policies.scored import ScoredPolicy, uniform
 
 
 class Reinforce(ScoredPolicy):
@@ -67,7 +67,5 @@ class Reinforce(ScoredPolicy):
         self.num_steps += 1
 
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
-        router = self.routers[layer]
-        assert isinstance(router, Router)
-        value = router.flops if layer == 0 and self.training else 0
-        return (router.flops + value) * batch.num_tokens
+        num_routers = 2 if layer == 0 and self.training else 1  # the baseline is one more
+        return num_routers * self.router_flops(layer) * batch.num_tokens

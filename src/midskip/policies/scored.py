@@ -97,6 +97,12 @@ class ScoredPolicy(Policy):
         state["run_N"] = run_N + keep_N
         return keep_N
 
+    def router_flops(self, index: int) -> int:
+        """Of one token and one router."""
+        router = self.routers[index]
+        assert isinstance(router, Router)
+        return router.flops
+
     def decision(self, keep_N: Tensor, readiness_N: Tensor) -> Decision:
         """With the surrogate gradient (`Decision.hard`)."""
         return Decision.hard(keep_N, 1 - readiness_N)
