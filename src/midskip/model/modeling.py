@@ -53,8 +53,8 @@ class MidskipPreTrainedModel(CardedModel):
 
 
 class MidskipModel(MidskipPreTrainedModel):
-    """The Transformer without its head. Every pass runs on packed tokens: a pad, and a token that skips a layer, is
-    not there."""
+    """The Transformer without its head. Every pass runs on packed tokens: pads have no row, and a token that
+    skips a layer has none in that layer."""
 
     def __init__(self, config: MidskipConfig):
         super().__init__(config)
