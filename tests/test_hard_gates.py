@@ -232,7 +232,7 @@ def test_steps_with_a_cache_are_one_pass(make_model: Make, ragged: tuple[Tensor,
 
 
 def test_hard_gates_keep_the_contract() -> None:
-    for scores, num_layers, skipped_kv in zip(SCORES, (4, 5, 4), ("drop", "keep", "keep"), strict=True):
+    for scores, num_layers, skipped_kv in zip(SCORES, (3, 4, 3), ("drop", "keep", "keep"), strict=True):
         settings = {"gates": "hard", "scores": scores}
         check_policy("middle_out", settings, num_layers=num_layers, skipped_kv=skipped_kv)
     check_policy(f"{__name__}:Half", num_layers=3, skipped_kv="drop")

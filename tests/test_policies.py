@@ -151,9 +151,9 @@ def test_decide_must_be_written() -> None:
         ("dense", {}, 4, "keep"),
         ("middle_out", {}, 1, "drop"),
         ("middle_out", {}, 4, "keep"),
-        *(("middle_out", {"start": start}, 5, "drop") for start in STARTS if start != "open"),
+        *(("middle_out", {"start": start}, 3, "drop") for start in STARTS if start != "open"),
         (FIXED, {"skip_share": 0.4}, 4, "keep"),
-        (FIXED, {"skip_share": 0.6, "fractional": True}, 5, "drop"),
+        (FIXED, {"skip_share": 0.6, "fractional": True}, 3, "drop"),
     ],
 )
 def test_policies_that_keep_the_contract_pass(

@@ -50,7 +50,9 @@ def kept(policy: Policy, h_LND: Tensor, batch: PackedBatch) -> Tensor:
 
 @pytest.mark.parametrize(("name", "skipped_kv"), list(zip([*ROUTED, *CONTROLS], cycle(["keep", "drop"]))))
 def test_the_contract(name: str, skipped_kv: str) -> None:
-    check_policy(name.split(",")[0], {**ROUTED, **CONTROLS}[name], num_layers=4, skipped_kv=skipped_kv)
+    check_policy(
+        name.split(",")[0], {**ROUTED, **CONTROLS}[name], num_layers=4 if "middle" in name else 3, skipped_kv=skipped_kv
+    )
 
 
 # ---- what each decides
@@ -239,12 +241,12 @@ def test_a_share_is_held_in_training(make_recipe: Callable[..., Recipe], name: s
     regularizer = ("none", {}) if holds_its_own else ("target_share", {"target_share": 0.6, "ramp_steps": 10})
     settings = ROUTED[name] | ({"ramp_steps": 10} if holds_its_own else {})
     recipe = make_recipe(
-        *regularizer, max_steps=60, learning_rate=0.003, per_device_train_batch_size=8,
+        *regularizer, max_steps=40, learning_rate=0.003, per_device_train_batch_size=8,
         model={"policy": name.split(",")[0], "policy_settings": settings},
     )  # fmt: skip
     report = train(recipe, console=QUIET)
     rows, target = history(recipe), 0.75 if holds_its_own else 0.6
-    late = sum(row["executed_share"] for row in rows[-20:]) / 20
+    late = sum(row["executed_share"] for row in rows[-15:]) / 15
     assert late == pytest.approx(target, abs=0.06) and rows[0]["executed_share"] > 0.9
     assert report["validation"]["executed_share"] == pytest.approx(target, abs=0.12)
     assert all(math.isfinite(row["auxiliary"]) for row in rows)
