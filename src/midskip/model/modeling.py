@@ -303,22 +303,25 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
             raise ValueError(f"labels has the shape {list(labels.shape)}; expected {list(shape)}")
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             raise ValueError("labels need the logits of all columns: leave logits_to_keep out")
-        logits_NV = self.lm_head(packed.h_ND)
         valid_BT = batch.unpack(torch.ones_like(batch.column_N))
         next_BT = F.pad(torch.where(valid_BT.bool(), labels, IGNORED)[:, 1:], (0, 1), value=IGNORED)
-        target_N = batch.pack(next_BT)
+        h_ND, target_N = packed.h_ND, batch.pack(next_BT)
+        policy, observes, auxiliary_loss = self.model.policy, self.training and self.model.policy.is_observing, None
+        asked = policy.asks(packed.state) if observes else None
+        target_K = target_N
+        if asked is not None:  # all in one call of the head, whose weights then get their gradient at once
+            asked_MD, indices_M = asked
+            h_ND = torch.cat([h_ND, self.model.norm(asked_MD)])
+            asked_M = target_N if indices_M is None else target_N.index_select(0, indices_M)
+            target_K = torch.cat([target_N, asked_M])
+        logits_KV = self.lm_head(h_ND)
         is_held = output_logits or bool(self.lm_head._forward_hooks)  # a hook may hold them
         backend = getattr(self.model.layers[0], "backend", None)  # the loss is compiled if the blocks are
-        nats_N = cross_entropy(logits_NV, target_N, overwrite=not is_held, backend=backend)
+        nats_K = cross_entropy(logits_KV, target_K, overwrite=not is_held, backend=backend)
+        nats_N, asked_nats_M = nats_K.split([batch.num_tokens, len(nats_K) - batch.num_tokens])
         scored_N = target_N != IGNORED
-        policy, auxiliary_loss = self.model.policy, None
-        if self.training and policy.is_observing:
-
-            def nats_of(h_ND: Tensor, indices_N: Tensor | None = None) -> Tensor:
-                target_M = target_N if indices_N is None else target_N.index_select(0, indices_N)
-                return cross_entropy(self.lm_head(self.model.norm(h_ND)), target_M, backend=backend)
-
+        if observes:
             policy.observe(packed.state, nats_N.detach(), scored_N)
-            auxiliary_loss = policy.objective(packed.state, nats_N.detach(), scored_N, nats_of)
+            auxiliary_loss = policy.objective(packed.state, nats_N.detach(), scored_N, asked_nats_M)
         loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)
-        return loss, auxiliary_loss, batch.unpack(logits_NV) if output_logits else None
+        return loss, auxiliary_loss, batch.unpack(logits_KV[: batch.num_tokens]) if output_logits else None

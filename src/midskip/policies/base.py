@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,6 @@ BUILT_IN = {
     "static": "midskip.policies.static:Static",
     "random": "midskip.policies.random_skips:RandomSkips",
 }
-NatsOf = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,14 +138,20 @@ class Policy(nn.Module):
         Here: nothing. Decisions must not change between two calls.
         """
 
-    def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, nats_of: NatsOf) -> Tensor | None:
+    def asks(self, state: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
+        """Hidden states [M, D] from which the next tokens are to be predicted too, through the last norm and the head,
+        and which tokens' they are (int64 [M], None for all N); None, as here, for none. Called at the end of a pass in
+        training with labels; `objective` gets the losses.
+        """
+
+    def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, asked_nats_M: Tensor) -> Tensor | None:
         """A term of the policy's own, a scalar, which training adds to the cross-entropy; None, as here, for none.
         Called at the end of a pass in training with labels, after `observe`.
 
         Args:
             state, nats_N, scored_N: as in `observe`.
-            nats_of: (h_ND, indices_N) -> nats [N], with gradients: the cross-entropy of the predictions that hidden
-                states make through the last norm and the head; indices_N (int64, None for all) says whose they are.
+            asked_nats_M: float32 or wider [M], with gradients: the cross-entropy of the predictions that were asked
+                for, 0 where none counts; [0] if none were.
         """
 
     def share_profile(self, outer: int) -> list[float | None]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, NatsOf
+from midskip.policies.base import Decision
 from midskip.policies.scored import ScoredPolicy, uniform
 
 SCORES = ("predicted_loss", "straight_through")
@@ -101,7 +101,13 @@ class EarlyExit(ScoredPolicy):
         indices_N = batch.keep(keep_N).indices_N
         return (h_ND if indices_N is None else h_ND.index_select(0, indices_N)), indices_N
 
-    def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, nats_of: NatsOf) -> Tensor | None:
+    def asks(self, state: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
+        if "exit" not in state:
+            return None
+        x_MD, indices_N = state["exit"]
+        return (x_MD if self.exit_loss else x_MD.detach()), indices_N
+
+    def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, asked_nats_M: Tensor) -> Tensor | None:
         reached = sum(0 * parameter.sum() for parameter in self.routers.parameters())  # every rank wants a gradient
         if "exit" not in state:
             return reached if self.predicts else None  # pyright: ignore[reportReturnType]
@@ -109,10 +115,9 @@ class EarlyExit(ScoredPolicy):
         weight_M = (scored_N if indices_N is None else scored_N.index_select(0, indices_N)).to(nats_N.dtype)
         count = weight_M.sum()
         weight_M = weight_M / count.clamp(min=1)
-        with torch.set_grad_enabled(self.exit_loss > 0):
-            exit_M = nats_of(x_MD, indices_N)
-        error = ((self._number(state["step"] % self.num_layers, x_MD) - exit_M.detach()).square() * weight_M).sum()
-        mean = (exit_M * weight_M).sum()
+        error = self._number(state["step"] % self.num_layers, x_MD) - asked_nats_M.detach()
+        error = (error.square() * weight_M).sum()
+        mean = ((asked_nats_M if self.exit_loss else asked_nats_M.detach()) * weight_M).sum()
         new = torch.stack([mean.detach() * count, count])
         self._new = new if self._new is None else self._new + new
         return reached + ERROR_WEIGHT * error + self.exit_loss * mean

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, NatsOf
+from midskip.policies.base import Decision
 from midskip.policies.scored import ScoredPolicy, uniform
 
 
@@ -55,7 +55,7 @@ class Reinforce(ScoredPolicy):
         state["kept"].append(keep_N)
         return Decision(keep_N)
 
-    def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, nats_of: NatsOf) -> Tensor | None:
+    def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, asked_nats_M: Tensor) -> Tensor | None:
         share_N = torch.stack(state["kept"]).to(nats_N.dtype).mean(0)
         return_N = -nats_N - self.cost * share_N
         advantage_N = return_N - state["value"]
