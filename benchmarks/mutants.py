@@ -74,6 +74,8 @@ def main() -> None:
     arguments = parser.parse_args()
     metas = sorted(Path("mutants").rglob("*.py.meta"))
     if arguments.sample:
+        if not metas:
+            raise SystemExit("there are no mutants to draw from: start `make mutants` once, which makes them first")
         print(*(name for path in metas for name in sample_of(path, arguments.sample)))
         return
     modules = {str(path): report_of(path) for path in (meta.relative_to("mutants").with_suffix("") for meta in metas)}

@@ -126,7 +126,7 @@ def with_policy(model: MidskipForCausalLM, policy: str, settings: dict[str, Any]
     config = twin.config
     config.policy, config.policy_settings = policy, settings
     twin.model.policy = build_policy(
-        policy, config.num_hidden_layers, config.hidden_size, config.initializer_range, settings
+        policy, config.num_skip_units, config.hidden_size, config.initializer_range, settings
     )
     return twin.train(model.training)
 

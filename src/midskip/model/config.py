@@ -39,6 +39,11 @@ AUTO_MAP = {
 }
 
 
+def num_skip_units(num_hidden_layers: int, skip_unit: str) -> int:
+    """What a policy decides about: blocks, or twice as many sublayers."""
+    return num_hidden_layers * len(PARTS[skip_unit])
+
+
 class MidskipConfig(PretrainedConfig):
     """Configuration of a Transformer whose tokens skip layers.
 
@@ -113,8 +118,8 @@ class MidskipConfig(PretrainedConfig):
 
     @property
     def num_skip_units(self) -> int:
-        """What a policy decides about: blocks, or twice as many sublayers."""
-        return self.num_hidden_layers * len(PARTS[self.skip_unit])
+        """The L of policies, gates and reports; see `skip_unit`."""
+        return num_skip_units(self.num_hidden_layers, self.skip_unit)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As transformers does, with a module beside it that imports midskip, so that `AutoModelForCausalLM` loads the

@@ -141,9 +141,11 @@ class Block(nn.Module):
         """
         assert queries.rotary and keys.rotary, "the model sets the angles before the first block"
         # none or one row would each be compiled apart, for nothing
-        before, after, ahead = STRETCHES if self.backend is None or x_ND.shape[0] <= 1 else _compiled(self.backend)
+        before, after, feed_forward = (
+            STRETCHES if self.backend is None or x_ND.shape[0] <= 1 else _compiled(self.backend)
+        )
         if part == "feed_forward":
-            return ahead(self, x_ND, output_gate_N)
+            return feed_forward(self, x_ND, output_gate_N)
         indices_N = None if others_MD is None else queries.indices_N
         in_cache = past is not None and past.num_tokens  # against a cache, gates are in there
         gates = None if in_cache else key_gate_M

@@ -1,6 +1,6 @@
 """The models: embed -> (decide -> keep -> block -> put back) for every layer -> head, over packed tokens.
 
-B sequences, T columns, N valid tokens, D width, V vocabulary, L layers.
+B sequences, T columns, N valid tokens, P predictions, D width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -308,20 +308,20 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         h_ND, target_N = packed.h_ND, batch.pack(next_BT)
         policy, observes, auxiliary_loss = self.model.policy, self.training and self.model.policy.is_observing, None
         asked = policy.asks(packed.state) if observes else None
-        target_K = target_N
+        target_P = target_N
         if asked is not None:  # all in one call of the head, whose weights then get their gradient at once
             asked_MD, indices_M = asked
             h_ND = torch.cat([h_ND, self.model.norm(asked_MD)])
             asked_M = target_N if indices_M is None else target_N.index_select(0, indices_M)
-            target_K = torch.cat([target_N, asked_M])
-        logits_KV = self.lm_head(h_ND)
+            target_P = torch.cat([target_N, asked_M])
+        logits_PV = self.lm_head(h_ND)
         is_held = output_logits or bool(self.lm_head._forward_hooks)  # a hook may hold them
         backend = getattr(self.model.layers[0], "backend", None)  # the loss is compiled if the blocks are
-        nats_K = cross_entropy(logits_KV, target_K, overwrite=not is_held, backend=backend)
-        nats_N, asked_nats_M = nats_K.split([batch.num_tokens, len(nats_K) - batch.num_tokens])
+        nats_P = cross_entropy(logits_PV, target_P, overwrite=not is_held, backend=backend)
+        nats_N, asked_nats_M = nats_P.split([batch.num_tokens, len(nats_P) - batch.num_tokens])
         scored_N = target_N != IGNORED
         if observes:
             policy.observe(packed.state, nats_N.detach(), scored_N)
             auxiliary_loss = policy.objective(packed.state, nats_N.detach(), scored_N, asked_nats_M)
         loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)
-        return loss, auxiliary_loss, batch.unpack(logits_KV[: batch.num_tokens]) if output_logits else None
+        return loss, auxiliary_loss, batch.unpack(logits_PV[: batch.num_tokens]) if output_logits else None

@@ -79,7 +79,7 @@ class EarlyExit(ScoredPolicy):
         state["scored"] = indices_N
         x_MD = h_ND if indices_N is None else h_ND.index_select(0, indices_N)
         if self.training and self.predicts and layer == state["step"] % self.num_layers:
-            state["exit"] = self._drawn(h_ND, before, state["step"], batch)
+            state["exit"] = (x_MD, indices_N) if self.exit_share == 1 else self._some(h_ND, before, state, batch)
         readiness_N = self.readiness(self._number(layer, x_MD), self.gate_of_layer[layer] or 0)
         if indices_N is not None:
             readiness_N = readiness_N.new_ones(len(h_ND)).index_copy(0, indices_N, readiness_N)
@@ -90,14 +90,13 @@ class EarlyExit(ScoredPolicy):
         state["decision"] = Decision(keep_N) if self.predicts else self.decision(keep_N, readiness_N)
         return state["decision"]
 
-    def _drawn(
-        self, h_ND: Tensor, before: Decision | None, step: int, batch: PackedBatch
+    def _some(
+        self, h_ND: Tensor, before: Decision | None, state: dict[str, Any], batch: PackedBatch
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states of tokens present that are predicted from, and whose they are (None for all)."""
-        keep_N = None if before is None else before.keep_N
-        if self.exit_share < 1:
-            drawn_N = uniform(batch, step) < self.exit_share
-            keep_N = drawn_N if keep_N is None else keep_N & drawn_N
+        """Hidden states of a drawn share of the tokens present, and whose they are; None: those of all tokens."""
+        keep_N = uniform(batch, state["step"]) < self.exit_share
+        if before is not None and before.keep_N is not None:
+            keep_N = keep_N & before.keep_N
         indices_N = batch.keep(keep_N).indices_N
         return (h_ND if indices_N is None else h_ND.index_select(0, indices_N)), indices_N
 

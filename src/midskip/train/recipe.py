@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser
 
-from midskip.model.config import PARTS, MidskipConfig
+from midskip.model.config import MidskipConfig, num_skip_units
 from midskip.regularizers import Regularizer, build_regularizer
 from midskip.runs import write_atomically
 
@@ -222,7 +222,7 @@ class Recipe:
 
     def build_regularizer(self) -> Regularizer:
         """The gate regularizer. Raises ValueError for settings that do not fit."""
-        num_units = self.model.num_hidden_layers * len(PARTS[self.model.skip_unit])
+        num_units = num_skip_units(self.model.num_hidden_layers, self.model.skip_unit)
         return build_regularizer(self.regularizer.name, num_units, **self.regularizer.settings)
 
     def save(self, path: Path) -> None:
