@@ -9,7 +9,7 @@ from pathlib import Path
 import midskip
 
 PACKAGE = Path(midskip.__file__).parent
-CORE = tuple(f"model.{name}" for name in ("packing", "ops", "layer_cache", "attention", "layers", "loss"))
+CORE = tuple(f"model.{name}" for name in ("packing", "ops", "layer_cache", "attention", "layers", "loss", "skip_path"))
 ORDER = (
     (*CORE, "model.config", "budget.calibration", "budget.monitor", "distributed", "plugins", "layer_statistics"),
     ("policies", "regularizers", "model.cache"),

@@ -22,6 +22,7 @@ from midskip.train import Recipe, train
 
 ROUTED = {
     "independent": {"router": "linear"},
+    "independent, some": {"outer": 1, "first_tokens": 2},
     "early_exit": {"scores": "straight_through"},
     "early_exit, by loss": {},
     "mixture_of_depths": {"capacity": 0.5},
@@ -56,6 +57,15 @@ def test_the_contract(name: str, skipped_kv: str) -> None:
 
 
 # ---- what each decides
+
+
+@torch.no_grad()
+def test_independent_may_leave_out_layers_and_first_tokens() -> None:
+    policy, h_LND = make("independent", outer=2, first_tokens=3), torch.randn(6, 40, 8)
+    policy.bias.fill_(1e3)  # readiest to skip
+    kept_LN = kept(policy, h_LND, rectangle(1, 40))
+    assert kept_LN[[0, 1, 4, 5]].all() and kept_LN[2:4, :3].all() and not kept_LN[2:4, 3:].any()
+    assert policy.share_profile(0) == [None, None, 0.0, 0.0, None, None]
 
 
 @torch.no_grad()
@@ -213,6 +223,8 @@ def test_a_router_counts_its_flops_and_stays_in_float32(kind: str) -> None:
         ("static", {"share": None, "layers": [0, 6]}, r"layers is \[0, 6\]; expected some of 0 to 5"),
         ("random", {"kind": "middle"}, "kind is 'middle'; expected one of 'independent'"),
         ("random", {"share": 0.1, "outer": 2}, "share is 0.1 and outer 2, whose layers alone are more"),
+        ("independent", {"outer": 3}, "outer is 3 of 6 layers, which leaves none to skip"),
+        ("independent", {"first_tokens": -1}, "first_tokens is -1; expected a whole number of at least 0"),
         ("independent", {"router": "deep"}, "router is 'deep'; expected one of 'linear', 'bottleneck'"),
         ("early_exit", {"scores": "hash"}, "scores is 'hash'; expected one of 'predicted_loss'"),
         (

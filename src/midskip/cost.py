@@ -27,6 +27,7 @@ from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Block
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.model.packing import PackedBatch
+from midskip.model.skip_path import SkipPath
 from midskip.policies import Policy
 
 CONVENTIONS = ("causal", "counter")
@@ -94,13 +95,14 @@ class Flops:
     projections: int = 0
     attention: int = 0
     mlp: int = 0
+    skip_paths: int = 0
     policy: int = 0
     head: int = 0
 
     @property
     def blocks(self) -> int:
-        """All but the head and the policy."""
-        return self.projections + self.attention + self.mlp
+        """All but the head and the policy: what stands for a skipped layer is counted too."""
+        return self.projections + self.attention + self.mlp + self.skip_paths
 
     @property
     def total(self) -> int:
@@ -201,7 +203,7 @@ class Meter:
         self._index_sums: list[tuple[int, int, Tensor]] = []  # layer, call, and what its work still lacks
         self.seqlens: list[int] = []
         self.past_seqlens: list[int] = []
-        self.policy_flops = self.head_rows = 0
+        self.policy_flops = self.skip_path_flops = self.head_rows = 0
         self.bytes, self._dense_bytes = Bytes(), Bytes()
 
     def __enter__(self) -> Meter:
@@ -209,6 +211,7 @@ class Meter:
         self._hooks = [block.register_forward_hook(self._on_block(layer)) for layer, block in enumerate(body.layers)]
         self._hooks += [
             body.policy.register_forward_hook(self._on_policy),
+            *(path.register_forward_hook(self._on_skip_path) for path in body.skip_paths.values()),
             body.embed_tokens.register_forward_hook(self._on_embedding),
             self.model.lm_head.register_forward_pre_hook(self._on_head),  # so that it cannot hold the logits
         ]
@@ -249,7 +252,9 @@ class Meter:
 
     def flops(self, convention: str = "causal", backward: bool = False) -> Flops:
         """FLOPs of all that was counted, forward alone or forward and backward."""
-        total = head_flops(self.config, self.head_rows) + Flops(policy=self.policy_flops)
+        total = head_flops(self.config, self.head_rows) + Flops(
+            policy=self.policy_flops, skip_paths=self.skip_path_flops
+        )
         for calls in self.layers:
             for work in calls:
                 total += block_flops(self.config, work, convention)
@@ -308,6 +313,11 @@ class Meter:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
         a_token = 2 * key_width * dtype.itemsize * len(body.layers)
         self._dense_bytes += Bytes(others + sum(map(_bytes_of, body.layers)), seen * a_token)
+
+    def _on_skip_path(self, path: SkipPath, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if not is_backward():
+            self.skip_path_flops += path.flops * len(output)
+            self.bytes += Bytes(_bytes_of(path) if len(output) else 0)
 
     def _on_embedding(self, embedding: nn.Embedding, arguments: tuple[Any, ...], output: Tensor) -> None:
         self._both(0 if is_backward() else output.numel() * embedding.weight.element_size())

@@ -15,6 +15,7 @@ from midskip.model.config import PARTS
 from midskip.model.layers import Block, RMSNorm
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.model.packing import PackedBatch
+from midskip.model.skip_path import SkipPath
 from midskip.policies import Policy
 from midskip.policies.difficulty import NUM_KINDS, PRIOR
 from midskip.policies.middle_out import LARGEST_EXPONENT, MiddleOut
@@ -98,6 +99,7 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Re
             layer = len(gates)
             if isinstance(body.policy, MiddleOut):
                 output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, priority_T, scores, gates)
+                taking_T = (scores[-1] >= 1) & (scores[-2] < 1 if len(scores) > 1 else True)
                 if body.policy.is_hard:
                     key_gate_T = key_gate_T.detach()  # the surrogate gradient is of what a block adds, not of its keys
             else:
@@ -105,14 +107,19 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Re
                     _decided_gates(body.policy, layer, x_TD[document], state, batch)
                     for document, (state, batch) in zip(documents, asked, strict=True)
                 ]
-                output_gate_T, key_gate_T = (torch.cat(of_documents) for of_documents in zip(*pairs, strict=True))
+                output_gate_T, key_gate_T, taking_T = map(torch.cat, zip(*pairs, strict=True))
             gates.append(output_gate_T)
+            before_TD = x_TD
             if config.skipped_kv == "keep":
                 key_gate_T = torch.ones_like(key_gate_T)
             if part != "feed_forward":
                 x_TD = _attention(block, x_TD, output_gate_T, key_gate_T, turn_TK, sees_TT, config.head_dim)
             if part != "attention":
                 x_TD = _feed_forward(block, x_TD, output_gate_T)
+            if str(layer) in body.skip_paths:
+                path = body.skip_paths[str(layer)]
+                assert isinstance(path, SkipPath)
+                x_TD = x_TD + taking_T.to(x_TD.dtype)[:, None] * _skip_path(path, before_TD)
         hidden.append(x_TD)
     hidden[-1] = _rms_norm(x_TD, body.norm)
     logits_TV = hidden[-1] @ model.lm_head.weight.T
@@ -134,15 +141,17 @@ def _documents(position_T: Tensor) -> list[list[int]]:
 
 def _decided_gates(
     policy: Policy, layer: int, x_TD: Tensor, state: dict[str, Any], batch: PackedBatch
-) -> tuple[Tensor, Tensor]:
-    """The gates of outputs and of keys as the policy decides on one document, 0 where a token is not kept."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gates of outputs and of keys as the policy decides on one document, 0 where a token is not kept, and how far
+    each takes the skip path."""
     decision = policy.decide(layer, x_TD, state, batch)
     present_T = x_TD.new_ones(len(x_TD)) if decision.keep_N is None else decision.keep_N.to(x_TD.dtype)
     output_gate_T, key_gate_T = (
         present_T if gate is None else torch.where(present_T > 0, gate.to(x_TD.dtype), 0)
         for gate in (decision.output_gate_N, decision.key_gate_N)
     )
-    return output_gate_T, key_gate_T
+    taking_T = 1 - output_gate_T if decision.skip_path_N is None else decision.skip_path_N.to(x_TD.dtype)
+    return output_gate_T, key_gate_T, taking_T
 
 
 def _priorities(policy: Policy, ids_T: Tensor, documents: list[list[int]]) -> Tensor:
@@ -238,6 +247,15 @@ def _feed_forward(block: Block, x_TD: Tensor, output_gate_T: Tensor) -> Tensor:
     if isinstance(block.post_feedforward_layernorm, RMSNorm):
         branch_TD = _rms_norm(branch_TD, block.post_feedforward_layernorm)
     return x_TD + output_gate_T[:, None] * branch_TD
+
+
+def _skip_path(path: SkipPath, x_TD: Tensor) -> Tensor:
+    rms_T1 = (x_TD.pow(2).mean(-1, keepdim=True) + path.eps).sqrt()
+    z_TD = x_TD / rms_T1
+    if path.down is not None:
+        z_TR = z_TD @ path.down.T
+        z_TD = z_TR * torch.sigmoid(z_TR) if path.kind == "adapter" else z_TR
+    return rms_T1 * (z_TD @ path.weight.T + path.bias)
 
 
 def _rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:

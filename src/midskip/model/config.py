@@ -12,6 +12,7 @@ from midskip.budget.calibration import Calibration
 
 NORMS = ("sandwich", "pre")
 SKIPPED_KV = ("drop", "keep")
+SKIP_PATHS = ("none", "linear", "low_rank", "adapter")
 PARTS = {"block": ("block",), "sublayer": ("attention", "feed_forward")}  # of a block, which a token skips apart
 
 # What transformers itself hands to a configuration beside its declared fields.
@@ -58,6 +59,9 @@ class MidskipConfig(PretrainedConfig):
         skip_unit: what a token skips: `"block"`, or `"sublayer"`, attention and feed-forward apart. With `"sublayer"`
             the layers of policies, regularizers, gates, shares and reports are sublayers: 2 l is the attention of block
             l, and 2 l + 1 its feed-forward. Weights are the same.
+        skip_path: what a token that skips a layer gets instead of it: `"none"`, nothing, or a map with few FLOPs, for
+            each layer: `"linear"`, `"low_rank"` or `"adapter"` (`model.skip_path.SkipPath`). A new one gives nothing.
+        skip_path_rank: hidden features of the last two; by default 64.
         policy: who skips: a name in `midskip.policies` (`"middle_out"`, `"dense"`) or `"package.module:Class"`.
         policy_settings: keyword arguments of that policy.
         use_cache: whether `generate()`, and a forward pass without gradients, use a cache unless they are told.
@@ -92,6 +96,8 @@ class MidskipConfig(PretrainedConfig):
     norms: str = "sandwich"
     skipped_kv: str = "drop"
     skip_unit: str = "block"
+    skip_path: str = "none"
+    skip_path_rank: int | None = None
     policy: str = "middle_out"
     policy_settings: dict = None  # pyright: ignore[reportAssignmentType]
     calibration: Any = None  # checked here, so that what is wrong in it is named
@@ -135,6 +141,14 @@ class MidskipConfig(PretrainedConfig):
         _one_of("norms", self.norms, NORMS)
         _one_of("skipped_kv", self.skipped_kv, SKIPPED_KV)
         _one_of("skip_unit", self.skip_unit, tuple(PARTS))
+        _one_of("skip_path", self.skip_path, SKIP_PATHS)
+        has_rank = self.skip_path in ("low_rank", "adapter")
+        if self.skip_path_rank is not None and not has_rank:
+            raise ValueError(
+                f"skip_path_rank is {self.skip_path_rank!r} with skip_path {self.skip_path!r}, which has none: leave "
+                "it out, or set skip_path to 'low_rank' or 'adapter'"
+            )
+        self.skip_path_rank = self.skip_path_rank or (64 if has_rank else None)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
@@ -195,7 +209,9 @@ def _check_positive_integers(config: MidskipConfig) -> None:
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "max_position_embeddings",
     ]  # fmt: skip
-    names += [name for name in ("num_key_value_heads", "head_dim") if getattr(config, name) is not None]
+    names += [
+        name for name in ("num_key_value_heads", "head_dim", "skip_path_rank") if getattr(config, name) is not None
+    ]
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

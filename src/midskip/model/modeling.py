@@ -27,6 +27,7 @@ from midskip.model.layers import Block, RMSNorm, RotaryEmbedding
 from midskip.model.loss import IGNORED, cross_entropy
 from midskip.model.outputs import MidskipCausalLMOutput, MidskipModelOutput, Packed
 from midskip.model.packing import PackedBatch
+from midskip.model.skip_path import SkipPath
 from midskip.policies import Decision, Policy, build_policy
 
 
@@ -44,7 +45,7 @@ class MidskipPreTrainedModel(CardedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Policy):
+        if isinstance(module, Policy | SkipPath):
             module.reset_parameters(initialization)
         elif isinstance(module, RotaryEmbedding):
             initialization.copy_(module.inv_freq, module.compute())
@@ -73,6 +74,11 @@ class MidskipModel(MidskipPreTrainedModel):
             for _ in range(config.num_hidden_layers)
         )  # fmt: skip
         self.norm = RMSNorm(width, eps)
+        self.policy.has_skip_paths = config.skip_path != "none"
+        self.skip_paths = nn.ModuleDict(
+            {str(layer): SkipPath(width, config.skip_path, config.skip_path_rank, eps)
+             for layer in self.policy.skip_path_layers if self.policy.has_skip_paths}
+        )  # fmt: skip
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -153,7 +159,9 @@ class MidskipModel(MidskipPreTrainedModel):
             for part in parts:
                 decision = self.policy(len(decisions), h_ND, state, batch)
                 decisions.append(decision)
-                h_ND = self._run_block(block, h_ND, decision, batch, past, part)
+                before_ND, h_ND = h_ND, self._run_block(block, h_ND, decision, batch, past, part)
+                if (name := str(len(decisions) - 1)) in self.skip_paths:
+                    h_ND = self._take_path(self.skip_paths[name], before_ND, h_ND, decision, batch)
             if hidden_states is not None and layer + 1 < len(self.layers):
                 hidden_states.append(h_ND)
         h_ND = self.norm(h_ND)
@@ -193,6 +201,26 @@ class MidskipModel(MidskipPreTrainedModel):
         if indices_N is None:
             return x_ND
         return h_ND.index_copy(0, indices_N, x_ND.to(h_ND.dtype))  # a copy: a policy or a hook may hold the tensor
+
+    def _take_path(
+        self, path: nn.Module, before_ND: Tensor, h_ND: Tensor, decision: Decision, batch: PackedBatch
+    ) -> Tensor:
+        """Add what a layer's skip path gives to the tokens that take it."""
+        keep_N, gate_N, taking_N = decision.keep_N, decision.output_gate_N, decision.skip_path_N
+        if taking_N is None and gate_N is not None:  # all of them, more or less
+            rest_N = 1 - gate_N if keep_N is None else torch.where(keep_N, 1 - gate_N, 1)
+            return torch.addcmul(h_ND, rest_N.to(h_ND.dtype)[:, None], path(before_ND).to(h_ND.dtype))
+        if taking_N is not None:
+            indices_M = batch.keep(taking_N).indices_N
+        else:
+            num_skipped = batch.num_tokens - batch.keep(keep_N).num_tokens
+            skipped_N = torch.zeros_like(batch.column_N, dtype=torch.bool) if keep_N is None else ~keep_N
+            indices_M = torch.nonzero_static(skipped_N, size=num_skipped).squeeze(1)
+        if indices_M is None:
+            return h_ND + path(before_ND).to(h_ND.dtype)
+        if not (len(indices_M) or self.training or is_initialized()):
+            return h_ND
+        return h_ND.index_add(0, indices_M, path(before_ND.index_select(0, indices_M)).to(h_ND.dtype))
 
 
 class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMixin):

@@ -37,6 +37,10 @@ class Decision:
         output_gate_N: float32 [N] in [0, 1], multiplies what the layer adds; None means 1. Read only where kept.
         key_gate_N: float32 [N], above 0 and up to 1, weighs the token's key; None means 1. Read only where kept,
             and only with `skipped_kv="drop"`.
+        skip_path_N: bool [N], True for a token that takes the skip path of this layer, if the model has skip paths
+            (`config.skip_path`); it must not be kept. None: each token takes it as far as it does not run the layer,
+            that is, times 1 minus its output gate. A policy whose tokens stay away for several layers says here where
+            they leave, and the path stands for all of those layers.
 
     A policy that keeps the same tokens in two layers returns the same tensor `keep_N`, best the same `Decision`:
     what follows from it (rows, positions, angles) is then worked out once.
@@ -45,9 +49,10 @@ class Decision:
     keep_N: Tensor | None = None
     output_gate_N: Tensor | None = None
     key_gate_N: Tensor | None = None
+    skip_path_N: Tensor | None = None
 
     @classmethod
-    def hard(cls, keep_N: Tensor, score_N: Tensor) -> Decision:
+    def hard(cls, keep_N: Tensor, score_N: Tensor, skip_path_N: Tensor | None = None) -> Decision:
         """A hard gate: exactly 1 where a token is kept and 0 elsewhere, in training and evaluation alike.
 
         Its gradient is a surrogate, the straight-through one: in the backward pass the output gate of a token that is
@@ -57,10 +62,15 @@ class Decision:
         Args:
             keep_N: bool [N].
             score_N: float32 or wider, finite [N], what rises with the gate: the more, the sooner the token is kept.
+            skip_path_N: as in `Decision`.
         """
         if not (torch.is_grad_enabled() and score_N.requires_grad):
-            return cls(keep_N)
-        return cls(keep_N, 1 + (score_N - score_N.detach()))
+            return cls(keep_N, skip_path_N=skip_path_N)
+        return cls(keep_N, 1 + (score_N - score_N.detach()), skip_path_N=skip_path_N)
+
+    def leaving(self, keep_N: Tensor) -> Tensor:
+        """bool [N]: who is kept here and not by `keep_N`, the decision about the next layer."""
+        return ~keep_N if self.keep_N is None else self.keep_N & ~keep_N
 
 
 class Policy(nn.Module):
@@ -83,6 +93,8 @@ class Policy(nn.Module):
         looks_back: whether `decide` reads hidden states of a token's past beside its own; a subclass that does sets it.
             A cache does not hold those, so such a model runs without one.
         is_hard: whether every gate is exactly 0 or 1 (see `Decision.hard`).
+        skip_path_layers: layers that have a skip path in models that have any; all by default.
+        has_skip_paths: whether the model has any; set by the model.
         needs_target_share: whether no gradient opens or closes its gates, so that the regularizer target_share has to.
         gate_of_layer: for each layer the index of the gate that it goes by, whose share of tokens a regularizer may
             set through `bias`; None where it may not. By default there is none. A policy that has some also has
@@ -100,6 +112,7 @@ class Policy(nn.Module):
         self.num_layers, self.width, self.initializer_range = num_layers, width, initializer_range
         self.score_scale, self.max_layers, self.is_observing = 1.0, None, True
         self.gate_of_layer: tuple[int | None, ...] = (None,) * num_layers
+        self.skip_path_layers, self.has_skip_paths = range(num_layers), False
         self.open_bias = 0.0
 
     def reset_parameters(self, init: Any = nn.init) -> None:

@@ -72,8 +72,8 @@ class EarlyExit(ScoredPolicy):
             state["step"] = int(self.num_steps) if self.training else 0  # on a GPU the host waits for it
         before: Decision | None = state.get("decision")
         if self.max_layers is not None and layer >= self.max_layers:
-            left_N = torch.zeros(len(h_ND), dtype=torch.bool, device=h_ND.device)
-            state["decision"] = Decision(left_N)
+            nobody_N = torch.zeros(len(h_ND), dtype=torch.bool, device=h_ND.device)
+            state["decision"] = Decision(nobody_N, skip_path_N=self._leaving(before, nobody_N))
             return state["decision"]
         indices_N = None if before is None else batch.keep(before.keep_N).indices_N
         state["scored"] = indices_N
@@ -87,8 +87,17 @@ class EarlyExit(ScoredPolicy):
         if self.training and self.layer_dropout and layer:
             rate = self.layer_dropout * layer / (self.num_layers - 1)
             keep_N = keep_N & (uniform(batch, state["step"] * self.num_layers + layer) >= rate)
-        state["decision"] = Decision(keep_N) if self.predicts else self.decision(keep_N, readiness_N)
+        leaving_N = self._leaving(before, keep_N)
+        state["decision"] = (
+            Decision(keep_N, skip_path_N=leaving_N)
+            if self.predicts
+            else Decision.hard(keep_N, 1 - readiness_N, leaving_N)
+        )
         return state["decision"]
+
+    def _leaving(self, before: Decision | None, keep_N: Tensor) -> Tensor | None:
+        """Who takes the skip path, which stands for all layers from here on."""
+        return (before or Decision()).leaving(keep_N) if self.has_skip_paths else None
 
     def _some(
         self, h_ND: Tensor, before: Decision | None, state: dict[str, Any], batch: PackedBatch

@@ -5,6 +5,7 @@ N packed tokens.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from midskip.model.packing import PackedBatch
@@ -21,17 +22,37 @@ class Independent(ScoredPolicy):
 
     Args:
         router: `"bottleneck"` or `"linear"`.
+        outer: first and as many last layers that every token runs.
+        first_tokens: tokens at the beginning of each sequence that run every layer: what many others attend to.
     """
 
     def __init__(
-        self, num_layers: int, width: int, initializer_range: float = 0.02, router: str = "bottleneck"
+        self, num_layers: int, width: int, initializer_range: float = 0.02, router: str = "bottleneck", outer: int = 0,
+        first_tokens: int = 0,
     ):  # fmt: skip
-        gates = tuple(range(num_layers))
-        super().__init__(num_layers, width, initializer_range, gates, num_layers, router)
+        num_gates = num_layers - 2 * outer
+        for name, value in (("outer", outer), ("first_tokens", first_tokens)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 0")
+        if num_gates < 1:
+            raise ValueError(f"outer is {outer} of {num_layers} layers, which leaves none to skip; expected less")
+        gates = (None,) * outer + tuple(range(num_gates)) + (None,) * outer
+        super().__init__(num_layers, width, initializer_range, gates, num_gates, router)
+        self.outer, self.first_tokens = outer, first_tokens
+        self.skip_path_layers = range(outer, num_layers - outer)
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
-        readiness_N = self.readiness(self.routers[layer](h_ND.detach()), layer)
-        return self.decision(self.within(readiness_N < 1, state), readiness_N)
+        gate = self.gate_of_layer[layer]
+        if gate is None:
+            if self.max_layers is None:
+                return Decision()
+            return Decision(self.within(torch.ones_like(batch.column_N, dtype=torch.bool), state))
+        readiness_N = self.readiness(self.routers[gate](h_ND.detach()), gate)
+        keep_N = readiness_N < 1
+        if self.first_tokens:
+            keep_N = keep_N | (batch.position_N < self.first_tokens)
+        return self.decision(self.within(keep_N, state), readiness_N)
 
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
-        return self.router_flops(layer) * batch.num_tokens
+        gate = self.gate_of_layer[layer]
+        return 0 if gate is None else self.router_flops(gate) * batch.num_tokens

@@ -74,6 +74,7 @@ class MiddleOut(Policy):
             raise ValueError(f"scores is {scores!r}, of hard gates; add gates: hard, or leave it out")
         self.start, self.is_hard, scores = start, gates == "hard", scores or "hash"
         self.num_gates = (num_layers + 1) // 2
+        self.skip_path_layers = range(self.num_gates)  # each for the layers from there to its mirror
         self.gate_of_layer = nested(num_layers, 0)[0]
         hard_bias = min(HARD_OPEN_BIAS, -2.01 - math.log(self.num_gates))  # the sum of all scores is below 1
         self.open_bias = hard_bias if self.is_hard else SOFT_OPEN_SCORE / self.num_gates
@@ -131,17 +132,20 @@ class MiddleOut(Policy):
                 more_N = depth_score_N + self._score(layer, priority_N)
                 depth_score_N = torch.where(depth_score_N < 1, more_N, depth_score_N)
             self._decide(state, depth_score_N)
-        batch.count([decision.keep_N for decision in state["decisions"]])
+        decisions = state["decisions"]
+        batch.count([mask_N for decision in decisions for mask_N in (decision.keep_N, decision.skip_path_N)])
 
     def _decide(self, state: dict[str, Any], depth_score_N: Tensor) -> None:
         """Add the decision that follows from the scores."""
         state["depth_scores"].append(depth_score_N)
         keep_N = depth_score_N < 1
+        before = state["decisions"][-1] if state["decisions"] else Decision()
+        leaving_N = before.leaving(keep_N) if self.has_skip_paths else None
         if self.is_hard:
-            state["decisions"].append(Decision.hard(keep_N, 1 - depth_score_N))
+            state["decisions"].append(Decision.hard(keep_N, 1 - depth_score_N, leaving_N))
         else:
             gate_N = torch.where(keep_N, 1 - depth_score_N, 0)
-            state["decisions"].append(Decision(keep_N, gate_N, gate_N))
+            state["decisions"].append(Decision(keep_N, gate_N, gate_N, leaving_N))
 
     def priority(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
         """Float [N]: of hard gates that go by tokens (int64 [N], and those before them, -1 where there is none), what

@@ -79,9 +79,9 @@ class ScoredPolicy(Policy):
             router.reset_parameters(init)  # pyright: ignore[reportCallIssue]
 
     def share_profile(self, outer: int) -> list[float | None]:
-        """The same share in all layers but the outer ones."""
+        """The same share in all layers that have a gate, but the outer ones."""
         inner = range(outer, self.num_layers - outer)
-        return [0.0 if layer in inner else None for layer in range(self.num_layers)]
+        return [0.0 if layer in inner and gate is not None else None for layer, gate in enumerate(self.gate_of_layer)]
 
     def readiness(self, number_N: Tensor, gate: int) -> Tensor:
         """To skip, above 0: what is compared with 1, under the scale in force. Of what a router gave."""

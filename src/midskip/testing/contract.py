@@ -31,6 +31,7 @@ def check_policy(
     num_layers: int | None = None,
     skipped_kv: str | None = None,
     skip_unit: str = "block",
+    skip_path: str = "none",
     seed: int = 0,
 ) -> None:
     """Check a policy, in tiny models in float64, as it starts and with its parameters moved at random.
@@ -58,7 +59,7 @@ def check_policy(
         policy, settings: as `policy` and `policy_settings` in `MidskipConfig`.
         num_layers: L; 1, 4 and 5 by default.
         skipped_kv: as in `MidskipConfig`; both by default.
-        skip_unit: as in `MidskipConfig`.
+        skip_unit, skip_path: as in `MidskipConfig`.
         seed: of weights, tokens and the random move.
 
     Raises:
@@ -68,7 +69,7 @@ def check_policy(
     for layers in (1, 4, 5) if num_layers is None else (num_layers,):
         for kv in SKIPPED_KV if skipped_kv is None else (skipped_kv,):
             for moved in (False, True):
-                trial = Trial.make(policy, dict(settings or {}), layers, kv, skip_unit, moved, seed)
+                trial = Trial.make(policy, dict(settings or {}), layers, kv, skip_unit, skip_path, moved, seed)
                 for check in (
                     _gates, _repeatable, _untouched, _no_future_leak, _batch, _prefix, _decode, _finite,
                     _packed_is_reference, _state, _budget,
@@ -109,6 +110,11 @@ def _problem(decision: Any, num_tokens: int) -> str:
     keep_N = decision.keep_N
     if keep_N is not None and (keep_N.dtype != torch.bool or keep_N.shape != (num_tokens,)):
         return f"keep_N is {keep_N.dtype} {list(keep_N.shape)}; expected torch.bool [{num_tokens}]"
+    if (path_N := decision.skip_path_N) is not None:
+        if path_N.dtype != torch.bool or path_N.shape != (num_tokens,):
+            return f"skip_path_N is {path_N.dtype} {list(path_N.shape)}; expected torch.bool [{num_tokens}]"
+        if (path_N if keep_N is None else path_N & keep_N).any():
+            return "skip_path_N is True for a token that is kept"
     for name in ("output_gate_N", "key_gate_N"):
         gate_N = getattr(decision, name)
         if gate_N is None:

@@ -33,12 +33,20 @@ class Trial:
 
     @classmethod
     def make(
-        cls, policy: str, settings: dict, num_layers: int, skipped_kv: str, skip_unit: str, moved: bool, seed: int
+        cls,
+        policy: str,
+        settings: dict,
+        num_layers: int,
+        skipped_kv: str,
+        skip_unit: str,
+        skip_path: str,
+        moved: bool,
+        seed: int,
     ) -> Trial:
         config = MidskipConfig(
             vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=num_layers, num_attention_heads=2,
             num_key_value_heads=1, max_position_embeddings=2 * NUM_COLUMNS, initializer_range=0.3,
-            skipped_kv=skipped_kv, skip_unit=skip_unit, policy=policy, policy_settings=settings,
+            skipped_kv=skipped_kv, skip_unit=skip_unit, skip_path=skip_path, policy=policy, policy_settings=settings,
         )  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -48,7 +56,8 @@ class Trial:
         if moved:
             _move(model, ids_BT, generator)
         state = "with its parameters moved" if moved else "as it starts"
-        where = f"{policy!r}, {num_layers} layers, skipped_kv={skipped_kv!r}, skip_unit={skip_unit!r}, {state}"
+        where = f"{policy!r}, {num_layers} layers, skipped_kv={skipped_kv!r}, skip_unit={skip_unit!r}, "
+        where += f"skip_path={skip_path!r}, {state}"
         return cls(model, ids_BT, generator, where)
 
     def failed(self, check: str, what: str) -> AssertionError:
@@ -69,9 +78,9 @@ class Trial:
 
 @torch.no_grad()
 def _move(model: MidskipForCausalLM, ids_BT: Tensor, generator: torch.Generator) -> None:
-    """Move what the policy has learnt at random; where a regularizer has to close gates, until about half are."""
+    """Move what was learnt at random; where a regularizer has to close gates, until about half are."""
     policy = model.model.policy
-    for parameter in policy.parameters():
+    for parameter in (*policy.parameters(), *model.model.skip_paths.parameters()):
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter += noise.to(parameter) / policy.width**0.5
     if policy.needs_target_share:

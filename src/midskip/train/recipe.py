@@ -62,6 +62,8 @@ class ModelSettings:
         norms: "sandwich" (the paper's) or "pre" (Llama's).
         skipped_kv: "drop" (a token that skips a layer has no key there) or "keep".
         skip_unit: "block", or "sublayer": attention and feed-forward are skipped apart.
+        skip_path: what a token that skips gets instead: "none", "linear", "low_rank" or "adapter".
+        skip_path_rank: hidden features of the last two; null for 64.
         policy: who skips: "middle_out", "dense" or "package.module:Class".
         policy_settings: settings of the policy.
         tie_word_embeddings: one matrix for the embedding and the head.
@@ -79,6 +81,8 @@ class ModelSettings:
     norms: Literal["sandwich", "pre"] = "sandwich"
     skipped_kv: Literal["drop", "keep"] = "drop"
     skip_unit: Literal["block", "sublayer"] = "block"
+    skip_path: Literal["none", "linear", "low_rank", "adapter"] = "none"
+    skip_path_rank: int | None = None
     policy: str = "middle_out"
     policy_settings: dict[str, Any] = field(default_factory=dict)
     tie_word_embeddings: bool = False

@@ -161,7 +161,13 @@ def dense_recipes(recipe: Recipe) -> list[Recipe]:
             output=str(Path(recipe.output, f"dense-{num_layers}")),
             data=recipe.data,
             model=replace(
-                recipe.model, policy="dense", policy_settings={}, skip_unit="block", num_hidden_layers=num_layers
+                recipe.model,
+                policy="dense",
+                policy_settings={},
+                skip_unit="block",
+                skip_path="none",
+                skip_path_rank=None,
+                num_hidden_layers=num_layers,
             ),
             training=recipe.training,
         )
