@@ -27,6 +27,7 @@ def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) ->
         ("prepare", ["source", "--output", "--tokenizer", "--validation_share", "--max_tokens", "--shard_tokens"]),
         ("train", ["RECIPE.yaml", "--resume", "--accept_changes", "--training.learning_rate", "width of the hidden"]),
         ("sweep", ["SWEEP.yaml", "--jobs", "--ray", "ADDRESS", "--list"]),
+        ("retrofit", ["model", "--data", "--validation", "--choice", "--distil_steps", "--share", "--skip_path"]),
         ("calibrate", ["--data", "--lowest", "--max_tokens", "--batch_size", "--name"]),
         ("evaluate", ["--data", "--batch_size", "--output", "--budgets", "--picture"]),
         ("generate", ["--prompt", "--temperature", "--seed", "--budget", "--max_layers", "--on_drift"]),
@@ -41,7 +42,7 @@ def test_every_command_has_help(command: str, words: list[str], capsys: pytest.C
         assert end.code == 0
     out = capsys.readouterr().out
     assert f"midskip {command}" in out and [word for word in words if word not in out] == []
-    tested = {"demo", "prepare", "train", "sweep", "calibrate", "evaluate", "generate", "frontier", "bench"}
+    tested = {"demo", "prepare", "train", "sweep", "calibrate", "evaluate", "generate", "frontier", "bench", "retrofit"}
     assert set(cli.COMMANDS) == tested, "else a command is not tested"
 
 

@@ -21,7 +21,7 @@ ORDER = (
     ("testing", "groups"),
     ("evaluate", "budget.calibrate", "generate"),
     ("train",),  # a run ends with its own evaluation and report
-    ("bench", "demo", "frontier"),
+    ("bench", "demo", "frontier", "retrofit"),
     ("sweep",),
     ("commands",),
     ("cli", "__main__"),

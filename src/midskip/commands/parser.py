@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "train a gated model, and a dense one of its FLOPs, in minutes, and compare them",
     "prepare": "turn text into shards of tokens",
     "train": "train a model from a recipe",
+    "retrofit": "have a pretrained model skip, without training or with a little, its price measured at every budget",
     "sweep": "train a grid of recipes, settings and seeds, and go on where it was left",
     "evaluate": "loss and work of a trained model on text",
     "calibrate": "measure what a budget at run time costs, and save it with the model",

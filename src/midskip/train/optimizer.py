@@ -10,9 +10,12 @@ from midskip.train.recipe import TrainingSettings
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW over three groups: weights (matrices, decayed), norms, and gates (the policy) with a rate of their own."""
+    """AdamW over three groups: weights (matrices, decayed), norms, and gates (the policy) with a rate of their own;
+    what is frozen is in none."""
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "gates": []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         groups["gates" if ".policy." in name else "weights" if parameter.ndim > 1 else "norms"].append(parameter)
     return torch.optim.AdamW(
         [

@@ -1,0 +1,62 @@
+"""`midskip retrofit`: its options, and what it does."""
+
+from __future__ import annotations
+
+from midskip.commands.parser import Parser, at_least_one
+
+
+def run(arguments: list[str]) -> None:
+    parser = Parser(
+        "retrofit",
+        epilog="A killed retrofit goes on where it was when the same command is given again; --distil_steps may be "
+        "asked for when the fit is done. Budgets of the result: `midskip generate OUTPUT ... --budget 0.8`.",
+    )
+    parser.add_argument("model", help="folder or hub name of a pretrained model of the Llama family, or a dense run")
+    parser.add_argument("--data", required=True, help="text to fit and train on, as `midskip prepare` takes it")
+    parser.add_argument(
+        "--validation", required=True, action="append", metavar="[NAME=]TEXT",
+        help="held-out text on which budgets are priced; may be given several times, the first is also calibrated on",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, help="folder, made if it does not exist")
+    parser.add_argument(
+        "--choice", choices=("tokens", "layers"), default="tokens",
+        help="who skips: each layer by token, or the same layers for all, to compare (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--skip_unit", choices=("block", "sublayer"), default="block", help="default: %(default)s")
+    parser.add_argument(
+        "--skip_path", choices=("linear", "low_rank"), default="linear",
+        help="what a token gets instead of a layer: a linear map (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--skip_path_rank", type=at_least_one, help="of low_rank (default: 64)")
+    parser.add_argument(
+        "--skipped_kv", choices=("keep", "drop"), default="keep",
+        help="whether a token has keys in layers that it skips (default: %(default)s)",
+    )  # fmt: skip
+    for name, kind, default, what in (
+        ("outer", int, 1, "first and as many last layers that every token runs"),
+        ("first_tokens", int, 2, "tokens of a sequence that run every layer"),
+        ("share", float, 0.75, "of block-tokens that run without a budget"),
+        ("length", at_least_one, 512, "tokens of a window"),
+        ("fit_tokens", at_least_one, 22_000, "tokens of --data that the fit looks at"),
+        ("price_tokens", at_least_one, 6_144, "tokens of each held-out text for prices, and as many to calibrate"),
+        ("distil_steps", int, 0, "steps of training after the fit"),
+        ("batch_size", at_least_one, 4, "windows of a step"),
+        ("learning_rate", float, 1e-3, "of the maps"),
+        ("gate_learning_rate_scale", float, 0.3, "of the routers, as a factor of it"),
+        ("seed", int, 0, "of the order of windows and budgets"),
+        ("save_steps", at_least_one, 100, "steps between two checkpoints"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{what} (default: %(default)s)")
+    options = vars(parser.parse_args(arguments))
+    named = [text.rpartition("=") for text in options.pop("validation")]
+    validation = {name or f"text {number}": text for number, (name, _, text) in enumerate(named, 1)}
+    if len(validation) < len(named):
+        raise ValueError("two held-out texts have the same name; expected names that differ, NAME=TEXT")
+    from rich.console import Console
+
+    from midskip.retrofit import RetrofitSettings, retrofit
+    from midskip.retrofit.run import price_table
+
+    report = retrofit(RetrofitSettings(**options, validation=validation))
+    for stage, found in report["stages"].items():
+        Console().print(price_table(found["prices"], stage))

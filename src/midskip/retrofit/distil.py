@@ -1,0 +1,114 @@
+"""Skip paths and routers trained towards the model that skips nothing, which stays as it is.
+
+B sequences, T columns, N valid tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+
+from midskip.data import TokenWindows
+from midskip.evaluate import limits_kept
+from midskip.model.modeling import MidskipForCausalLM
+from midskip.retrofit.shares import DrawnShares
+from midskip.train.checkpoints import HISTORY_FILE, REGULARIZER_FILE, history_until, newest_checkpoint, step_of
+from midskip.train.peak import peak_flops
+from midskip.train.progress import ProgressBar
+from midskip.train.recipe import TrainingSettings
+from midskip.train.run import training_arguments
+from midskip.train.trainer import MidskipTrainer
+
+
+class Distiller(MidskipTrainer):
+    """Its loss is the divergence (Kullback and Leibler's) of the logits from those of the same model when every token
+    runs every layer."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        valid_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+        policy = self.bare_model.model.policy
+        with torch.no_grad(), limits_kept(self.bare_model):
+            policy.set_limits(0.0)
+            target_BTV = model(**given, use_cache=False).logits
+        outputs = model(**given, use_cache=False)
+        loss = divergence(outputs.logits, target_BTV, valid_BT)
+        nothing = 0 * loss.detach()
+        self.step.add(loss, nothing, nothing, outputs.gates, outputs.executed, valid_BT)
+        return (loss, outputs) if return_outputs else loss
+
+
+def divergence(logits_BTV: Tensor, target_BTV: Tensor, valid_BT: Tensor | None = None) -> Tensor:
+    """The mean over valid tokens of KL(target || model), in nats, worked out in float32 or wider."""
+    logits_NV, target_NV = (
+        (x.flatten(0, 1) if valid_BT is None else x[valid_BT]).to(torch.promote_types(x.dtype, torch.float32))
+        for x in (logits_BTV, target_BTV)
+    )
+    log_target_NV = target_NV.log_softmax(1)
+    target_NV = log_target_NV.exp()
+    entropy = -(target_NV * log_target_NV).sum(1).mean()
+    return F.cross_entropy(logits_NV, target_NV) - entropy
+
+
+def distil(
+    model: MidskipForCausalLM,
+    windows: TokenWindows,
+    folder: Path,
+    settings: TrainingSettings,
+    shares: DrawnShares,
+    measure: Callable[[MidskipForCausalLM], dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Train the skip paths and the policy of `model` in place; everything else is frozen, so that the model in which
+    every token runs every layer stays the same to the last bit.
+
+    Args:
+        windows: text for training.
+        folder: of checkpoints, from the newest of which it goes on.
+        settings: the optimisation.
+        shares: of block-tokens, of which one is drawn a step.
+        measure: as in `MidskipTrainer`.
+        tokenizer: saved beside the best model.
+        console: where progress is shown.
+
+    Returns:
+        The history, a row a step; `cross_entropy` in it is the divergence.
+
+    Raises:
+        FloatingPointError: the loss or a weight is no longer finite.
+    """
+    console = console or Console(stderr=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".policy." in name or ".skip_paths." in name)
+    arguments = training_arguments(settings, folder)
+    checkpoint = newest_checkpoint(folder, console.print)
+    if checkpoint is not None:
+        shares.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
+    peak, _ = (settings.peak_flops, "") if settings.peak_flops else peak_flops(arguments)
+    trainer = Distiller(shares, settings, measure, tokenizer, peak, model=model, args=arguments, train_dataset=windows)
+    trainer.history += history_until(folder / HISTORY_FILE, 0 if checkpoint is None else step_of(checkpoint))
+    trainer.remove_callback(PrinterCallback)
+    progress = ProgressBar("distilling", trainer.history, console)
+    trainer.add_callback(progress)
+    try:
+        if checkpoint is None or step_of(checkpoint) < settings.max_steps:  # else the Trainer would add a step
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        else:
+            model.load_state_dict(MidskipForCausalLM.from_pretrained(checkpoint).state_dict())
+    finally:
+        progress.bar.stop()
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    trainer.check_weights()
+    return trainer.history
