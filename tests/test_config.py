@@ -22,6 +22,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 class EvenOnly(Policy):
@@ -95,6 +96,15 @@ def test_unknown_setting_is_refused_with_a_hint(tiny: Callable[..., MidskipConfi
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
             "expected exactly .*'low_freq_factor'",
         ),
+        ({"rope_parameters": YARN | {"beta": 1.0}}, "type 'yarn' has the keys .*'beta'.*and maybe .*'truncate'"),
+        ({"rope_parameters": YARN | {"truncate": 1}}, r"rope_parameters\['truncate'\] is 1; expected True or False"),
+        ({"rope_parameters": YARN | {"mscale": 0}}, r"rope_parameters\['mscale'\] is 0; expected a number above 0"),
+        ({"no_rope_layers": [1, 0, 1]}, r"no_rope_layers is \[1, 0, 1\]; expected a list of 4 numbers"),
+        ({"no_rope_layers": [1, 0, 1, 2]}, r"no_rope_layers is \[1, 0, 1, 2\]; expected a list of 4 numbers"),
+        ({"no_rope_layers": 4}, "no_rope_layers is 4; expected a list of 4 numbers"),
+        ({"attention_bias": 1}, "attention_bias is 1; expected True or False"),
+        ({"attention_out_bias": "no"}, "attention_out_bias is 'no'; expected True or False"),
+        ({"qk_norm": None}, "qk_norm is None; expected True or False"),
         ({"use_cache": 1}, "use_cache is 1; expected True or False"),
         ({"attn_implementation": "eager"}, "attn_implementation is 'eager'; .*leave it out"),
     ],
@@ -105,8 +115,10 @@ def test_impossible_value_is_refused(tiny: Callable[..., MidskipConfig], changes
 
 
 def test_unknown_rope_type_is_refused(tiny: Callable[..., MidskipConfig]) -> None:
-    for kind in ("yarn", "spiral"):
-        with pytest.raises(ValueError, match=f"rope_type'\\] is '{kind}'; expected one of 'default', 'llama3'"):
+    for kind in ("dynamic", "spiral"):
+        with pytest.raises(
+            ValueError, match=f"rope_type'\\] is '{kind}'; expected one of 'default', 'linear', 'llama3'"
+        ):
             tiny(rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0})
 
 
@@ -131,6 +143,8 @@ def test_settings_given_are_not_shared(tiny: Callable[..., MidskipConfig]) -> No
     [
         {},
         {"norms": "pre", "skipped_kv": "keep", "policy": "dense", "tie_word_embeddings": True, "head_dim": 6},
+        {"attention_bias": True, "attention_out_bias": True, "qk_norm": True, "no_rope_layers": [1, 1, 1, 0]},
+        {"rope_parameters": YARN | {"truncate": False, "attention_factor": 1.5}},
         {
             "policy_settings": {"start": "released"},
             "rope_parameters": LLAMA3,

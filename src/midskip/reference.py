@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from midskip.model.config import PARTS
 from midskip.model.layers import Block, RMSNorm
@@ -78,7 +78,7 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Re
     if isinstance(body.embed_layernorm, RMSNorm):
         x_TD = _rms_norm(x_TD, body.embed_layernorm)
     turn_TK = torch.polar(
-        torch.ones(len(ids_T), config.head_dim // 2, dtype=x_TD.dtype),
+        torch.full((len(ids_T), config.head_dim // 2), body.rotary.attention_factor, dtype=x_TD.dtype),
         position_T[:, None].to(x_TD.dtype) * body.rotary.inv_freq.to(x_TD.dtype),
     )
     documents = _documents(position_T)
@@ -222,9 +222,13 @@ def _attention(
     attention = block.self_attn
     y_TD = _rms_norm(x_TD, block.input_layernorm)
     q, k, v = (
-        (y_TD @ projection.weight.T).unflatten(-1, (-1, head_width)).transpose(0, 1)
+        _linear(y_TD, projection).unflatten(-1, (-1, head_width)).transpose(0, 1)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    if isinstance(attention.q_norm, RMSNorm) and isinstance(attention.k_norm, RMSNorm):
+        q, k = _rms_norm(q, attention.q_norm), _rms_norm(k, attention.k_norm)
+    if not attention.rope:
+        turn_TK = torch.ones_like(turn_TK)
     repeats = q.shape[0] // k.shape[0]
     q_HTK = _turn(q, turn_TK)
     k_HTK, v_HTK = _turn(k, turn_TK).repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
@@ -233,7 +237,7 @@ def _attention(
     total_HT1 = weight_HTT.sum(-1, keepdim=True)
     # a token that sees nobody is not present itself: its row is multiplied by gate 0 below
     mixed_HTK = torch.where(total_HT1 > 0, weight_HTT / torch.where(total_HT1 > 0, total_HT1, 1), 0) @ v_HTK
-    branch_TD = mixed_HTK.transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
+    branch_TD = _linear(mixed_HTK.transpose(0, 1).flatten(1), attention.o_proj)
     if isinstance(block.post_attention_layernorm, RMSNorm):
         branch_TD = _rms_norm(branch_TD, block.post_attention_layernorm)
     return x_TD + output_gate_T[:, None] * branch_TD
@@ -256,6 +260,11 @@ def _skip_path(path: SkipPath, x_TD: Tensor) -> Tensor:
         z_TR = z_TD @ path.down.T
         z_TD = z_TR * torch.sigmoid(z_TR) if path.kind == "adapter" else z_TR
     return rms_T1 * (z_TD @ path.weight.T + path.bias)
+
+
+def _linear(x: Tensor, projection: nn.Linear) -> Tensor:
+    y = x @ projection.weight.T
+    return y if projection.bias is None else y + projection.bias
 
 
 def _rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:

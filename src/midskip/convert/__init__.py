@@ -1,1 +1,6 @@
-"""Checkpoints of other code as midskip models."""
+"""Models of other code as midskip models, and back."""
+
+from midskip.convert.export import to_transformers
+from midskip.convert.load import pretrained, save_tokenizer
+
+__all__ = ["pretrained", "save_tokenizer", "to_transformers"]

@@ -21,20 +21,30 @@ from midskip.model.packing import PackedBatch, Rotary
 
 class Attention(nn.Module):
     """Its three methods run in this order. The first and the last are arithmetic on rows, which torch.compile may fuse
-    with what stands around; only the second knows who belongs to which sequence."""
+    with what stands around; only the second knows who belongs to which sequence.
 
-    def __init__(self, width: int, num_heads: int, num_key_heads: int, head_width: int):
+    Args:
+        bias, out_bias: whether the projections of queries, keys and values, and that of the output, have one.
+        rope: whether queries and keys are turned by their rotary angles.
+        q_norm, k_norm: what normalises each head's queries and keys over K before that; None: nothing.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, num_key_heads: int, head_width: int, bias: bool = False,
+        out_bias: bool = False, rope: bool = True, q_norm: nn.Module | None = None, k_norm: nn.Module | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.head_width = head_width
-        self.q_proj = nn.Linear(width, num_heads * head_width, bias=False)
-        self.k_proj = nn.Linear(width, num_key_heads * head_width, bias=False)
-        self.v_proj = nn.Linear(width, num_key_heads * head_width, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_width, width, bias=False)
+        self.head_width, self.rope = head_width, rope
+        self.q_proj = nn.Linear(width, num_heads * head_width, bias=bias)
+        self.k_proj = nn.Linear(width, num_key_heads * head_width, bias=bias)
+        self.v_proj = nn.Linear(width, num_key_heads * head_width, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_width, width, bias=out_bias)
+        self.q_norm, self.k_norm = q_norm, k_norm
 
     def project(
         self, x_ND: Tensor, y_MD: Tensor, queries: Rotary, keys: Rotary, key_gate_M: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x [N, H, J], keys and values of y [M, G, J], turned by their rotary angles and gated.
+        """Queries of x [N, H, J], keys and values of y [M, G, J], normalised, turned by their rotary angles and gated.
 
         Args:
             key_gate_M: float32 [M] in (0, 1], the gate of each key; None means 1.
@@ -42,6 +52,10 @@ class Attention(nn.Module):
         q_NHK = self.q_proj(x_ND).unflatten(-1, (-1, self.head_width))
         k_MGK = self.k_proj(y_MD).unflatten(-1, (-1, self.head_width))
         v_MGK = self.v_proj(y_MD).unflatten(-1, (-1, self.head_width))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_NHK, k_MGK = self.q_norm(q_NHK), self.k_norm(k_MGK)
+        if not self.rope:
+            return rotate_and_gate(q_NHK, k_MGK, v_MGK, None, None, key_gate_M)
         return rotate_and_gate(q_NHK, k_MGK, v_MGK, queries, keys, key_gate_M)
 
     def attend(
@@ -65,9 +79,10 @@ class Attention(nn.Module):
 
 
 def rotate_and_gate(
-    q_NHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, queries: Rotary, keys: Rotary, key_gate_M: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotary embedding of queries and keys, and the gates of the keys.
+    q_NHK: Tensor, k_MGK: Tensor, v_MGK: Tensor, queries: Rotary | None, keys: Rotary | None,
+    key_gate_M: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Rotary embedding of queries and keys (None: they stay as they are), and the gates of the keys.
 
     The gate enters as log g(j), added to the score by one more feature of q (1) and k (log g(j) sqrt(K)), so that
     any fused causal kernel computes it without a mask.

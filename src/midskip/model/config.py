@@ -23,8 +23,11 @@ _FROM_TRANSFORMERS = {
 }  # fmt: skip
 _ROPE_KEYS = {
     "default": {"rope_theta"},
+    "linear": {"rope_theta", "factor"},
     "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"rope_theta", "factor", "original_max_position_embeddings"},
 }
+_ROPE_OPTIONS = {"yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}}
 
 
 REMOTE_MODULE = "load_midskip"  # in a saved folder, for `trust_remote_code=True` where midskip was not imported
@@ -48,9 +51,15 @@ def num_skip_units(num_hidden_layers: int, skip_unit: str) -> int:
 class MidskipConfig(PretrainedConfig):
     """Configuration of a Transformer whose tokens skip layers.
 
-    Field names follow transformers' `LlamaConfig`; those of our own are:
+    Field names follow transformers' `LlamaConfig`. `rope_parameters` may be of the types `"default"`, `"linear"`,
+    `"llama3"` and `"yarn"`. Fields that other models of that family have, or that are our own:
 
     Attributes:
+        attention_bias: whether the projections of queries, keys and values have a bias.
+        attention_out_bias: whether the output projection of attention has one. (Llama's `attention_bias` is both.)
+        qk_norm: whether each head's queries and keys go through an RMSNorm, as in Qwen3.
+        no_rope_layers: L numbers as in SmolLM3, 1 for a block with rotary embedding, 0 for one without; None: all have
+            it.
         norms: `"sandwich"` (RMSNorm before and after both branches, after the embedding and before the head, as in
             the paper) or `"pre"` (before both branches and before the head, as in Llama).
         skipped_kv: `"drop"`, a token that skips a layer has no key and value there and others see it scaled by its gate
@@ -89,6 +98,10 @@ class MidskipConfig(PretrainedConfig):
     initializer_range: float = 0.02
     rope_parameters: dict = None  # pyright: ignore[reportAssignmentType]
     tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    qk_norm: bool = False
+    no_rope_layers: list[int] | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -167,15 +180,14 @@ class MidskipConfig(PretrainedConfig):
                 f"attn_implementation is {self._attn_implementation!r}; midskip chooses its own packed attention: "
                 "leave it out"
             )
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}; expected True or False")
+        for name in ("tie_word_embeddings", "attention_bias", "attention_out_bias", "qk_norm", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if self.output_attentions or self.chunk_size_feed_forward:
             raise ValueError(
                 "output_attentions and chunk_size_feed_forward would have no effect: packed attention never holds its "
                 "weights, and a block always runs whole; leave them out"
             )
-        if not isinstance(self.use_cache, bool):
-            raise ValueError(f"use_cache is {self.use_cache!r}; expected True or False")
         self._check_rope()
         if self.calibration is not None:
             self.calibration = Calibration.from_dict(self.calibration).to_dict()
@@ -185,14 +197,27 @@ class MidskipConfig(PretrainedConfig):
         kind = rope.get("rope_type", "default")
         _one_of("rope_parameters['rope_type']", kind, tuple(_ROPE_KEYS))
         expected = _ROPE_KEYS[kind]
+        options = _ROPE_OPTIONS.get(kind, set())
         given = set(rope) - {"rope_type", "type"}
-        if given != expected:
+        if given - options != expected:
+            beside = f", and maybe {sorted(options)}" if options else ""
             raise ValueError(
                 f"rope_parameters of type {kind!r} has the keys {sorted(given)}; expected exactly {sorted(expected)}"
+                f"{beside}"
             )
-        for name in expected:
-            if not isinstance(rope[name], int | float) or rope[name] <= 0:
+        for name in given:
+            if name == "truncate":
+                if not isinstance(rope[name], bool):
+                    raise ValueError(f"rope_parameters['truncate'] is {rope[name]!r}; expected True or False")
+            elif not isinstance(rope[name], int | float) or rope[name] <= 0:
                 raise ValueError(f"rope_parameters[{name!r}] is {rope[name]!r}; expected a number above 0")
+        layers = self.no_rope_layers
+        fits = isinstance(layers, list) and len(layers) == self.num_hidden_layers and all(x in (0, 1) for x in layers)
+        if layers is not None and not fits:
+            raise ValueError(
+                f"no_rope_layers is {layers!r}; expected a list of {self.num_hidden_layers} numbers, one for each "
+                "block: 1 with rotary embedding, 0 without"
+            )
 
 
 def _refuse_unknown(kwargs: dict[str, Any], known: set[str]) -> None:

@@ -48,20 +48,30 @@ class RotaryEmbedding(nn.Module):
 
     Args:
         width: K, even.
-        rope: `rope_theta`, and for `rope_type` `"llama3"` also `factor`, `low_freq_factor`,
-            `high_freq_factor` and `original_max_position_embeddings` (Llama 3's stretching of long waves).
+        rope: `rope_parameters` of the configuration: `rope_theta` and, by `rope_type`, how waves are stretched
+            (`"linear"`: all; `"llama3"`: long ones; `"yarn"`: long ones, and cosines and sines are scaled).
+
+    Attributes:
+        attention_factor: what cosines and sines are multiplied by.
     """
 
     def __init__(self, width: int, rope: dict):
         super().__init__()
         self.width, self.rope = width, rope
+        self.attention_factor = _yarn_attention_factor(rope) if rope.get("rope_type") == "yarn" else 1.0
         self.inv_freq = nn.Buffer(self.compute(), persistent=False)
 
     def compute(self) -> Tensor:
         """float32 [K/2], radians a position."""
         rope = self.rope
         radians = rope["rope_theta"] ** -(torch.arange(0, self.width, 2, dtype=torch.float64) / self.width)
-        if rope.get("rope_type") == "llama3":
+        kind = rope.get("rope_type")
+        if kind == "linear":
+            radians = radians / rope["factor"]
+        elif kind == "yarn":
+            kept = _yarn_kept(self.width, rope)
+            radians = radians * (kept + (1 - kept) / rope["factor"])
+        elif kind == "llama3":
             turns = rope["original_max_position_embeddings"] * radians / (2 * math.pi)
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short waves stay, 0: long ones are stretched
@@ -77,7 +87,36 @@ class RotaryEmbedding(nn.Module):
         """Cosines [N, 1, K], one for each feature, and sines [N, 1, K/2], one for each pair."""
         wide = torch.promote_types(dtype, torch.float32)
         angle = position_N.to(wide)[:, None, None] * self.inv_freq.to(wide)
-        return angle.cos().to(dtype).repeat(1, 1, 2), angle.sin().to(dtype)
+        cos, sin = angle.cos(), angle.sin()
+        if self.attention_factor != 1:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        return cos.to(dtype).repeat(1, 1, 2), sin.to(dtype)
+
+
+def _yarn_kept(width: int, rope: dict) -> Tensor:
+    """float64 [K/2]: 1 for waves that turn often within the context of pretraining and stay, 0 for those that are
+    stretched, on a line between (arXiv 2309.00071)."""
+    context, theta = rope["original_max_position_embeddings"], rope["rope_theta"]
+    low, high = (
+        width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (rope.get("beta_fast", 32), rope.get("beta_slow", 1))
+    )
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    span = high - low or 0.001  # as transformers does where both ends meet
+    return 1 - ((torch.arange(width // 2, dtype=torch.float64) - low) / span).clamp(0, 1)
+
+
+def _yarn_attention_factor(rope: dict) -> float:
+    def factor(strength: float) -> float:
+        return 0.1 * strength * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+
+    if "attention_factor" in rope:
+        return rope["attention_factor"]
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        return factor(rope["mscale"]) / factor(rope["mscale_all_dim"])
+    return factor(1)
 
 
 class SwiGLU(nn.Module):
@@ -108,11 +147,15 @@ class Block(nn.Module):
     backend: str | None = None
 
     def __init__(
-        self, width: int, hidden: int, num_heads: int, num_key_heads: int, head_width: int, eps: float, norms: str
-    ):
+        self, width: int, hidden: int, num_heads: int, num_key_heads: int, head_width: int, eps: float, norms: str,
+        attention_bias: bool = False, attention_out_bias: bool = False, qk_norm: bool = False, rope: bool = True,
+    ):  # fmt: skip
         super().__init__()
         self.input_layernorm = RMSNorm(width, eps)
-        self.self_attn = Attention(width, num_heads, num_key_heads, head_width)
+        q_norm, k_norm = (RMSNorm(head_width, eps), RMSNorm(head_width, eps)) if qk_norm else (None, None)
+        self.self_attn = Attention(
+            width, num_heads, num_key_heads, head_width, attention_bias, attention_out_bias, rope, q_norm, k_norm
+        )
         self.pre_feedforward_layernorm = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, hidden)
         if norms == "sandwich":
@@ -156,7 +199,9 @@ class Block(nn.Module):
     def modules_of(self, part: str) -> tuple[nn.Module, ...]:
         """Whose weights a part takes; `"keys"`: the keys and values of tokens that do not run it."""
         if part == "keys":
-            return self.input_layernorm, self.self_attn.k_proj, self.self_attn.v_proj
+            k_norm = self.self_attn.k_norm
+            norms = (self.input_layernorm,) if k_norm is None else (self.input_layernorm, k_norm)
+            return *norms, self.self_attn.k_proj, self.self_attn.v_proj
         attention = self.input_layernorm, self.self_attn, self.post_attention_layernorm
         feed_forward = self.pre_feedforward_layernorm, self.mlp, self.post_feedforward_layernorm
         return {"attention": attention, "feed_forward": feed_forward, "block": attention + feed_forward}[part]

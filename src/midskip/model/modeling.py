@@ -69,9 +69,10 @@ class MidskipModel(MidskipPreTrainedModel):
         self.layers = nn.ModuleList(
             Block(
                 width, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
-                config.head_dim, eps, config.norms,
+                config.head_dim, eps, config.norms, config.attention_bias, config.attention_out_bias, config.qk_norm,
+                rope=config.no_rope_layers is None or bool(config.no_rope_layers[layer]),
             )
-            for _ in range(config.num_hidden_layers)
+            for layer in range(config.num_hidden_layers)
         )  # fmt: skip
         self.norm = RMSNorm(width, eps)
         self.policy.has_skip_paths = config.skip_path != "none"

@@ -91,22 +91,28 @@ class _Rotate(torch.autograd.Function):
         return _turn(grad_NHK, cos, -sin), None, None, grad_feature_N
 
 
-def rotate(x_NHK: Tensor, rotary: tuple[Tensor, Tensor], feature_N: Tensor | None = None) -> Tensor:
+def rotate(x_NHK: Tensor, rotary: tuple[Tensor, Tensor] | None, feature_N: Tensor | None = None) -> Tensor:
     """Turn the feature pairs (i, i + K/2) of every head by the angles of `rotary`: cosines [N, 1, K] (one for
-    each feature) and sines [N, 1, K/2] (one for each pair).
+    each feature) and sines [N, 1, K/2] (one for each pair); None turns nothing.
 
     Returns:
         [N, H, K], or [N, H, K + 1] with `feature_N` (of x's dtype) appended to each head of its row.
     """
+    if rotary is None:
+        return x_NHK if feature_N is None else torch.cat([x_NHK, _as_feature(feature_N, x_NHK)], -1)
     if torch.compiler.is_compiling():
         cos, sin = (part.to(x_NHK.dtype) for part in rotary)
         (first, second), (cos_first, cos_second) = x_NHK.chunk(2, -1), cos.chunk(2, -1)
         turned = [first * cos_first - second * sin, second * cos_second + first * sin]
-        feature = [] if feature_N is None else [feature_N[:, None, None].expand(-1, x_NHK.shape[1], 1)]
+        feature = [] if feature_N is None else [_as_feature(feature_N, x_NHK)]
         return torch.cat(turned + feature, -1)
     if not torch.is_grad_enabled():
         return _turn(x_NHK, *rotary, feature_N)
     return _Rotate.apply(x_NHK, *rotary, feature_N)  # pyright: ignore[reportReturnType]
+
+
+def _as_feature(feature_N: Tensor, x_NHK: Tensor) -> Tensor:
+    return feature_N[:, None, None].expand(-1, x_NHK.shape[1], 1)
 
 
 def _turn(x_NHK: Tensor, cos: Tensor, sin: Tensor, feature_N: Tensor | None = None) -> Tensor:
