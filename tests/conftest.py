@@ -281,3 +281,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(make_model: Callable[..., MidskipForCausalLM], tokenizer: PreTrainedTokenizerFast) -> MidskipForCausalLM:
     """A tiny model for `tokenizer`, float32 and in evaluation mode, whose gates are 0, 1 and between."""
     return make_model("mixed", torch.float32, vocab_size=len(tokenizer)).eval()
+
+
+@pytest.fixture
+def smollm2(tmp_path: Path) -> Path:
+    """A folder of a tiny model of SmolLM2's kind, as transformers writes it."""
+    from tiny_pretrained import CONFIGS, build
+
+    build(CONFIGS["smollm2"]).save_pretrained(tmp_path / "smollm2")
+    return tmp_path / "smollm2"
