@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pretrained import CONFIGS, LLAMA3, SHAPE, YARN, build, near
+from safetensors.torch import load_file, save_file
+from tiny_pretrained import CONFIGS, LLAMA3, SHAPE, YARN, build, near, write_gguf
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -23,10 +24,12 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.convert import load, pretrained, save_tokenizer, to_transformers
 from midskip.convert.configs import midskip_settings
+from midskip.model.layers import RotaryEmbedding
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -107,8 +110,17 @@ def test_dtype_is_what_was_asked_for_or_that_of_the_files(smollm2: Path, tmp_pat
     assert model.model.rotary.inv_freq.dtype == torch.float32
     build(CONFIGS["llama"]).bfloat16().save_pretrained(tmp_path / "half")
     assert pretrained(tmp_path / "half").dtype == pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+    half = pretrained(tmp_path / "half")
+    assert half.config.dtype == to_transformers(half).config.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="dtype is 'int8'; expected a floating-point type"):
         pretrained(smollm2, dtype="int8")
+
+
+def test_frequencies_that_old_files_hold_are_left_out(smollm2: Path) -> None:
+    file = smollm2 / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, file)
+    assert torch.equal(pretrained(smollm2).lm_head.weight, weights["model.embed_tokens.weight"])
 
 
 def test_weights_do_not_depend_on_the_files_afterwards(smollm2: Path) -> None:
@@ -160,6 +172,35 @@ def test_the_code_of_the_page_runs_as_printed(
         exec(compile(block, "retrofit.md", "exec"), names)
     assert type(names["plain"]) is LlamaForCausalLM and Path("smollm2", "tokenizer_config.json").is_file()
     assert (names["gated"](torch.ones(1, 3, dtype=torch.long)).gates == 1).all()
+
+
+LONG: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 8.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.5},
+        LLAMA3 | {"original_max_position_embeddings": 512},
+        LONG,
+        LONG | {"truncate": False},
+        LONG | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.25},
+        LONG | {"mscale": 0.7, "mscale_all_dim": 0.3},
+        LONG | {"mscale": 0, "mscale_all_dim": 1.0, "beta_fast": None, "attention_factor": None},
+        LONG | {"factor": None},
+        LONG | {"factor": 1.0},
+        LONG | {"factor": 0.5},
+        LONG | {"original_max_position_embeddings": 4},  # no wave turns that often
+    ],
+)
+def test_rotary_frequencies_are_transformers(rope: dict) -> None:
+    config = LlamaConfig(**SHAPE | {"head_dim": 64, "max_position_embeddings": 2048}, rope_parameters=rope)
+    expected = LlamaRotaryEmbedding(config)
+    ours = RotaryEmbedding(64, MidskipConfig(**midskip_settings(config)).rope_parameters)
+    torch.testing.assert_close(ours.inv_freq, expected.inv_freq, rtol=1e-5, atol=0)
+    assert ours.attention_factor == pytest.approx(expected.attention_scaling)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +294,7 @@ def test_windows_that_are_not_in_force_are_accepted(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_gguf_is_read_as_transformers_reads_it(tmp_path: Path, ids_BT: Tensor) -> None:
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
     original = build(LlamaConfig(**SHAPE))
     file = tmp_path / "tiny.gguf"
     write_gguf(gguf, file, original)
@@ -261,36 +302,15 @@ def test_gguf_is_read_as_transformers_reads_it(tmp_path: Path, ids_BT: Tensor) -
     near(ours(ids_BT).logits, original(ids_BT).logits)
     assert ours.num_parameters() == original.num_parameters()
     assert pretrained(tmp_path, gguf_file="tiny.gguf", dtype="bfloat16").dtype == torch.bfloat16
-    write_gguf(gguf, file, original, torch.ones(2))
-    with pytest.raises(ValueError, match=r"tiny\.gguf scales its rotary embedding, which transformers does not read"):
-        pretrained(file)
+    write_gguf(gguf, file, original, scaling="none")
+    near(pretrained(file)(ids_BT).logits, original(ids_BT).logits)
+    for scaling in ("yarn", "frequencies"):
+        write_gguf(gguf, file, original, scaling)
+        with pytest.raises(
+            ValueError, match=r"tiny\.gguf scales its rotary embedding, which transformers does not read"
+        ):
+            pretrained(file)
     assert pretrained(file, rope_parameters=LLAMA3).config.rope_parameters == LLAMA3
-
-
-def write_gguf(gguf: Any, file: Path, model: LlamaForCausalLM, rope_freqs: Tensor | None = None) -> None:
-    """A Llama in float32, its queries and keys in the order of rows that llama.cpp has."""
-    config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if "q_proj" in name or "k_proj" in name:
-            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
-    if rope_freqs is not None:
-        writer.add_tensor("rope_freqs.weight", rope_freqs.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.slow

@@ -25,7 +25,6 @@ from midskip.policies import build_policy
 
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.jinja")
 _INDEX = "model.safetensors.index.json"
-
 _HUB_NAME = r"[\w][\w.-]*(/[\w][\w.-]*)?"
 
 Readers = dict[str, Callable[[], Tensor]]  # by transformers' names; nothing is read before one is called
@@ -95,14 +94,16 @@ def pretrained(
     return model
 
 
-def save_tokenizer(source: str | Path, folder: str | Path, gguf_file: str | None = None) -> None:
+def save_tokenizer(
+    source: str | Path, folder: str | Path, gguf_file: str | None = None, revision: str | None = None
+) -> None:
     """Writes the tokenizer of `source`, its chat template with it, into the folder of a saved model.
 
     Args:
-        source, gguf_file: as in `pretrained`.
+        source, gguf_file, revision: as in `pretrained`.
         folder: as in `save_pretrained`.
     """
-    where, gguf_file = _find(source, gguf_file, None)
+    where, gguf_file = _find(source, gguf_file, revision)
     AutoTokenizer.from_pretrained(where, gguf_file=gguf_file).save_pretrained(folder)
 
 
@@ -152,8 +153,10 @@ def _read_config(folder: Path, gguf_file: str | None, source: object) -> Any:
 def _check_gguf(file: Path) -> None:
     """transformers takes no scaling of the rotary embedding from GGUF."""
     reader = importlib.import_module("gguf").GGUFReader(file)
-    kinds = [field.contents() for key, field in reader.fields.items() if key.endswith(".rope.scaling.type")]
-    if any(kind != "none" for kind in kinds) or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+    kinds = [field.parts[-1] for key, field in reader.fields.items() if key.endswith(".rope.scaling.type")]
+    if any(bytes(kind) != b"none" for kind in kinds) or any(
+        tensor.name == "rope_freqs.weight" for tensor in reader.tensors
+    ):
         raise ValueError(
             f"{file.name} scales its rotary embedding, which transformers does not read from GGUF: load safetensors, "
             "or give rope_parameters as they are in the original's config.json"
