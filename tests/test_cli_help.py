@@ -30,7 +30,10 @@ def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) ->
         ("retrofit", ["model", "--data", "--validation", "--choice", "--distil_steps", "--share", "--skip_path"]),
         ("calibrate", ["--data", "--lowest", "--max_tokens", "--batch_size", "--name"]),
         ("evaluate", ["--data", "--batch_size", "--output", "--budgets", "--picture"]),
-        ("generate", ["--prompt", "--temperature", "--seed", "--budget", "--max_layers", "--on_drift"]),
+        (
+            "generate",
+            ["--prompt", "--temperature", "--seed", "--budget", "--max_layers", "--on_drift", "--draft_budget"],
+        ),
         ("frontier", ["--output", "--cost", "kv_bytes"]),
         ("bench", ["--tasks", "--batch_sizes", "--shares", "--dtypes", "--gates", "--run", "--shape", "--output"]),
     ],

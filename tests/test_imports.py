@@ -13,7 +13,7 @@ CORE = tuple(f"model.{name}" for name in ("packing", "ops", "layer_cache", "atte
 ORDER = (
     (*CORE, "model.config", "budget.calibration", "budget.monitor", "distributed", "plugins", "layer_statistics"),
     ("policies", "regularizers", "model.cache"),
-    ("model.outputs", "model.generation", "card"),
+    ("model.outputs", "model.drafts", "model.generation", "card"),
     ("model.hub",),
     ("model.inputs",),
     ("model.modeling",),

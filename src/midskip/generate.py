@@ -23,6 +23,7 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
+    draft_budget: float | None = None,
 ) -> list[int]:
     """The token ids of the prompt and of what the model goes on with.
 
@@ -31,6 +32,7 @@ def generate(
             0.001 up: below that logits overflow.
         top_k: draw among that many most likely tokens; 0 for all.
         seed: of the draw.
+        draft_budget: of lossless drafts, with temperature 0; see `MidskipForCausalLM.generate`.
 
     Raises:
         ValueError: an empty prompt, one that leaves no room for `max_new_tokens`, or a setting out of range.
@@ -39,6 +41,11 @@ def generate(
         raise ValueError(f"max_new_tokens is {max_new_tokens} and top_k {top_k}; expected at least 1 and 0")
     if temperature != 0 and not 0.001 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected 0, or a number from 0.001 up")
+    if draft_budget is not None and temperature != 0:
+        raise ValueError(
+            f"temperature is {temperature} and draft_budget is for the most likely tokens: give temperature 0, or no "
+            "draft_budget"
+        )
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; expected a number from 0 to below 2**63")
     try:
@@ -63,6 +70,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         pad_token_id=model.config.pad_token_id or 0,
         use_cache=True,  # whatever the configuration says
+        draft_budget=draft_budget,
         **draw,
     )
     return output[0].tolist()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from midskip.budget.monitor import ON_DRIFT, DriftMonitor
 from midskip.commands.parser import Parser, at_least_one
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from midskip.model.modeling import MidskipForCausalLM
 
 
 def run(arguments: list[str]) -> None:
@@ -25,6 +32,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--on_drift", choices=ON_DRIFT, default="keep", help="if the prompt is unlike what the budget was calibrated on"
     )
+    parser.add_argument(
+        "--draft_budget", type=float, help="of lossless drafts, for --temperature 0 (default: nothing is drafted)"
+    )
     options = parser.parse_args(arguments)
     from midskip.cost import Meter
     from midskip.generate import blocks_counted, generate
@@ -37,6 +47,10 @@ def run(arguments: list[str]) -> None:
         raise ValueError(
             f"on_drift is {options.on_drift!r} and there is no budget whose drift to look for: add --budget"
         )
+    if options.draft_budget is not None:
+        if options.budget is not None or options.max_layers is not None:
+            raise ValueError("draft_budget gives what the whole model does: leave out --budget and --max_layers")
+        return _with_drafts(model, tokenizer, options)
     monitor = nullcontext() if options.budget is None else DriftMonitor(model, options.on_drift)
     with monitor, Meter(model) as meter, blocks_counted(model) as blocks:
         ids = generate(
@@ -48,3 +62,21 @@ def run(arguments: list[str]) -> None:
     console.print(text.append(visible(texts[-1])))  # the last one was not run
     console.print(f"{meter.executed_share:.1%} of the blocks ran")
     console.print(legend(num_layers))
+
+
+def _with_drafts(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, options: Namespace) -> None:
+    """Print the text, whose tokens all ran every block, and how many were drafted and accepted."""
+    from midskip.generate import generate
+    from midskip.report import visible
+
+    ids = generate(
+        model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed,
+        options.draft_budget,
+    )  # fmt: skip
+    report = model.last_drafts
+    assert report is not None
+    console = Console()
+    console.print(visible(str(tokenizer.decode(ids))), markup=False, highlight=False)
+    accepted = f"{report.num_accepted} of {report.num_drafted} drafted tokens were accepted"
+    console.print(f"{accepted} ({report.accepted_share:.1%})")
+    console.print(f"{report.executed_share:.1%} of the blocks ran in drafts")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers.generation.utils import GenerationMixin
 
 from midskip.model.cache import SkipCache
 from midskip.model.config import MidskipConfig
+from midskip.model.drafts import ENOUGH_TOKENS, Drafting, DraftReport, drafting
 
 
 def check_kind(past_key_values: Any) -> None:
@@ -24,12 +26,35 @@ class CachedGeneration(GenerationMixin):
 
     config: MidskipConfig
     model: Any
+    last_drafts: DraftReport | None = None  # of the last call with draft_budget
+    _warned_of_drafts = False
 
-    def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Any = None,
+        generation_config: Any = None,
+        *args: Any,
+        draft_budget: float | None = None,
+        num_draft_tokens: int = 4,
+        draft_confidence: float = 0.7,
+        **kwargs: Any,
+    ) -> Any:
         """`generate()` of transformers, with a `SkipCache`.
 
+        With `draft_budget` the model drafts tokens under that budget and verifies them, in one pass, with every block
+        run. The tokens are those of greedy search with every block run, whatever budget is set, which is in force again
+        afterwards. A token is accepted if it is right in all rows, so drafts pay most for one row. A row that has ended
+        does not count. `model.last_drafts` says what was drafted and accepted. A warning, once, says if it did not pay.
+
+        Args:
+            draft_budget: share of the block-tokens that may run in drafts, in (0, 1], as in `set_budget`; None: no
+                drafts. For greedy search with a model of `skipped_kv="keep"`.
+            num_draft_tokens: the most tokens drafted between two passes of the whole model.
+            draft_confidence: drafting ends after a token to which a row that still runs gives a lower probability.
+
         Raises:
-            ValueError: beside what transformers refuses: another kind of cache, or more tokens than the model takes.
+            ValueError: beside what transformers refuses: another kind of cache, more tokens than the model takes, or
+                drafts where they cannot be.
         """
         kinds = kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None)
         if kind := kinds[0] or kinds[1] or getattr(self.generation_config, "cache_implementation", None):
@@ -43,10 +68,36 @@ class CachedGeneration(GenerationMixin):
         counts.append(getattr(generation_config, "max_new_tokens", None))
         if cache is not None and mask is not None and (num_new := counts[0] or counts[1]):
             self._check_room(mask.shape[1] + num_new - 1)  # transformers counts what is given, not what is in the cache
-        return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        mixin: Any = super()
+        if draft_budget is None:
+            return mixin.generate(inputs, generation_config, *args, **kwargs)
+        if kwargs.get("custom_generate") is not None:
+            raise ValueError("custom_generate decodes in a way of its own: leave it or draft_budget out")
+        with drafting(self, draft_budget, num_draft_tokens, draft_confidence) as drafts:
+            output = mixin.generate(inputs, generation_config, *args, drafts=drafts, **kwargs)
+        report = drafts.report
+        if report.num_tokens >= ENOUGH_TOKENS and report.speedup < 1 and not self._warned_of_drafts:
+            self._warned_of_drafts = True
+            warnings.warn(
+                f"drafts do not pay: {report.accepted_share:.0%} of them were accepted and {report.executed_share:.0%} "
+                f"of the blocks ran in them, which makes about {report.speedup:.2f} times the speed of generation "
+                "without: leave draft_budget out, lower it, or draft fewer tokens",
+                stacklevel=2,
+            )
+        return output
 
-    def prepare_inputs_for_generation(self, *args: Any, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Those of transformers, which looks whether `inputs_embeds` is named here, and no gates: nobody reads them."""
+    def _sample(self, *args: Any, drafts: Drafting | None = None, **kwargs: Any) -> Any:
+        """Where transformers decodes token by token, by greedy search or sampling."""
+        mixin: Any = super()
+        return mixin._sample(*args, **kwargs) if drafts is None else drafts.decode(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Any = None, drafts: Any = None, tokenizer: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Those of transformers, which looks whether `inputs_embeds` and what else `generate()` takes is named here.
+
+        No gates, since nobody reads them, and neither the drafts nor the tokenizer of stop strings.
+        """
         mixin: Any = super()
         inputs = mixin.prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         return {"output_gates": False} | inputs
@@ -74,6 +125,8 @@ class CachedGeneration(GenerationMixin):
                     "from inputs_embeds"
                 )
             generation_config.use_cache = model_kwargs["use_cache"] = False
+        if (drafts := model_kwargs.get("drafts")) is not None:
+            drafts.check(generation_config, generation_mode, model_kwargs.get("past_key_values"))
 
     def _check_room(self, num_read: int) -> None:
         """Refuse more tokens than the model can read; the last new one is not read."""
