@@ -27,6 +27,7 @@ _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.jinja")
 _INDEX = "model.safetensors.index.json"
 _HUB_NAME = r"[\w][\w.-]*(/[\w][\w.-]*)?"
 
+NEW = ("model.policy.", "model.skip_paths.")  # what is in no file of the original
 Readers = dict[str, Callable[[], Tensor]]  # by transformers' names; nothing is read before one is called
 
 
@@ -206,12 +207,15 @@ def _build(config: MidskipConfig, readers: Readers, dtype: torch.dtype) -> Midsk
     with torch.device("meta"):
         model = MidskipForCausalLM(config)
     body, width = model.model, config.hidden_size
-    # what is in no file of the original
     policy = build_policy(config.policy, config.num_skip_units, width, config.initializer_range, config.policy_settings)
     policy.reset_parameters()
+    policy.has_skip_paths = body.policy.has_skip_paths
     body.policy = policy.to(dtype)
+    body.skip_paths.to_empty(device="cpu").to(dtype)
+    for path in body.skip_paths.values():
+        path.reset_parameters()  # pyright: ignore[reportCallIssue]
     body.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters)
-    shapes = {name: x.shape for name, x in model.named_parameters() if not name.startswith("model.policy.")}
+    shapes = {name: x.shape for name, x in model.named_parameters() if not name.startswith(NEW)}
     ours = {our_name(name): name for name in readers if not name.endswith("rotary_emb.inv_freq")}  # of old files
     for names, what in (
         (shapes.keys() - ours.keys(), "missing in the files"),
