@@ -252,9 +252,8 @@ class Meter:
 
     def flops(self, convention: str = "causal", backward: bool = False) -> Flops:
         """FLOPs of all that was counted, forward alone or forward and backward."""
-        total = head_flops(self.config, self.head_rows) + Flops(
-            policy=self.policy_flops, skip_paths=self.skip_path_flops
-        )
+        total = Flops(policy=self.policy_flops, skip_paths=self.skip_path_flops)
+        total += head_flops(self.config, self.head_rows)
         for calls in self.layers:
             for work in calls:
                 total += block_flops(self.config, work, convention)

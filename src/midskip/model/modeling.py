@@ -27,7 +27,7 @@ from midskip.model.layers import Block, RMSNorm, RotaryEmbedding
 from midskip.model.loss import IGNORED, cross_entropy
 from midskip.model.outputs import MidskipCausalLMOutput, MidskipModelOutput, Packed
 from midskip.model.packing import PackedBatch
-from midskip.model.skip_path import SkipPath
+from midskip.model.skip_path import SkipPath, take_path
 from midskip.policies import Decision, Policy, build_policy
 
 
@@ -162,7 +162,8 @@ class MidskipModel(MidskipPreTrainedModel):
                 decisions.append(decision)
                 before_ND, h_ND = h_ND, self._run_block(block, h_ND, decision, batch, past, part)
                 if (name := str(len(decisions) - 1)) in self.skip_paths:
-                    h_ND = self._take_path(self.skip_paths[name], before_ND, h_ND, decision, batch)
+                    masks = decision.keep_N, decision.output_gate_N, decision.skip_path_N
+                    h_ND = take_path(self.skip_paths[name], before_ND, h_ND, batch, *masks, self._runs_on_no_rows)
             if hidden_states is not None and layer + 1 < len(self.layers):
                 hidden_states.append(h_ND)
         h_ND = self.norm(h_ND)
@@ -174,6 +175,11 @@ class MidskipModel(MidskipPreTrainedModel):
             cache.num_block_tokens += packed.num_block_tokens
         return packed
 
+    @property
+    def _runs_on_no_rows(self) -> bool:
+        """Whether what no token reaches runs all the same: its weights are to get a gradient, or others wait."""
+        return self.training or is_initialized()
+
     def _run_block(
         self, block: nn.Module, h_ND: Tensor, decision: Decision, batch: PackedBatch, past: LayerCache | None, part: str
     ) -> Tensor:
@@ -184,7 +190,7 @@ class MidskipModel(MidskipPreTrainedModel):
         gated = self.config.skipped_kv == "drop"
         all_have_keys = not gated and part != "feed_forward"
         for_others = all_have_keys and past is not None  # keys and values of all tokens are wanted later
-        if not (present.num_tokens or for_others or self.training or is_initialized()):
+        if not (present.num_tokens or for_others or self._runs_on_no_rows):
             return h_ND
         x_ND = h_ND if indices_N is None else h_ND.index_select(0, indices_N)
         output_gate_N, key_gate_N = (
@@ -202,26 +208,6 @@ class MidskipModel(MidskipPreTrainedModel):
         if indices_N is None:
             return x_ND
         return h_ND.index_copy(0, indices_N, x_ND.to(h_ND.dtype))  # a copy: a policy or a hook may hold the tensor
-
-    def _take_path(
-        self, path: nn.Module, before_ND: Tensor, h_ND: Tensor, decision: Decision, batch: PackedBatch
-    ) -> Tensor:
-        """Add what a layer's skip path gives to the tokens that take it."""
-        keep_N, gate_N, taking_N = decision.keep_N, decision.output_gate_N, decision.skip_path_N
-        if taking_N is None and gate_N is not None:  # all of them, more or less
-            rest_N = 1 - gate_N if keep_N is None else torch.where(keep_N, 1 - gate_N, 1)
-            return torch.addcmul(h_ND, rest_N.to(h_ND.dtype)[:, None], path(before_ND).to(h_ND.dtype))
-        if taking_N is not None:
-            indices_M = batch.keep(taking_N).indices_N
-        else:
-            num_skipped = batch.num_tokens - batch.keep(keep_N).num_tokens
-            skipped_N = torch.zeros_like(batch.column_N, dtype=torch.bool) if keep_N is None else ~keep_N
-            indices_M = torch.nonzero_static(skipped_N, size=num_skipped).squeeze(1)
-        if indices_M is None:
-            return h_ND + path(before_ND).to(h_ND.dtype)
-        if not (len(indices_M) or self.training or is_initialized()):
-            return h_ND
-        return h_ND.index_add(0, indices_M, path(before_ND.index_select(0, indices_M)).to(h_ND.dtype))
 
 
 class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMixin):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from midskip.model.packing import PackedBatch
+
 
 class SkipPath(nn.Module):
     """h + rms(h) f(h / rms(h)), where the layer would have given h + branch(h). It starts at f = 0.
@@ -46,6 +48,35 @@ class SkipPath(nn.Module):
     def flops(self) -> int:
         """Of the matrix products, for one token."""
         return 2 * (self.weight.numel() + (0 if self.down is None else self.down.numel()))
+
+
+def take_path(
+    path: nn.Module, before_ND: Tensor, after_ND: Tensor, batch: PackedBatch, keep_N: Tensor | None,
+    gate_N: Tensor | None, taking_N: Tensor | None, runs_on_no_rows: bool,
+) -> Tensor:  # fmt: skip
+    """Add what a layer's skip path gives to the tokens that take it.
+
+    Args:
+        path: a `SkipPath`.
+        before_ND, after_ND: hidden states before and after the layer.
+        keep_N, gate_N, taking_N: the `keep_N`, `output_gate_N` and `skip_path_N` of the `Decision`.
+        runs_on_no_rows: whether the path is to be called if no token takes it.
+    """
+    dtype = after_ND.dtype
+    if taking_N is None and gate_N is not None:  # all of them, more or less
+        rest_N = 1 - gate_N if keep_N is None else torch.where(keep_N, 1 - gate_N, 1)
+        return torch.addcmul(after_ND, rest_N.to(dtype)[:, None], path(before_ND).to(dtype))
+    if taking_N is not None:
+        indices_M = batch.keep(taking_N).indices_N
+        if indices_M is None:
+            return after_ND + path(before_ND).to(dtype)
+    else:
+        skipped_N = torch.zeros_like(batch.column_N, dtype=torch.bool) if keep_N is None else ~keep_N
+        num_skipped = batch.num_tokens - batch.keep(keep_N).num_tokens
+        indices_M = torch.nonzero_static(skipped_N, size=num_skipped).squeeze(1)
+    if not (len(indices_M) or runs_on_no_rows):
+        return after_ND
+    return after_ND.index_add(0, indices_M, path(before_ND.index_select(0, indices_M)).to(dtype))
 
 
 def normalized(h_ND: Tensor, eps: float) -> tuple[Tensor, Tensor]:
