@@ -100,7 +100,7 @@ def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict
         skip_unit=settings.skip_unit, skipped_kv=settings.skipped_kv,
         policy_settings={"router": "linear", "outer": settings.outer, "first_tokens": settings.first_tokens},
     )  # fmt: skip
-    texts = _Texts(settings, tokenizer, model.config.max_position_embeddings, console)
+    texts = Texts(settings, tokenizer, model.config.max_position_embeddings, console)
     folder.mkdir(parents=True, exist_ok=True)
     progress = console.is_terminal
     if "fit" in report["stages"]:
@@ -140,7 +140,7 @@ def _begun(folder: Path, settings: RetrofitSettings) -> dict[str, Any]:
     return report | {"settings": now}
 
 
-class _Texts:
+class Texts:
     """Windows of all texts, read and checked before anything long begins."""
 
     def __init__(self, settings: RetrofitSettings, tokenizer: PreTrainedTokenizerBase, limit: int, console: Console):
@@ -173,7 +173,7 @@ class _Texts:
 
 
 def _distil(
-    model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: _Texts, settings: RetrofitSettings,
+    model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: Texts, settings: RetrofitSettings,
     report: dict[str, Any], folder: Path, console: Console,
 ) -> None:  # fmt: skip
     training = TrainingSettings(
@@ -202,7 +202,7 @@ def _scale_at(calibration: dict[str, Any], share: float) -> float:
 
 
 def _end_of_stage(
-    stage: str, model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: _Texts, report: dict[str, Any],
+    stage: str, model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: Texts, report: dict[str, Any],
     more: dict[str, Any], console: Console,
 ) -> None:  # fmt: skip
     """Price the model, and write it and the report."""
