@@ -20,6 +20,7 @@ import midskip
 from midskip.data import encode_documents, token_bytes
 from midskip.data.batches import TokenWindows
 from midskip.evaluate import evaluate
+from midskip.model.modeling import MidskipForCausalLM
 
 pytestmark = pytest.mark.slow
 PAGE = (Path(__file__).parent.parent / "docs" / "huggingface.md").read_text(encoding="utf-8")
@@ -112,3 +113,20 @@ def test_texts_are_those_of_generate(samples: dict[str, list[dict[str, Any]]], o
         ids_1T = tokenizer(sample["arguments"]["gen_args_0"]["arg_0"], return_tensors="pt")["input_ids"]
         new_T = model.generate(ids_1T, max_new_tokens=8, do_sample=False)[0, ids_1T.shape[1] :]
         assert sample["resps"][0][0] == tokenizer.decode(new_T, skip_special_tokens=True).split("\n")[0]
+
+
+def test_tasks_run_under_budgets(saved_model: Path, samples: object, tmp_path: Path) -> None:
+    """By the command: each budget, with the share that ran."""
+    from midskip.tasks import evaluate_tasks
+
+    (tmp_path / "documents.json").write_text("\n".join(map(json.dumps, DOCUMENTS)), encoding="utf-8")
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.json")}}}
+    (tmp_path / "choice.yaml").write_text(
+        json.dumps({"task": "choice", "test_split": "test"} | source | TASKS["choice"])
+    )
+    model = MidskipForCausalLM.from_pretrained(saved_model)
+    tokenizer = AutoTokenizer.from_pretrained(saved_model)
+    rows = evaluate_tasks(model, tokenizer, ["choice"], [None, 1.0], include_path=tmp_path)
+    assert [row["budget"] for row in rows] == [None, 1.0] and rows[1]["executed_share"] == 1
+    assert rows[0]["executed_share"] < 1 and 0 <= rows[0]["results"]["choice"]["acc,none"] <= 1
+    assert model.model.policy.score_scale == 1

@@ -20,6 +20,7 @@ ORDER = (
     ("reference", "cost", "data", "convert", "report", "runs"),
     ("testing", "groups"),
     ("evaluate", "budget.calibrate", "generate"),
+    ("tasks",),
     ("train",),  # a run ends with its own evaluation and report
     ("bench", "demo", "frontier", "retrofit"),
     ("sweep",),
