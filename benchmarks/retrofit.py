@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.bench.results import machine
 from midskip.evaluate import evaluate, limits_kept
-from midskip.retrofit.run import REPORT, RetrofitSettings, Texts
+from midskip.retrofit import RetrofitSettings
+from midskip.retrofit.run import REPORT, Texts
 from midskip.runs import to_json
 
 NOT_KEPT = ("model", "data", "validation", "output")  # names of files
@@ -57,11 +58,11 @@ def random_rows(folder: Path) -> list[dict[str, Any]]:
         model = MidskipForCausalLM(MidskipConfig(**values | random | {"calibration": None})).eval()
         ours, theirs = model.state_dict(), whole.state_dict()
         model.load_state_dict({name: theirs.get(name, ours[name]) for name in ours}, strict=True)
-        row: dict[str, Any] = {"share": share}
+        found = {}
         for name, windows in texts.held_out.items():
             result = evaluate(model, windows)
-            row[name] = {"price": result["loss"] - losses[name], "executed_share": result["executed_share"]}
-        rows.append(row)
+            found[name] = {"price": result["loss"] - losses[name], "executed_share": result["executed_share"]}
+        rows.append({"share": share, "texts": found})
     return rows
 
 

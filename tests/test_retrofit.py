@@ -243,7 +243,7 @@ def test_stages_follow_each_other_and_are_not_run_twice(dense: Path, monkeypatch
     assert all(".skip_paths." in name or ".policy." in name for name in changed)
     assert {name.split(".")[1] for name in changed} == {"skip_paths", "policy"}
     for row in both["stages"]["distil"]["prices"]:
-        assert row["text"]["executed_share"] <= row["budget"] + 0.05
+        assert row["texts"]["text"]["executed_share"] <= row["budget"] + 0.05
     monkeypatch.setattr("midskip.retrofit.run.load_to_skip", lambda *_, **__: pytest.fail("everything is done"))
     assert retrofit(settings_of(dense, distil_steps=30, learning_rate=3e-3, save_steps=10), QUIET) == both
     with pytest.raises(ValueError, match=r"holds a retrofit with other settings \(outer: 1 -> 2; "):
@@ -283,8 +283,8 @@ def test_what_is_refused_before_anything_runs(dense: Path) -> None:
         ({"model": str(dense / "no" / "ne")}, "is no folder here"),
         ({"model": str(skipping)}, r"already skips \(policy 'middle_out'\); expected a dense one"),
         ({"length": 256}, "length is 256; the model takes at most 128 tokens"),
-        ({"price_tokens": 100}, "price_tokens is 100; expected at least 2048"),
-        ({"fit_tokens": 10**6}, "expected at least fit_tokens, 1000000"),
+        ({"price_tokens": 100}, "price_tokens is 100, which holds 0 windows of 128 tokens"),
+        ({"fit_tokens": 10**6}, "tokens; expected at least 999936, 7812 windows of 128"),
         ({"validation": {}}, "there is no held-out text"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -32,6 +32,7 @@ def run(arguments: list[str]) -> None:
         "--skipped_kv", choices=("keep", "drop"), default="keep",
         help="whether a token has keys in layers that it skips (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--max_position_embeddings", type=at_least_one, help="longest input, if not the original's")
     for name, kind, default, what in (
         ("outer", int, 1, "first and as many last layers that every token runs"),
         ("first_tokens", int, 2, "tokens of a sequence that run every layer"),
@@ -41,22 +42,20 @@ def run(arguments: list[str]) -> None:
         ("price_tokens", at_least_one, 6_144, "tokens of each held-out text for prices, and as many to calibrate"),
         ("distil_steps", int, 0, "steps of training after the fit"),
         ("batch_size", at_least_one, 4, "windows of a step"),
-        ("learning_rate", float, 1e-3, "of the maps"),
+        ("learning_rate", float, 3e-4, "of the maps"),
         ("gate_learning_rate_scale", float, 0.3, "of the routers, as a factor of it"),
         ("seed", int, 0, "of the order of windows and budgets"),
         ("save_steps", at_least_one, 100, "steps between two checkpoints"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{what} (default: %(default)s)")
     options = vars(parser.parse_args(arguments))
-    named = [text.rpartition("=") for text in options.pop("validation")]
-    validation = {name or f"text {number}": text for number, (name, _, text) in enumerate(named, 1)}
-    if len(validation) < len(named):
+    texts, validation = options.pop("validation"), {}
+    for number, text in enumerate(texts, 1):
+        name, equals, rest = text.partition("=")
+        named = equals and not set(name) & set("/\\.")  # else the = is part of a path
+        validation[name if named else f"text {number}"] = rest if named else text
+    if len(validation) < len(texts):
         raise ValueError("two held-out texts have the same name; expected names that differ, NAME=TEXT")
-    from rich.console import Console
-
     from midskip.retrofit import RetrofitSettings, retrofit
-    from midskip.retrofit.run import price_table
 
-    report = retrofit(RetrofitSettings(**options, validation=validation))
-    for stage, found in report["stages"].items():
-        Console().print(price_table(found["prices"], stage))
+    retrofit(RetrofitSettings(**options, validation=validation))

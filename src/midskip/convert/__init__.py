@@ -1,6 +1,6 @@
 """Models of other code as midskip models, and back."""
 
 from midskip.convert.export import to_transformers
-from midskip.convert.load import pretrained, save_tokenizer
+from midskip.convert.load import pretrained, save_tokenizer, tokenizer_of
 
-__all__ = ["pretrained", "save_tokenizer", "to_transformers"]
+__all__ = ["pretrained", "save_tokenizer", "to_transformers", "tokenizer_of"]

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from midskip.convert.configs import SUPPORTED, check_model_type, midskip_settings
 from midskip.model.config import MidskipConfig
@@ -104,8 +104,15 @@ def save_tokenizer(
         source, gguf_file, revision: as in `pretrained`.
         folder: as in `save_pretrained`.
     """
+    tokenizer_of(source, gguf_file, revision).save_pretrained(folder)
+
+
+def tokenizer_of(
+    source: str | Path, gguf_file: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source`; arguments as in `save_tokenizer`."""
     where, gguf_file = _find(source, gguf_file, revision)
-    AutoTokenizer.from_pretrained(where, gguf_file=gguf_file).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(where, gguf_file=gguf_file)
 
 
 def _find(source: str | Path, gguf_file: str | None, revision: str | None) -> tuple[Path, str | None]:

@@ -88,6 +88,7 @@ class EarlyExit(ScoredPolicy):
             rate = self.layer_dropout * layer / (self.num_layers - 1)
             keep_N = keep_N & (uniform(batch, state["step"] * self.num_layers + layer) >= rate)
         leaving_N = self._leaving(before, keep_N)
+        batch.count([keep_N, leaving_N])
         state["decision"] = (
             Decision(keep_N, skip_path_N=leaving_N)
             if self.predicts

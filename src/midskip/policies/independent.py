@@ -23,7 +23,8 @@ class Independent(ScoredPolicy):
     Args:
         router: `"bottleneck"` or `"linear"`.
         outer: first and as many last layers that every token runs.
-        first_tokens: tokens at the beginning of each sequence that run every layer: what many others attend to.
+        first_tokens: positions at the beginning of each sequence whose tokens run every layer: many others attend to
+            them.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class Independent(ScoredPolicy):
         readiness_N = self.readiness(self.routers[gate](h_ND.detach()), gate)
         keep_N = readiness_N < 1
         if self.first_tokens:
-            keep_N = keep_N | (batch.position_N < self.first_tokens)
+            first_N = batch.position_N < self.first_tokens
+            keep_N, readiness_N = keep_N | first_N, torch.where(first_N, 0, readiness_N)  # their gate learns nothing
         return self.decision(self.within(keep_N, state), readiness_N)
 
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:

@@ -1,5 +1,6 @@
 """A pretrained model that skips: maps and routers fitted in closed form, then distilled."""
 
-from midskip.retrofit.run import RetrofitSettings, retrofit
+from midskip.retrofit.run import retrofit
+from midskip.retrofit.settings import RetrofitSettings
 
 __all__ = ["RetrofitSettings", "retrofit"]

@@ -6,7 +6,6 @@ B sequences, T columns, N valid tokens, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PrinterCallback
 
 from midskip.data import TokenWindows
 from midskip.evaluate import limits_kept
@@ -66,8 +65,6 @@ def distil(
     folder: Path,
     settings: TrainingSettings,
     shares: DrawnShares,
-    measure: Callable[[MidskipForCausalLM], dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Train the skip paths and the policy of `model` in place; everything else is frozen, so that the model in which
@@ -78,12 +75,11 @@ def distil(
         folder: of checkpoints, from the newest of which it goes on.
         settings: the optimisation.
         shares: of block-tokens, of which one is drawn a step.
-        measure: as in `MidskipTrainer`.
-        tokenizer: saved beside the best model.
         console: where progress is shown.
 
     Returns:
-        The history, a row a step; `cross_entropy` in it is the divergence.
+        The history, a row a step; `cross_entropy` in it is the divergence. Its `flops` count the pass that gives the
+        target as if it went backward too.
 
     Raises:
         FloatingPointError: the loss or a weight is no longer finite.
@@ -96,7 +92,9 @@ def distil(
     if checkpoint is not None:
         shares.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
     peak, _ = (settings.peak_flops, "") if settings.peak_flops else peak_flops(arguments)
-    trainer = Distiller(shares, settings, measure, tokenizer, peak, model=model, args=arguments, train_dataset=windows)
+    trainer = Distiller(
+        shares, settings, lambda model: {}, None, peak, model=model, args=arguments, train_dataset=windows
+    )
     trainer.history += history_until(folder / HISTORY_FILE, 0 if checkpoint is None else step_of(checkpoint))
     trainer.remove_callback(PrinterCallback)
     progress = ProgressBar("distilling", trainer.history, console)

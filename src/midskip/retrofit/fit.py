@@ -20,7 +20,6 @@ from midskip.data.progress import progress_bar
 from midskip.evaluate import batch_of, evaluate, limits_kept
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.model.skip_path import SkipPath, normalized
-from midskip.policies import Policy
 from midskip.policies.independent import Independent
 from midskip.policies.scored import Router
 from midskip.retrofit.moments import Moments
@@ -66,7 +65,7 @@ def fit(
     both again on the states of the model that skips, under several shares, with what the layer adds to these states.
     The rest of the model stays as it is.
 
-    With `choice="layers"` a layer is left out for all tokens or for none, the opponent of all this: the one whose
+    With `choice="layers"` a layer is left out for all tokens or for none, the baseline: the one whose
     removal costs least first, then the one that costs least beside it, and so on. The paths are the same.
 
     Args:
@@ -127,7 +126,7 @@ class _Fit:
         self.path = {layer: _checked(paths[str(layer)]) for layer in self.layers}
         self.report = FitReport(list(self.layers))
         self.lowest_share = 1 - len(self.layers) / policy.num_layers
-        self.score_scales: tuple[float, ...] = (0.0,)
+        self.score_scales: tuple[float, ...] = (0.0,)  # under which the states are looked at
         self.router: dict[int, tuple[Tensor, Tensor]] = {}
         self.mean_error: dict[int, float] = {}
 
@@ -135,13 +134,13 @@ class _Fit:
         """Regress what each layer adds; in a refit what the path gets wrong of it, of tokens that skip."""
         width = self.model.config.hidden_size
         moments = {layer: Moments(width, width) for layer in self.layers}
-        everyone = {layer: Moments(width, 1) for layer in self.layers}
+        of_all = {layer: Moments(width, 1) for layer in self.layers} if refit else moments
 
         def seen(layer: int, h_ND: Tensor, added_ND: Tensor, keep_N: Tensor | None) -> None:
             path = self.path[layer]
             z_ND, rms_N1 = normalized(h_ND, path.eps)
             if refit:
-                everyone[layer].add(z_ND, rms_N1)
+                of_all[layer].add(z_ND, rms_N1)
                 if keep_N is None:
                     return
                 added_ND = added_ND - path(h_ND)
@@ -150,27 +149,29 @@ class _Fit:
 
         self._look("Fitting paths", seen)
         for layer, path in self.path.items():
-            weight_DD, constant_D = moments[layer].solve(self.ridge, everyone[layer] if refit else None)
+            if not moments[layer].num_tokens:
+                continue
+            weight_DD, constant_D = moments[layer].solve(self.ridge, of_all[layer])
             if refit:
                 whole = path.weight.double() if path.down is None else path.weight.double() @ path.down.double()
                 weight_DD, constant_D = weight_DD + whole.cpu(), constant_D + path.bias.double().cpu()
-            _set(path, weight_DD, constant_D, moments[layer].gram)
+            _set(path, weight_DD, constant_D, of_all[layer].gram)
 
     def errors(self) -> None:
         """Regress the log of what each path gets wrong."""
         moments = {layer: Moments(self.model.config.hidden_size, 1) for layer in self.layers}
-        wrong, all_ = dict.fromkeys(self.layers, 0.0), dict.fromkeys(self.layers, 0.0)
+        wrong, added = dict.fromkeys(self.layers, 0.0), dict.fromkeys(self.layers, 0.0)
 
         def seen(layer: int, h_ND: Tensor, added_ND: Tensor, keep_N: Tensor | None) -> None:
             path = self.path[layer]
             z_ND, rms_N1 = normalized(h_ND, path.eps)
             error_N1 = ((added_ND - path(h_ND)) / rms_N1).float().square().mean(1, keepdim=True)
             wrong[layer] += error_N1.sum().item()
-            all_[layer] += (added_ND / rms_N1).float().square().mean(1).sum().item()
+            added[layer] += (added_ND / rms_N1).float().square().mean(1).sum().item()
             moments[layer].add(z_ND, error_N1.clamp(min=1e-12).log())
 
         self._look("Fitting routers", seen)
-        self.report.error = [wrong[layer] / max(all_[layer], 1e-30) for layer in self.layers]
+        self.report.error = [wrong[layer] / max(added[layer], 1e-30) for layer in self.layers]
         self.report.num_tokens = moments[self.layers[0]].num_tokens
         self.report.predictable = []
         for layer in self.layers:
@@ -197,8 +198,7 @@ class _Fit:
             router.weight.zero_()
         bias_G, gone = self.policy.bias, []
         bias_G.fill_(-NEVER)
-        most = math.ceil(len(bias_G) * 0.7)
-        for _ in progress_bar(range(most), "Leaving out layers", self.progress):
+        for _ in progress_bar(range(len(bias_G)), "Leaving out layers", self.progress):
             losses = {}
             for gate in range(len(bias_G)):
                 if gate not in gone:
@@ -253,13 +253,13 @@ class _Fit:
     def _look(self, title: str, seen: Any) -> None:
         """A pass over all windows, each batch under the next of `score_scales`."""
         starts = range(0, len(self.windows), self.batch_size)
-        with _in_evaluation(self.model), Watch(self.model, range(self.layers[0], self.layers[-1] + 1), seen):
+        with _in_evaluation(self.model), Watch(self.model, self.layers, seen):
             for start, score_scale in zip(progress_bar(starts, title, self.progress), cycle(self.score_scales)):
                 self.policy.set_limits(score_scale)
                 rows = range(start, min(start + self.batch_size, len(self.windows)))
                 batch = batch_of(self.windows, rows, self.model.device)
-                del batch["labels"]
-                self.model.model(**batch, use_cache=False)
+                given = {name: x for name, x in batch.items() if name not in ("labels", "group")}
+                self.model.model(**given, use_cache=False)
         self.policy.set_limits(1.0)
 
 
@@ -281,7 +281,7 @@ def _set(path: SkipPath, weight_DD: Tensor, constant_D: Tensor, gram_EE: Tensor)
 
 
 @contextmanager
-def _in_evaluation(model: Policy | Any) -> Iterator[None]:
+def _in_evaluation(model: MidskipForCausalLM) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

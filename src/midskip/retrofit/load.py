@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from midskip.convert import pretrained
+from midskip.convert import pretrained, tokenizer_of
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
+
+NOT_SETTINGS = ("architectures", "dtype", "transformers_version")
 
 
 def load_to_skip(
@@ -31,15 +34,16 @@ def load_to_skip(
     file = Path(source, "config.json")
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if values.get("model_type") != "midskip":
-        model = pretrained(source, dtype=torch.float32, **changes)
-    else:
-        if values["policy"] != "dense":
-            raise ValueError(
-                f"the model in {source!r} already skips (policy {values['policy']!r}); expected a dense one"
-            )
-        theirs = {
-            name: x for name, x in values.items() if name not in ("architectures", "dtype", "transformers_version")
-        }
-        config = MidskipConfig(**theirs | changes)
-        model = MidskipForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+        return pretrained(source, dtype=torch.float32, **changes), tokenizer_of(source)
+    if values["policy"] != "dense":
+        raise ValueError(f"the model in {source!r} already skips (policy {values['policy']!r}); expected a dense one")
+    theirs = {name: x for name, x in values.items() if name not in NOT_SETTINGS}
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # that routers and paths are in no file is no news
+    try:
+        model = MidskipForCausalLM.from_pretrained(
+            source, config=MidskipConfig(**theirs | changes), dtype=torch.float32
+        )
+    finally:
+        logging.set_verbosity(shown)
     return model.eval(), AutoTokenizer.from_pretrained(source)

@@ -30,10 +30,10 @@ class Moments:
         self.squares += y_NK.square().sum(0).double().cpu()
         self.num_tokens += len(z_ND)
 
-    def solve(self, ridge: float, like: Moments | None = None) -> tuple[Tensor, Tensor]:
-        """Weights [K, D] and constants [K], float64, of least squares with `ridge` times the mean square of each
-        feature as its penalty; that of `like`, if it is given, so that few tokens change little."""
-        penalty = (like or self).gram.diagonal().clamp(min=torch.finfo(torch.float64).tiny)
+    def solve(self, ridge: float, of_all: Moments | None = None) -> tuple[Tensor, Tensor]:
+        """Weights [K, D] and constants [K], float64, of least squares with `ridge` times the sum of squares of each
+        feature as its penalty; of those in `of_all`, if it is given, so that few tokens change little."""
+        penalty = (of_all or self).gram.diagonal().clamp(min=torch.finfo(torch.float64).tiny)
         solved_EK = torch.linalg.solve(self.gram + torch.diag(ridge * penalty), self.cross)
         return solved_EK[:-1].T, solved_EK[-1]
 

@@ -23,8 +23,8 @@ def prices(
         budgets: shares of block-tokens that may run; those below the range calibrated are left out.
 
     Returns:
-        `budget`, and by name of the text: `loss` in nats a token; `price`, how much that is above budget 1.0;
-        `executed_share`, of block-tokens that really ran; `flops_share`, of the FLOPs of budget 1.0, head included.
+        `budget`, and in `texts`, by name: `loss` in nats a token; `price`, how much that is above budget 1.0;
+        `executed_share`, of block-tokens that really ran; `flops_per_token`, head included.
     """
     lowest = model.config.calibration["share"][-1]
     rows: list[dict[str, Any]] = []
@@ -34,17 +34,13 @@ def prices(
                 model.model.policy.set_limits(0.0)
             else:
                 model.set_budget(budget)
-            row: dict[str, Any] = {"budget": budget}
+            found = {}
             for name, windows in texts.items():
                 result = evaluate(model, windows, batch_size=batch_size)
-                whole = rows[0][name] if rows else result
-                row[name] = {
-                    "loss": result["loss"],
-                    "price": result["loss"] - whole["loss"],
-                    "executed_share": result["executed_share"],
-                    "flops_share": result["flops_per_token"] / result["dense_flops_per_token"],
-                }
-            rows.append(row)
+                whole = rows[0]["texts"][name] if rows else result
+                found[name] = {name: result[name] for name in ("loss", "executed_share", "flops_per_token")}
+                found[name]["price"] = result["loss"] - whole["loss"]
+            rows.append({"budget": budget, "texts": found})
     return rows
 
 

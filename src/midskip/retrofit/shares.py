@@ -13,6 +13,7 @@ from torch import Tensor
 from midskip.regularizers import Regularizer
 from midskip.regularizers.base import floats
 
+LARGEST = 14.0  # of the log of a scale, about that of a calibration
 GAIN = 2.0  # how far the log of a scale moves for a share that is off by 1
 
 
@@ -31,6 +32,8 @@ class DrawnShares(Regularizer):
 
     def __init__(self, num_layers: int, shares: list[float], score_scales: list[float], seed: int = 0):
         super().__init__(num_layers)
+        if not shares or not all(0 < share <= 1 for share in shares):
+            raise ValueError(f"shares is {shares!r}; expected some numbers above 0 and up to 1")
         self.shares, self.seed = list(shares), seed
         self.log_scales = floats([math.log(scale) for scale in score_scales])
         self.num_steps = floats(0)
@@ -51,5 +54,6 @@ class DrawnShares(Regularizer):
 
     def update(self, mean_L: Tensor, variance_L: Tensor, share_L: Tensor | None = None) -> None:
         assert share_L is not None
-        self.log_scales[self.drawn] += GAIN * (share_L.mean().item() - self.shares[self.drawn])
+        now = self.log_scales[self.drawn].item() + GAIN * (share_L.mean().item() - self.shares[self.drawn])
+        self.log_scales[self.drawn] = min(max(now, -LARGEST), LARGEST)
         self.num_steps += 1
