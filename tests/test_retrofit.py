@@ -1,6 +1,7 @@
 """A dense model made to skip: the fit in closed form, the training that follows, and the folder of both."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tiny_runs import QUIET, write_documents
 from torch import Tensor
 
 from midskip import MidskipConfig, MidskipForCausalLM
+from midskip.cli import main
 from midskip.convert import to_transformers
 from midskip.data import load_tokenizer
 from midskip.data.labelled import Items
@@ -148,6 +150,32 @@ def test_a_low_rank_fit_of_full_rank_is_the_linear_one(make_model: Make) -> None
         torch.testing.assert_close(product, linear.model.skip_paths[layer].weight, rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("skip_path", ["linear", "low_rank"])
+def test_a_refit_changes_the_maps_of_tokens_that_skip_and_no_others(make_model: Make, skip_path: str) -> None:
+    """Also where nobody runs a layer, and the model does not call it."""
+    maps = []
+    for refits in (0, 1):
+        model = to_skip(make_model, skip_path=skip_path, skip_path_rank=4 if "low" in skip_path else None)
+        model.model.policy.first_tokens = 0
+        order = fit(model, windows(24), share=0.9, choice="layers", refits=refits, num_cost_windows=2).order
+        maps.append({int(layer): path(torch.ones(1, 16).double()) for layer, path in model.model.skip_paths.items()})
+    assert not torch.equal(maps[0][order[0]], maps[1][order[0]])
+    torch.testing.assert_close(maps[0][order[-1]], maps[1][order[-1]], rtol=1e-6, atol=1e-9)
+
+
+def test_forced_tokens_teach_routers_nothing(make_model: Make) -> None:
+    model = to_skip(make_model)
+    policy = model.model.policy
+    torch.nn.init.constant_(policy.bias, 2.0)  # pyright: ignore[reportArgumentType]
+    ids = torch.stack([window["input_ids"] for window in windows(2)])
+    for forced, learns in ((ids.shape[1], False), (1, True)):
+        policy.first_tokens = forced
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        assert bool(policy.bias.grad.any()) == learns  # pyright: ignore[reportOptionalMemberAccess]
+
+
 def test_what_the_fit_refuses(make_model: Make) -> None:
     with pytest.raises(ValueError, match="skip_path is 'adapter'; only 'linear' and 'low_rank' can be fitted"):
         fit(to_skip(make_model, skip_path="adapter"), windows())
@@ -176,6 +204,16 @@ def test_drawn_shares_are_held_and_restored() -> None:
     again = DrawnShares(4, [0.9, 0.7, 0.5], [1.0, 1.0, 1.0], seed=1)
     again.load_state_dict(json.loads(json.dumps(shares.state_dict())))
     assert again.score_scales == shares.score_scales and again.expected_share == shares.expected_share
+
+
+def test_a_share_that_cannot_be_reached_leaves_the_scale_finite() -> None:
+    shares = DrawnShares(4, [0.1], [1.0])
+    for _ in range(200):
+        shares.update(*[torch.full((4,), 0.8)] * 3)
+    assert shares.score_scales[0] < 2**21
+    for wrong in ([], [0.0], [1.5]):
+        with pytest.raises(ValueError, match="expected some numbers above 0 and up to 1"):
+            DrawnShares(4, wrong, [1.0] * len(wrong))
 
 
 # ---- training
@@ -271,6 +309,24 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(dense: Path, monkeypatc
     retrofit(other, QUIET)
     expected, got = (load_file(dense.parent / name / "model.safetensors") for name in ("out", "other"))
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_the_command_names_texts(
+    dense: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path may have an = of its own."""
+    monkeypatch.chdir(dense.parent)
+    Path("a=b").mkdir()
+    Path("a=b/v.txt").write_text("too short", encoding="utf-8")
+    given = ["--validation", "./a=b/v.txt", "--validation", "budget=a=b/v.txt", "--fit_tokens", "1024"]
+    command = ["retrofit", "dense", "--data", "text", "--output", "out", "--length", "128", "--price_tokens", "2048"]
+    assert main([*command, *given]) == 2  # too little text, said before anything runs
+    assert "a=b/v.txt' has" in capsys.readouterr().err and not Path("out").exists()
+    shutil.copy("text/0.txt", "a=b/v.txt")
+    assert main([*command, *given]) == 0
+    report = json.loads(Path("out/retrofit.json").read_text())
+    assert list(report["stages"]["fit"]["prices"][0]["texts"]) == ["text 1", "budget"]
 
 
 @pytest.mark.usefixtures("on_the_cpu")

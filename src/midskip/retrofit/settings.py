@@ -81,10 +81,11 @@ class RetrofitSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, known))}")
         if not 0 < self.share < 1:
             raise ValueError(f"share is {self.share!r}; expected a number above 0 and below 1")
-        if self.length < 2 or self.price_tokens // self.length * self.length < FEWEST_TOKENS:
+        count = self.price_tokens // max(1, self.length)
+        if self.length < 2 or count * self.length < FEWEST_TOKENS:
             raise ValueError(
-                f"price_tokens is {self.price_tokens}, which holds {self.price_tokens // max(1, self.length)} windows of "
-                f"{self.length} tokens; expected windows that hold {FEWEST_TOKENS} tokens or more together"
+                f"price_tokens is {self.price_tokens}, which holds {count} windows of {self.length} tokens; expected "
+                f"windows that hold {FEWEST_TOKENS} tokens or more together"
             )
         if not self.validation:
             raise ValueError("there is no held-out text: give validation, NAME=TEXT")
