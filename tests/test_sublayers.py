@@ -69,6 +69,7 @@ def test_a_cache_holds_what_attended_and_flops_are_torchs(
         cache = model(ids_BT, attention_mask=mask_BT, use_cache=True).past_key_values
     assert [layer.num_tokens for layer in cache.layers] == work.key_rows_L[0::2]
     assert cache.num_block_tokens == sum(work.query_rows_L)
+    assert cache.executed_share == pytest.approx(work.executed_share)
 
 
 def test_weights_are_those_of_blocks(make_model: Make) -> None:

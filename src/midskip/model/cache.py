@@ -94,7 +94,7 @@ class SkipCache(Cache):
     @property
     def executed_share(self) -> float:
         """Share of block-tokens that ran, of the valid tokens of all passes times layers."""
-        return self.num_block_tokens / max(1, self.num_valid_tokens * len(self.layers))
+        return self.num_block_tokens / max(1, self.num_valid_tokens * self.config.num_skip_units)
 
     def num_bytes(self) -> CacheBytes:
         """What it takes, used and allocated."""
