@@ -196,7 +196,7 @@ def test_an_error_is_one_line_of_harmless_text(error: Callable[..., str], tmp_pa
 
 
 def test_commands_and_options_that_are_none(error: Callable[..., str], place: Path) -> None:
-    expected = "expected one of demo, prepare, train, sweep, evaluate, calibrate, generate, frontier, bench"
+    expected = "expected one of demo, prepare, train, retrofit, sweep, evaluate, calibrate, generate, frontier, bench"
     assert error("trian") == f"there is no command 'trian'; {expected}"
     for command, *arguments in (
         ("demo", "--step", "3"),

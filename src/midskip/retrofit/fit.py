@@ -41,7 +41,7 @@ class FitReport:
         cost: for each, how much the loss rises in nats if all tokens skip it and take its map; of an order, the loss
             after each.
         order: with `choice="layers"`, which are left out first.
-        num_tokens: that were looked at in each pass.
+        num_tokens: on which the routers were fitted; the paths are fitted on twice as many.
     """
 
     layers: list[int]
@@ -55,7 +55,7 @@ class FitReport:
 @torch.no_grad()
 def fit(
     model: MidskipForCausalLM, windows: Items, *, choice: str = "tokens", share: float = 0.75, ridge: float = 1e-3,
-    refits: int = 1, num_cost_windows: int = 4, batch_size: int = 4, progress: bool = False,
+    refits: int = 1, num_cost_windows: int = 3, batch_size: int = 4, progress: bool = False,
 ) -> FitReport:  # fmt: skip
     """Fit the skip paths and the routers of a model that does not skip yet.
 
@@ -170,7 +170,7 @@ class _Fit:
             added[layer] += (added_ND / rms_N1).float().square().mean(1).sum().item()
             moments[layer].add(z_ND, error_N1.clamp(min=1e-12).log())
 
-        self._look("Fitting routers", seen)
+        self._look("Fitting routers", seen, every=2)
         self.report.error = [wrong[layer] / max(added[layer], 1e-30) for layer in self.layers]
         self.report.num_tokens = moments[self.layers[0]].num_tokens
         self.report.predictable = []
@@ -234,11 +234,12 @@ class _Fit:
 
     def _scales_for(self, shares: Sequence[float]) -> list[float]:
         """By bisection, on a few windows."""
-        windows = [self.windows[row] for row in range(min(self.batch_size, len(self.windows)))]
+        count = min(max(1, self.batch_size // 2), len(self.windows))
+        windows = [self.windows[row * len(self.windows) // count] for row in range(count)]
         found = []
         for share in shares:
             low, high = -12.0, 12.0
-            for _ in range(12):
+            for _ in range(9):
                 middle = (low + high) / 2
                 self.policy.set_limits(math.exp(middle))
                 is_above = evaluate(self.model, windows, batch_size=self.batch_size)["executed_share"] > share
@@ -250,9 +251,9 @@ class _Fit:
     def _loss(self, windows: Items) -> float:
         return evaluate(self.model, windows, batch_size=self.batch_size)["loss"]
 
-    def _look(self, title: str, seen: Any) -> None:
-        """A pass over all windows, each batch under the next of `score_scales`."""
-        starts = range(0, len(self.windows), self.batch_size)
+    def _look(self, title: str, seen: Any, every: int = 1) -> None:
+        """A pass over all windows, or some of their batches, each under the next of `score_scales`."""
+        starts = range(0, len(self.windows), every * self.batch_size)
         with _in_evaluation(self.model), Watch(self.model, self.layers, seen):
             for start, score_scale in zip(progress_bar(starts, title, self.progress), cycle(self.score_scales)):
                 self.policy.set_limits(score_scale)
