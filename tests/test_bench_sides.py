@@ -8,8 +8,18 @@ import torch
 from tiny_bench import DTYPE, ids, settings, side
 from transformers import LlamaForCausalLM
 
+from midskip import MidskipForCausalLM
 from midskip.bench.agree import check_ours
-from midskip.bench.models import Side, build_llama, build_ours, imposed, placed, positions, with_policy
+from midskip.bench.models import (
+    Side,
+    build_llama,
+    build_ours,
+    imposed,
+    llama_with_our_equations,
+    placed,
+    positions,
+    with_policy,
+)  # fmt: skip
 from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS
 from midskip.bench.tasks import Decode, Prefill, Training
 from midskip.policies.controls import FixedDepths
@@ -113,3 +123,18 @@ def test_a_stretch_begins_from_the_same_cache_each_time() -> None:
         whole = one.call(task.ids_BT, use_cache=False).logits[:, 9:]
     assert all(torch.equal(a, b) for a, b in zip(logits, again, strict=True))
     torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_with_skip_paths_has_its_llama() -> None:
+    """And a dense twin, which takes no path."""
+    config = settings().config("pre")
+    config.policy, config.skip_path, config.skipped_kv = "independent", "linear", "keep"
+    llama, tokens = build_llama(config, torch.float64, "cpu"), torch.arange(9)[None]
+    ours = llama_with_our_equations(llama, config)
+    # Llama works out its angles in float32
+    torch.testing.assert_close(ours(tokens).logits, llama(tokens).logits, rtol=0, atol=1e-6)
+    model = MidskipForCausalLM(config).double().eval()
+    twin = with_policy(model, "dense", {})
+    model.model.policy.set_limits(0.0)
+    torch.testing.assert_close(twin(tokens).logits, model(tokens).logits, rtol=0, atol=1e-12)

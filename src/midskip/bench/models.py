@@ -128,6 +128,7 @@ def with_policy(model: MidskipForCausalLM, policy: str, settings: dict[str, Any]
     twin.model.policy = build_policy(
         policy, config.num_skip_units, config.hidden_size, config.initializer_range, settings
     )
+    twin.model.policy.has_skip_paths = config.skip_path != "none"
     return twin.train(model.training)
 
 
@@ -173,6 +174,7 @@ def llama_with_our_equations(llama: LlamaForCausalLM, config: MidskipConfig) -> 
     """Ours with Llama's norms, nothing skipped, and Llama's weights, in the same memory: the same function."""
     config = copy.deepcopy(config)
     config.norms, config.policy, config.policy_settings = "pre", "dense", {}
+    config.skip_path, config.skip_path_rank = "none", None
     with torch.device("meta"):
         ours = MidskipForCausalLM(config)
     weights = {
