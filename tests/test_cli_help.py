@@ -10,6 +10,7 @@ import pytest
 import midskip
 from midskip import cli
 from midskip.cli import main
+from midskip.retrofit import RetrofitSettings
 
 
 def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +48,13 @@ def test_every_command_has_help(command: str, words: list[str], capsys: pytest.C
     assert f"midskip {command}" in out and [word for word in words if word not in out] == []
     tested = {"demo", "prepare", "train", "sweep", "calibrate", "evaluate", "generate", "frontier", "bench", "retrofit"}
     assert set(cli.COMMANDS) == tested, "else a command is not tested"
+
+
+def test_the_defaults_of_retrofit_are_those_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[RetrofitSettings] = []
+    monkeypatch.setattr("midskip.retrofit.retrofit", given.append)
+    assert main(["retrofit", "m", "--data", "d", "--validation", "v=t", "--output", "o"]) == 0
+    assert given == [RetrofitSettings("m", "d", {"v": "t"}, "o")]
 
 
 def test_it_runs_as_a_program(tmp_path: Path) -> None:

@@ -158,12 +158,13 @@ class MidskipModel(MidskipPreTrainedModel):
         for layer, block in enumerate(self.layers):
             past = None if cache is None else cache.layers[layer]
             for part in parts:
-                decision = self.policy(len(decisions), h_ND, state, batch)
+                unit = len(decisions)
+                decision = self.policy(unit, h_ND, state, batch)
                 decisions.append(decision)
                 before_ND, h_ND = h_ND, self._run_block(block, h_ND, decision, batch, past, part)
-                if (name := str(len(decisions) - 1)) in self.skip_paths:
+                if str(unit) in self.skip_paths:
                     masks = decision.keep_N, decision.output_gate_N, decision.skip_path_N
-                    h_ND = take_path(self.skip_paths[name], before_ND, h_ND, batch, *masks, self._runs_on_no_rows)
+                    h_ND = take_path(self.skip_paths[str(unit)], before_ND, h_ND, batch, *masks, self._runs_on_no_rows)
             if hidden_states is not None and layer + 1 < len(self.layers):
                 hidden_states.append(h_ND)
         h_ND = self.norm(h_ND)

@@ -91,7 +91,7 @@ def distil(
     checkpoint = newest_checkpoint(folder, console.print)
     if checkpoint is not None:
         shares.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
-    peak, _ = (settings.peak_flops, "") if settings.peak_flops else peak_flops(arguments)
+    peak = settings.peak_flops or peak_flops(arguments)[0]
     trainer = Distiller(
         shares, settings, lambda model: {}, None, peak, model=model, args=arguments, train_dataset=windows
     )

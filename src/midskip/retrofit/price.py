@@ -48,5 +48,5 @@ def calibrated_prices(
     model: MidskipForCausalLM, windows: Items, texts: Mapping[str, Items], name: str, batch_size: int, progress: bool
 ) -> list[dict[str, Any]]:
     """Calibrate on `windows`, then `prices`."""
-    calibrate(model, windows, name, lowest=0.45, batch_size=batch_size, progress=progress)
+    calibrate(model, windows, name, lowest=0.9 * min(BUDGETS), batch_size=batch_size, progress=progress)
     return prices(model, texts, batch_size=batch_size)
