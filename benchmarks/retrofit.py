@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.bench.results import machine
-from midskip.evaluate import evaluate, limits_kept
+from midskip.evaluate import evaluate, everything_run
 from midskip.retrofit import RetrofitSettings
 from midskip.retrofit.run import REPORT, Texts
 from midskip.runs import to_json
@@ -48,8 +48,7 @@ def random_rows(folder: Path) -> list[dict[str, Any]]:
     texts = Texts(settings, AutoTokenizer.from_pretrained(folder), config.max_position_embeddings, Console(stderr=True))
     whole = MidskipForCausalLM.from_pretrained(folder).eval()
     rows = []
-    with limits_kept(whole):
-        whole.model.policy.set_limits(0.0)
+    with everything_run(whole):
         losses = {name: evaluate(whole, windows)["loss"] for name, windows in texts.held_out.items()}
     for share in settings.shares:
         random = {"policy": "random", "policy_settings": {"share": share, "outer": settings.outer}}

@@ -14,7 +14,7 @@ from midskip.model.packing import PackedBatch
 from midskip.policies import Decision, Policy
 from midskip.policies.controls import Redrawn
 from midskip.policies.difficulty import MEMORY, Difficulty, drawn, kinds
-from midskip.policies.middle_out import SCORES, MiddleOut
+from midskip.policies.middle_out import BY_STATES, SCORES, MiddleOut
 from midskip.regularizers import build_regularizer
 from midskip.testing import check_policy
 from midskip.testing.limits import limits
@@ -64,8 +64,11 @@ def test_the_equations(num_layers: int, scores: str) -> None:
     decisions = [policy(layer, h_ND, state, batch) for layer, h_ND in enumerate(h_LND)]
     total_N = torch.zeros(63)
     for layer in range((num_layers + 1) // 2):
-        if scores != "hidden_states":
+        if scores in ("hash", "difficulty"):
             ease_N = -priority_N
+        elif scores == "linear":
+            normed_ND = h_LND[layer] / h_LND[layer].square().mean(1, keepdim=True).sqrt()
+            ease_N = -normed_ND @ policy.weight[layer]
         else:
             ease_N = 8**0.5 * torch.cosine_similarity(h_LND[layer], policy.weight[layer][None])
         total_N = total_N + (ease_N + policy.bias[layer]).exp()
@@ -89,8 +92,9 @@ def test_every_token_starts_in_every_layer(scores: str) -> None:
 # ---- learning
 
 
-def test_hidden_states_have_the_gradient_of_one_minus_the_depth_score() -> None:
-    policy = MiddleOut(2, 8, **STATES)
+@pytest.mark.parametrize("scores", BY_STATES)
+def test_hidden_states_have_the_gradient_of_one_minus_the_depth_score(scores: str) -> None:
+    policy = MiddleOut(2, 8, gates="hard", scores=scores)
     nn.init.normal_(policy.weight)
     nn.init.constant_(policy.bias, -0.5)
     h_ND, batch = torch.randn(63, 8, requires_grad=True), rectangle(7, 9)
@@ -232,7 +236,7 @@ def test_steps_with_a_cache_are_one_pass(make_model: Make, ragged: tuple[Tensor,
 
 
 def test_hard_gates_keep_the_contract() -> None:
-    for scores, num_layers, skipped_kv in zip(SCORES, (3, 4, 3), ("drop", "keep", "keep"), strict=True):
+    for scores, num_layers, skipped_kv in zip(SCORES, (3, 4, 3, 4), ("drop", "keep", "keep", "drop"), strict=True):
         settings = {"gates": "hard", "scores": scores}
         check_policy("middle_out", settings, num_layers=num_layers, skipped_kv=skipped_kv)
     check_policy(f"{__name__}:Half", num_layers=3, skipped_kv="drop")
@@ -255,6 +259,7 @@ def test_a_policy_that_says_it_is_hard_is_held_to_it(monkeypatch: pytest.MonkeyP
     [
         ({"gates": "half"}, r"gates is 'half'; expected one of 'soft', 'hard'"),
         ({"gates": "hard", "scores": "ids"}, r"scores is 'ids'; expected one of 'hash', 'difficulty', 'hidden_states'"),
+        ({"first_tokens": 2}, r"first_tokens is 2, of hard gates; add gates: hard, or leave it out"),
         ({"gates": "hard", "start": "released"}, r"start is 'released', of soft gates; hard gates start 'open'"),
     ],
 )

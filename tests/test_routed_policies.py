@@ -15,6 +15,7 @@ from midskip import MidskipForCausalLM, meter
 from midskip.model.packing import PackedBatch
 from midskip.policies import Policy, build_policy
 from midskip.policies.early_exit import EarlyExit
+from midskip.policies.middle_out import MiddleOut
 from midskip.policies.mixture_of_depths import MixtureOfDepths
 from midskip.policies.scored import Router, ScoredPolicy, uniform
 from midskip.testing import check_policy
@@ -25,6 +26,8 @@ ROUTED = {
     "independent, some": {"outer": 1, "first_tokens": 2},
     "early_exit": {"scores": "straight_through"},
     "early_exit, by loss": {},
+    "early_exit, some": {"scores": "straight_through", "router": "linear", "first_tokens": 1},
+    "middle_out, some": {"gates": "hard", "scores": "linear", "first_tokens": 1},
     "mixture_of_depths": {"capacity": 0.5},
     "reinforce": {"cost": 0.1},
 }
@@ -66,6 +69,37 @@ def test_independent_may_leave_out_layers_and_first_tokens() -> None:
     kept_LN = kept(policy, h_LND, rectangle(1, 40))
     assert kept_LN[[0, 1, 4, 5]].all() and kept_LN[2:4, :3].all() and not kept_LN[2:4, 3:].any()
     assert policy.share_profile(0) == [None, None, 0.0, 0.0, None, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["early_exit, some", "early_exit, by loss", "middle_out, some", "middle_out"])
+def test_first_tokens_do_not_leave(name: str) -> None:
+    settings = {"gates": "hard"} if name == "middle_out" else {}
+    policy, h_LND, batch = make(name, first_tokens=3, **settings), torch.randn(6, 40, 8), rectangle(1, 40)
+    batch.token_N = torch.randint(31, (40,))
+    policy.bias.fill_(1e3)
+    kept_LN = kept(policy, h_LND, batch)
+    assert kept_LN[:, :3].all() and not kept_LN[:, 3:].any()
+    policy.set_limits(1.0, max_layers=1)
+    assert kept(policy, h_LND, batch).sum(0).max() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["independent", "early_exit, some", "middle_out, some"])
+def test_a_linear_gate_is_set(name: str) -> None:
+    policy, h_LND = make(name, first_tokens=0), torch.randn(6, 40, 8)
+    assert policy.has_linear_gates
+    policy.bias.fill_(-1e4)
+    weight_D = torch.randn(8)
+    policy.set_linear_gate(2, weight_D, 0.5)
+    normed_ND = h_LND[2] / h_LND[2].square().mean(1, keepdim=True).sqrt()
+    kept_LN = kept(policy, h_LND, rectangle(1, 40))
+    assert torch.equal(kept_LN[2], normed_ND @ weight_D > 0.5) and kept_LN[:2].all()
+    away = [layer for layer in range(6) if not kept_LN[layer].all()]
+    assert away == list(range(2, policy.skip_path_end(2)))
+    for other in ("early_exit, by loss", "reinforce"):
+        with pytest.raises(ValueError, match="has no gates that are a linear map"):
+            make(other).set_linear_gate(0, weight_D, 0.0)
 
 
 @torch.no_grad()
@@ -275,7 +309,7 @@ def test_what_ran_is_what_is_claimed(make_model: Callable[..., MidskipForCausalL
     settings = {**ROUTED, **CONTROLS}[name]
     model = make_model(None, policy=name.split(",")[0], policy_settings=settings, num_hidden_layers=4).eval()
     policy, seen = model.model.policy, [0] * 4
-    if isinstance(policy, ScoredPolicy):
+    if isinstance(policy, ScoredPolicy | MiddleOut):
         policy.bias.fill_(-0.2)  # half of the tokens stay, or about
     for layer, block in enumerate(model.model.layers):
         block.self_attn.q_proj.register_forward_pre_hook(

@@ -38,6 +38,14 @@ def limits_kept(model: MidskipForCausalLM) -> Iterator[None]:
         policy.set_limits(*before)
 
 
+@contextmanager
+def everything_run(model: MidskipForCausalLM) -> Iterator[MidskipForCausalLM]:
+    """The model, in which every token now runs every layer."""
+    with limits_kept(model):
+        model.model.policy.set_limits(0.0)
+        yield model
+
+
 @torch.no_grad()
 def evaluate(
     model: MidskipForCausalLM,

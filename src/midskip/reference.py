@@ -98,7 +98,9 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Re
         for part in PARTS[config.skip_unit]:
             layer = len(gates)
             if isinstance(body.policy, MiddleOut):
-                output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, x_TD, priority_T, scores, gates)
+                is_first_T = position_T < body.policy.first_tokens
+                given = x_TD, priority_T, is_first_T
+                output_gate_T = key_gate_T = _middle_out_gate(body.policy, layer, *given, scores, gates)
                 taking_T = (scores[-1] >= 1) & (scores[-2] < 1 if len(scores) > 1 else True)
                 if body.policy.is_hard:
                     key_gate_T = key_gate_T.detach()  # the surrogate gradient is of what a block adds, not of its keys
@@ -186,8 +188,9 @@ def _hash(token: int, previous: int) -> int:
 
 
 def _middle_out_gate(
-    policy: MiddleOut, layer: int, x_TD: Tensor, priority_T: Tensor, scores: list[Tensor], gates: list[Tensor]
-) -> Tensor:
+    policy: MiddleOut, layer: int, x_TD: Tensor, priority_T: Tensor, is_first_T: Tensor, scores: list[Tensor],
+    gates: list[Tensor],
+) -> Tensor:  # fmt: skip
     """Appends the depth score of this layer to `scores` in the first half; the mirrored gate in the second."""
     if layer >= policy.num_gates:
         return gates[policy.num_layers - 1 - layer]
@@ -197,11 +200,15 @@ def _middle_out_gate(
     elif policy.is_hard:
         weight_D = policy.weight[layer]
         y_TD = x_TD.detach()  # hidden states learn nothing from the surrogate gradient
-        cosine_T = (y_TD @ weight_D) / (y_TD.pow(2).sum(-1).sqrt() * weight_D.pow(2).sum().sqrt())
-        score_T = policy.score_scale * torch.exp((policy.width**0.5 * cosine_T + bias).clamp(max=LARGEST_EXPONENT))
+        if policy.has_linear_gates:
+            number_T = -(y_TD @ weight_D) / y_TD.pow(2).mean(-1).sqrt()
+        else:
+            cosine_T = (y_TD @ weight_D) / (y_TD.pow(2).sum(-1).sqrt() * weight_D.pow(2).sum().sqrt())
+            number_T = policy.width**0.5 * cosine_T
+        score_T = policy.score_scale * torch.exp((number_T + bias).clamp(max=LARGEST_EXPONENT))
     else:
         score_T = policy.score_scale * torch.relu(x_TD @ policy.weight[layer] + bias)
-    depth_score_T = score_T if layer == 0 else scores[-1] + score_T
+    depth_score_T = torch.where(is_first_T, 0, score_T if layer == 0 else scores[-1] + score_T)
     if policy.max_layers is not None and _outer_blocks(policy, layer) > policy.max_layers:
         depth_score_T = depth_score_T.clamp(min=1)
     scores.append(depth_score_T)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from midskip.cost import meter
-from midskip.evaluate import limits_kept
+from midskip.evaluate import everything_run, limits_kept
 from midskip.model.modeling import MidskipForCausalLM
 
 
@@ -60,11 +60,9 @@ def evaluate_tasks(
     manager = check_tasks(tasks, include_path)
     wrapped = importlib.import_module("lm_eval.models.huggingface").HFLM
     rows = []
-    with limits_kept(model):
-        for budget in budgets or [None]:
-            if budget == 1.0:
-                model.model.policy.set_limits(0.0)
-            elif budget is not None:
+    for budget in budgets or [None]:
+        with everything_run(model) if budget == 1.0 else limits_kept(model):
+            if budget not in (None, 1.0):
                 model.set_budget(budget)
             with meter(model) as work:
                 found = importlib.import_module("lm_eval").simple_evaluate(

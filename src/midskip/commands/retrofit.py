@@ -19,8 +19,13 @@ def run(arguments: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--output", required=True, help="folder, made if it does not exist")
     parser.add_argument(
-        "--choice", choices=("tokens", "layers"), default="tokens",
-        help="who skips: each layer by token, or the same layers for all, to compare (default: %(default)s)",
+        "--choice", choices=("tokens", "spans", "exits", "layers"), default="tokens",
+        help="who skips: each layer by token; tokens that leave come back at the mirrored layer, or never; or the same "
+        "layers for all, to compare (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--order", choices=("loss", "influence", "adjacent"), default="loss",
+        help="with --choice layers, by what layers are left out (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--skip_unit", choices=("block", "sublayer"), default="block", help="default: %(default)s")
     parser.add_argument(
@@ -32,6 +37,14 @@ def run(arguments: list[str]) -> None:
         "--skipped_kv", choices=("keep", "drop"), default="keep",
         help="whether a token has keys in layers that it skips (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--shares", type=float, nargs="+", metavar="SHARE",
+        help="of block-tokens, of which each step of training draws one; one alone trains for that budget",
+    )  # fmt: skip
+    parser.add_argument(
+        "--finetune", choices=("lora", "all"), default="lora",
+        help="what --finetune_steps trains: low-rank adapters, or all weights (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--max_position_embeddings", type=at_least_one, help="longest input, if not the original's")
     for name, kind, default, what in (
         ("outer", int, 1, "first and as many last layers that every token runs"),
@@ -41,6 +54,9 @@ def run(arguments: list[str]) -> None:
         ("fit_tokens", at_least_one, 22_000, "tokens of --data that the fit looks at"),
         ("price_tokens", at_least_one, 6_144, "tokens of each held-out text for prices, and as many to calibrate"),
         ("distil_steps", int, 0, "steps of training after the fit"),
+        ("finetune_steps", int, 0, "steps of training the original's weights too, after those"),
+        ("finetune_learning_rate", float, 1e-4, "of those"),
+        ("lora_rank", at_least_one, 16, "of adapters"),
         ("batch_size", at_least_one, 4, "windows of a step"),
         ("learning_rate", float, 3e-4, "of the maps"),
         ("gate_learning_rate_scale", float, 0.3, "of the routers, as a factor of it"),
@@ -56,6 +72,8 @@ def run(arguments: list[str]) -> None:
         validation[name if named else f"text {number}"] = rest if named else text
     if len(validation) < len(texts):
         raise ValueError("two held-out texts have the same name; expected names that differ, NAME=TEXT")
+    if options["shares"] is None:
+        del options["shares"]
     from midskip.retrofit import RetrofitSettings, retrofit
 
     retrofit(RetrofitSettings(**options, validation=validation))

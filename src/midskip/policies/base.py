@@ -93,8 +93,9 @@ class Policy(nn.Module):
         looks_back: whether `decide` reads hidden states of a token's past beside its own; a subclass that does sets it.
             A cache does not hold those, so such a model runs without one.
         is_hard: whether every gate is exactly 0 or 1 (see `Decision.hard`).
-        skip_path_layers: layers that have a skip path in models that have any; all by default.
+        skip_path_layers: layers that have a skip path in models that have any; all by default. See `skip_path_end`.
         has_skip_paths: whether the model has any; set by the model.
+        has_linear_gates: whether `set_linear_gate` can be used, as a fit in closed form does.
         needs_target_share: whether no gradient opens or closes its gates, so that the regularizer target_share has to.
         gate_of_layer: for each layer the index of the gate that it goes by, whose share of tokens a regularizer may
             set through `bias`; None where it may not. By default there is none. A policy that has some also has
@@ -113,7 +114,7 @@ class Policy(nn.Module):
         self.score_scale, self.max_layers, self.is_observing = 1.0, None, True
         self.gate_of_layer: tuple[int | None, ...] = (None,) * num_layers
         self.skip_path_layers, self.has_skip_paths = range(num_layers), False
-        self.open_bias = 0.0
+        self.has_linear_gates, self.open_bias = False, 0.0
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Set the starting values of the policy's own parameters, through `init` (`torch.nn.init`, or transformers'
@@ -167,6 +168,20 @@ class Policy(nn.Module):
                 for, 0 where none counts; [0] if none were.
         """
 
+    def skip_path_end(self, layer: int) -> int:
+        """The first layer that is open again to a token that takes the skip path of `layer`; L if none is. The path
+        stands for the layers before it: here for `layer` alone."""
+        return layer + 1
+
+    def set_linear_gate(self, gate: int, weight_D: Tensor, bias: float) -> None:
+        """From now on a token skips, or leaves, at this gate where exp(bias - weight . h / rms(h)), times the scale in
+        force, is 1 or more. For policies with `has_linear_gates`.
+
+        Raises:
+            ValueError: this policy, with its settings, has no such gates.
+        """
+        raise ValueError(f"the policy {type(self).__name__} with its settings has no gates that are a linear map")
+
     def share_profile(self, outer: int) -> list[float | None]:
         """[L], how soon tokens should leave each layer, from 0 (last) to 1 (first), where a share is to be held by
         layer; None where all run, as in the `outer` first layers and those that mirror them, if there are any.
@@ -208,6 +223,13 @@ class Policy(nn.Module):
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
         """FLOPs of the matrix products that `decide`, just called with the same arguments, has cost."""
         return 0
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises ValueError for one that is no whole number of at least 0."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} is {value!r}; expected a whole number of at least 0")
 
 
 def build_policy(path: str, num_layers: int, width: int, initializer_range: float, settings: dict) -> Policy:

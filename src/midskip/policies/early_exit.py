@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision
+from midskip.policies.base import Decision, check_counts
 from midskip.policies.scored import ScoredPolicy, uniform
 
 SCORES = ("predicted_loss", "straight_through")
@@ -37,11 +37,13 @@ class EarlyExit(ScoredPolicy):
         layer_dropout: in training a token leaves before layer l of its own accord with a chance of this times
             l / (L - 1), as LayerSkip's layer dropout, but for the token and not for the sequence.
         router: `"bottleneck"` or `"linear"`.
+        first_tokens: positions at the beginning of each sequence whose tokens never leave but by `layer_dropout`.
     """
 
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, scores: str = "predicted_loss",
         exit_loss: float | None = None, exit_share: float = 1.0, layer_dropout: float = 0.0, router: str = "bottleneck",
+        first_tokens: int = 0,
     ):  # fmt: skip
         if scores not in SCORES:
             raise ValueError(f"scores is {scores!r}; expected one of {', '.join(map(repr, SCORES))}")
@@ -56,11 +58,15 @@ class EarlyExit(ScoredPolicy):
                 raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
         if not 0 < exit_share <= 1:
             raise ValueError(f"exit_share is {exit_share!r}; expected a number above 0 and up to 1")
-        self.exit_share = exit_share
+        check_counts(first_tokens=first_tokens)
+        self.exit_share, self.first_tokens = exit_share, first_tokens
         self.layer_dropout, self.needs_target_share = layer_dropout, self.predicts
         self.num_steps = nn.Buffer(torch.tensor(0))
         self.mean_L = nn.Buffer(torch.zeros(num_layers)) if self.predicts else None
         self._new: Tensor | None = None  # sum and count of exit losses in passes not absorbed yet
+
+    def skip_path_end(self, layer: int) -> int:
+        return self.num_layers
 
     def share_profile(self, outer: int) -> list[float | None]:
         last = max(1, self.num_layers - 1 - outer)
@@ -83,6 +89,8 @@ class EarlyExit(ScoredPolicy):
         readiness_N = self.readiness(self._number(layer, x_MD), self.gate_of_layer[layer] or 0)
         if indices_N is not None:
             readiness_N = readiness_N.new_ones(len(h_ND)).index_copy(0, indices_N, readiness_N)
+        if self.first_tokens:
+            readiness_N = torch.where(batch.position_N < self.first_tokens, 0, readiness_N)
         keep_N = readiness_N < 1
         if self.training and self.layer_dropout and layer:
             rate = self.layer_dropout * layer / (self.num_layers - 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision
+from midskip.policies.base import Decision, check_counts
 from midskip.policies.scored import ScoredPolicy
 
 
@@ -31,10 +31,8 @@ class Independent(ScoredPolicy):
         self, num_layers: int, width: int, initializer_range: float = 0.02, router: str = "bottleneck", outer: int = 0,
         first_tokens: int = 0,
     ):  # fmt: skip
+        check_counts(outer=outer, first_tokens=first_tokens)
         num_gates = num_layers - 2 * outer
-        for name, value in (("outer", outer), ("first_tokens", first_tokens)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 0")
         if num_gates < 1:
             raise ValueError(f"outer is {outer} of {num_layers} layers, which leaves none to skip; expected less")
         gates = (None,) * outer + tuple(range(num_gates)) + (None,) * outer

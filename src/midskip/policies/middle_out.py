@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, Policy
+from midskip.policies.base import Decision, Policy, check_counts
 from midskip.policies.difficulty import Difficulty, drawn
 
 STARTS = ("open", "spread", "released")
 GATES = ("soft", "hard")
 SOFT_OPEN_SCORE = 0.1  # depth score at which the innermost soft gate starts
 HARD_OPEN_BIAS = -4.0  # of hard gates, or lower in deep models; priorities reach down to -2
-SCORES = ("hash", "difficulty", "hidden_states")
+SCORES = ("hash", "difficulty", "hidden_states", "linear")
+BY_STATES = ("hidden_states", "linear")
 LARGEST_EXPONENT = 30.0  # a score is finite under any scale, and so is its gradient
 
 
@@ -36,12 +37,13 @@ class MiddleOut(Policy):
         hard gates, scores="hash"            s(i, l) = exp(b_l - u(i))
         hard gates, scores="difficulty"      s(i, l) = exp(b_l - d(i))
         hard gates, scores="hidden_states"   s(i, l) = exp(b_l + sqrt(D) cos(w_l, h(i, l)))
+        hard gates, scores="linear"          s(i, l) = exp(b_l - w_l . h(i, l) / rms(h(i, l)))
 
     u is drawn, once and for all, for each pair of a token and the one before it. d is how hard such pairs have been to
-    go on from (`Difficulty`), a running mean of losses without a gradient: what is easy leaves. The cosine learns by a
+    go on from (`Difficulty`), a running mean of losses without a gradient: what is easy leaves. The last two learn by a
     surrogate gradient, that of 1 - S (straight-through, see `Decision.hard`), which reaches w and b and not the hidden
-    states. How many leave is set by b, which a regularizer moves. An exponential is never 0, so that a larger b or
-    scale sends any token away.
+    states. The cosine does not depend on the size of w; `linear` is what `midskip retrofit` fits. How many leave is set
+    by b, which a regularizer moves. An exponential is never 0, so that a larger b or scale sends any token away.
 
     Under limits (`set_limits`) the score is multiplied by the scale, hence S too; and where `max_layers` closes a
     layer, S is at least 1. Layer l < L/2 and its mirror are two blocks, so l is open under `max_layers` of 2 (l + 1) or
@@ -49,20 +51,21 @@ class MiddleOut(Policy):
 
     Args:
         gates: `"soft"` or `"hard"`.
-        scores: of hard gates, `"hash"`, the default, `"difficulty"` or `"hidden_states"`. The first two need a model
-            that is given ids and not embeddings, and the regularizer `target_share`.
+        scores: of hard gates, `"hash"`, the default, `"difficulty"`, `"hidden_states"` or `"linear"`. The first two
+            need a model that is given ids and not embeddings, and the regularizer `target_share`.
         start: of soft gates. `"open"`: w = 0 and b > 0 such that every gate starts between 1 and 0.9 (the middle one)
             and every token gives every gate a gradient; `"spread"`: the same b and a normal w of norm 0.2, so that
             tokens differ from the first step, as a regularizer that moves b needs; `"released"`: as in the paper's
             code, w normal and b = 0, which starts with almost half of the gates at 0. Hard gates have one start,
             `"open"`: b so low that every token runs every layer (of those that go by hidden states, all but a few).
+        first_tokens: of hard gates: positions at the beginning of each sequence whose tokens run every layer.
     """
 
     adjustable = True
 
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, start: str = "open", gates: str = "soft",
-        scores: str | None = None,
+        scores: str | None = None, first_tokens: int = 0,
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
         for name, value, known in (("start", start, STARTS), ("gates", gates, GATES), ("scores", scores, SCORES)):
@@ -72,13 +75,17 @@ class MiddleOut(Policy):
             raise ValueError(f"start is {start!r}, of soft gates; hard gates start 'open': leave it out")
         if gates == "soft" and scores is not None:
             raise ValueError(f"scores is {scores!r}, of hard gates; add gates: hard, or leave it out")
+        check_counts(first_tokens=first_tokens)
+        if gates == "soft" and first_tokens:
+            raise ValueError(f"first_tokens is {first_tokens!r}, of hard gates; add gates: hard, or leave it out")
         self.start, self.is_hard, scores = start, gates == "hard", scores or "hash"
+        self.first_tokens, self.has_linear_gates = first_tokens, self.is_hard and scores == "linear"
         self.num_gates = (num_layers + 1) // 2
         self.skip_path_layers = range(self.num_gates)  # each for the layers from there to its mirror
         self.gate_of_layer = nested(num_layers, 0)[0]
         hard_bias = min(HARD_OPEN_BIAS, -2.01 - math.log(self.num_gates))  # the sum of all scores is below 1
         self.open_bias = hard_bias if self.is_hard else SOFT_OPEN_SCORE / self.num_gates
-        self.needs_target_share = self.is_hard and scores != "hidden_states"
+        self.needs_target_share = self.is_hard and scores not in BY_STATES
         self.difficulty = Difficulty() if self.is_hard and scores == "difficulty" else None
         self.weight = None if self.needs_target_share else nn.Parameter(torch.empty(self.num_gates, width))
         self.bias = nn.Parameter(torch.empty(self.num_gates), requires_grad=not self.needs_target_share)
@@ -98,6 +105,17 @@ class MiddleOut(Policy):
             std = self.initializer_range if self.start == "released" else 0.2 / self.width**0.5
             init.normal_(self.weight, std=std)
 
+    def skip_path_end(self, layer: int) -> int:
+        return self.num_layers - layer
+
+    @torch.no_grad()
+    def set_linear_gate(self, gate: int, weight_D: Tensor, bias: float) -> None:
+        if self.weight is None or not self.has_linear_gates:
+            super().set_linear_gate(gate, weight_D, bias)
+            return
+        self.weight[gate] = weight_D.to(self.weight)
+        self.bias[gate] = bias
+
     def share_profile(self, outer: int) -> list[float | None]:
         return nested(self.num_layers, outer)[1]
 
@@ -114,10 +132,10 @@ class MiddleOut(Policy):
             if self._closed(layer):
                 self._decide(state, before_N.clamp(min=1))
             elif indices_N is None:
-                self._decide(state, before_N + self._score(layer, h_ND))
+                self._decide(state, self._but_first(before_N + self._score(layer, h_ND), batch))
             else:
                 score_N = self._score(layer, h_ND.index_select(0, indices_N))
-                self._decide(state, before_N.index_add(0, indices_N, score_N))
+                self._decide(state, self._but_first(before_N.index_add(0, indices_N, score_N), batch))
         return state["decisions"][layer]
 
     def _decide_by_tokens(self, state: dict[str, Any], batch: PackedBatch, dtype: torch.dtype) -> None:
@@ -130,10 +148,16 @@ class MiddleOut(Policy):
                 depth_score_N = depth_score_N.clamp(min=1)
             else:
                 more_N = depth_score_N + self._score(layer, priority_N)
-                depth_score_N = torch.where(depth_score_N < 1, more_N, depth_score_N)
+                depth_score_N = self._but_first(torch.where(depth_score_N < 1, more_N, depth_score_N), batch)
             self._decide(state, depth_score_N)
         decisions = state["decisions"]
         batch.count([mask_N for decision in decisions for mask_N in (decision.keep_N, decision.skip_path_N)])
+
+    def _but_first(self, depth_score_N: Tensor, batch: PackedBatch) -> Tensor:
+        """The first tokens of a sequence do not leave."""
+        if not self.first_tokens:
+            return depth_score_N
+        return torch.where(batch.position_N < self.first_tokens, 0, depth_score_N)
 
     def _decide(self, state: dict[str, Any], depth_score_N: Tensor) -> None:
         """Add the decision that follows from the scores."""
@@ -186,9 +210,13 @@ class MiddleOut(Policy):
         if not self.is_hard:
             return F.relu(F.linear(h_ND, weight_1D, bias[None])).squeeze(1)
         h_ND = h_ND.detach()
-        sizes_N = torch.linalg.vector_norm(h_ND, dim=1) * torch.linalg.vector_norm(weight_1D)
-        cosine_N = F.linear(h_ND, weight_1D).squeeze(1) / sizes_N.clamp(min=torch.finfo(h_ND.dtype).tiny)
-        return (self.width**0.5 * cosine_N + bias).clamp(max=LARGEST_EXPONENT).exp()
+        if self.has_linear_gates:
+            number_N = -F.linear(F.rms_norm(h_ND, h_ND.shape[-1:]), weight_1D).squeeze(1)
+        else:
+            sizes_N = torch.linalg.vector_norm(h_ND, dim=1) * torch.linalg.vector_norm(weight_1D)
+            cosine_N = F.linear(h_ND, weight_1D).squeeze(1) / sizes_N.clamp(min=torch.finfo(h_ND.dtype).tiny)
+            number_N = self.width**0.5 * cosine_N
+        return (number_N + bias).clamp(max=LARGEST_EXPONENT).exp()
 
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
         if self.weight is None or layer >= self.num_gates or self._closed(layer):

@@ -72,6 +72,7 @@ class ScoredPolicy(Policy):
         self.routers = nn.ModuleList(Router(width, router) for _ in range(num_routers))
         num_gates = len({gate for gate in gate_of_layer if gate is not None})
         self.bias = nn.Parameter(torch.empty(num_gates), requires_grad=trains_bias)
+        self.has_linear_gates = router == "linear" and trains_bias and num_routers == num_gates
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         init.constant_(self.bias, self.open_bias)
@@ -87,6 +88,13 @@ class ScoredPolicy(Policy):
         """To skip, above 0: what is compared with 1, under the scale in force. Of what a router gave."""
         score_N = (self.bias[gate].to(number_N.dtype) - number_N).clamp(max=LARGEST_EXPONENT).exp()
         return score_N if self.score_scale == 1.0 else self.score_scale * score_N
+
+    @torch.no_grad()
+    def set_linear_gate(self, gate: int, weight_D: Tensor, bias: float) -> None:
+        if not self.has_linear_gates:
+            super().set_linear_gate(gate, weight_D, bias)
+        self.routers[gate].weight.copy_(weight_D[None])  # pyright: ignore[reportCallIssue]
+        self.bias[gate] = bias
 
     def within(self, keep_N: Tensor, state: dict[str, Any]) -> Tensor:
         """Those of the tokens kept that have not run `max_layers` blocks yet, and notes that these now run one."""

@@ -1,4 +1,4 @@
-"""Skip paths and routers trained towards the model that skips nothing, which stays as it is.
+"""A model that skips, trained towards the original.
 
 B sequences, T columns, N valid tokens, V vocabulary.
 """
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from midskip.data import TokenWindows
-from midskip.evaluate import limits_kept
 from midskip.model.modeling import MidskipForCausalLM
+from midskip.retrofit.learning import Original, learning
 from midskip.retrofit.shares import DrawnShares
 from midskip.train.checkpoints import HISTORY_FILE, REGULARIZER_FILE, history_until, newest_checkpoint, step_of
 from midskip.train.peak import peak_flops
@@ -28,18 +28,17 @@ from midskip.train.trainer import MidskipTrainer
 
 
 class Distiller(MidskipTrainer):
-    """Its loss is the divergence (Kullback and Leibler's) of the logits from those of the same model when every token
-    runs every layer."""
+    """Its loss is the divergence (Kullback and Leibler's) of the logits from those of the original."""
+
+    original: Original
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         valid_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-        policy = self.bare_model.model.policy
-        with torch.no_grad(), limits_kept(self.bare_model):
-            policy.set_limits(0.0)
-            target_BTV = model(**given, use_cache=False).logits
+        with torch.no_grad(), self.original() as original:
+            target_BTV = original(**given, use_cache=False).logits
         outputs = model(**given, use_cache=False)
         loss = divergence(outputs.logits, target_BTV, valid_BT)
         nothing = 0 * loss.detach()
@@ -66,9 +65,11 @@ def distil(
     settings: TrainingSettings,
     shares: DrawnShares,
     console: Console | None = None,
+    what: str = "skips",
+    lora_rank: int = 16,
 ) -> list[dict[str, Any]]:
-    """Train the skip paths and the policy of `model` in place; everything else is frozen, so that the model in which
-    every token runs every layer stays the same to the last bit.
+    """Train `model` in place. As long as only skip paths and the policy learn, the model in which every token runs
+    every layer stays the same to the last bit.
 
     Args:
         windows: text for training.
@@ -76,6 +77,7 @@ def distil(
         settings: the optimisation.
         shares: of block-tokens, of which one is drawn a step.
         console: where progress is shown.
+        what, lora_rank: what learns, see `learning`.
 
     Returns:
         The history, a row a step; `cross_entropy` in it is the divergence. Its `flops` count the pass that gives the
@@ -85,28 +87,26 @@ def distil(
         FloatingPointError: the loss or a weight is no longer finite.
     """
     console = console or Console(stderr=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".policy." in name or ".skip_paths." in name)
     arguments = training_arguments(settings, folder)
     checkpoint = newest_checkpoint(folder, console.print)
     if checkpoint is not None:
         shares.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
     peak = settings.peak_flops or peak_flops(arguments)[0]
-    trainer = Distiller(
-        shares, settings, lambda model: {}, None, peak, model=model, args=arguments, train_dataset=windows
-    )
-    trainer.history += history_until(folder / HISTORY_FILE, 0 if checkpoint is None else step_of(checkpoint))
-    trainer.remove_callback(PrinterCallback)
-    progress = ProgressBar("distilling", trainer.history, console)
-    trainer.add_callback(progress)
-    try:
-        if checkpoint is None or step_of(checkpoint) < settings.max_steps:  # else the Trainer would add a step
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        else:
-            model.load_state_dict(MidskipForCausalLM.from_pretrained(checkpoint).state_dict())
-    finally:
-        progress.bar.stop()
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-    trainer.check_weights()
+    with learning(model, what, lora_rank) as original:
+        trainer = Distiller(
+            shares, settings, lambda model: {}, None, peak, model=model, args=arguments, train_dataset=windows
+        )
+        trainer.original = original
+        trainer.history += history_until(folder / HISTORY_FILE, 0 if checkpoint is None else step_of(checkpoint))
+        trainer.remove_callback(PrinterCallback)
+        progress = ProgressBar("training", trainer.history, console)
+        trainer.add_callback(progress)
+        try:
+            if checkpoint is None or step_of(checkpoint) < settings.max_steps:  # else the Trainer would add a step
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            else:
+                trainer._load_from_checkpoint(str(checkpoint))
+        finally:
+            progress.bar.stop()
+        trainer.check_weights()
     return trainer.history

@@ -10,24 +10,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
-from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from midskip.data.labelled import Items
 from midskip.data.progress import progress_bar
 from midskip.evaluate import batch_of, evaluate, limits_kept
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.model.skip_path import SkipPath, normalized
-from midskip.policies.independent import Independent
-from midskip.policies.scored import Router
 from midskip.retrofit.moments import Moments
-from midskip.retrofit.watch import Watch
+from midskip.retrofit.watch import Seen, look
 
 SHARES = (0.9, 0.75, 0.6)  # of block-tokens that run, under which the model's own states are looked at
 NEVER = 1e4  # a bias at which no token runs; at minus this, all do
 SMALLEST_COST = 1e-4  # nats
+CHOICES = ("tokens", "layers")
+ORDERS = ("loss", "influence", "adjacent")
+NOT_GIVEN = ("labels", "group")  # of a window, to the model
 
 
 @dataclass
@@ -35,11 +36,11 @@ class FitReport:
     """What the fit found.
 
     Attributes:
-        layers: that may be skipped.
-        error: for each, the mean square that its map leaves of what the layer adds, as a share of it.
+        layers: that may be skipped, or at which a token may leave for a span.
+        error: for each, the mean square that its map leaves of what is to be added, as a share of it.
         predictable: for each, the share of the variance (R squared) of the log of that error that its router explains.
-        cost: for each, how much the loss rises in nats if all tokens skip it and take its map; of an order, the loss
-            after each.
+        cost: for each, how much the loss rises in nats if all tokens skip it, or leave there, and take its map; of an
+            order, the loss after each.
         order: with `choice="layers"`, which are left out first.
         num_tokens: on which the routers were fitted; the paths are fitted on twice as many.
     """
@@ -54,8 +55,9 @@ class FitReport:
 
 @torch.no_grad()
 def fit(
-    model: MidskipForCausalLM, windows: Items, *, choice: str = "tokens", share: float = 0.75, ridge: float = 1e-3,
-    refits: int = 1, num_cost_windows: int = 3, batch_size: int = 4, progress: bool = False,
+    model: MidskipForCausalLM, windows: Items, *, choice: str = "tokens", order: str = "loss", outer: int = 0,
+    share: float = 0.75, ridge: float = 1e-3, refits: int = 1, num_cost_windows: int = 3, batch_size: int = 4,
+    progress: bool = False,
 ) -> FitReport:  # fmt: skip
     """Fit the skip paths and the routers of a model that does not skip yet.
 
@@ -65,13 +67,22 @@ def fit(
     both again on the states of the model that skips, under several shares, with what the layer adds to these states.
     The rest of the model stays as it is.
 
-    With `choice="layers"` a layer is left out for all tokens or for none, the baseline: the one whose
-    removal costs least first, then the one that costs least beside it, and so on. The paths are the same.
+    Where tokens stay away for a span of layers (`middle_out`, `early_exit`) one path stands for the span. It is fitted
+    to lead to the state that the token has behind the span in the model as it is, and what leaving costs is taken for
+    each layer of the span.
+
+    With `choice="layers"` a layer is left out for all tokens or for none, the baseline. The paths are the same.
 
     Args:
-        model: with the policy `independent`, a linear router, and skip paths that are linear or of low rank.
+        model: with a policy that `has_linear_gates` (`independent` or `early_exit` with `router: linear`, `middle_out`
+            with `scores: linear`), and skip paths that are linear or of low rank.
         windows: text, as `evaluate` takes it.
         choice: `"tokens"` or `"layers"`.
+        order: which layers are left out first. `"loss"`: the one without which the loss is lowest, then the one without
+            which it is lowest beside it, and so on. `"adjacent"`: the same among the neighbours of those that are left
+            out. `"influence"`: the one whose input and output point most nearly the same way (1 minus the mean of their
+            cosines, as ShortGPT's block influence).
+        outer: first layers that every token runs, and of `middle_out` as many last ones; `independent` has its own.
         share: of the block-tokens that run as the model is left; other budgets need `midskip.calibrate`.
         ridge: penalty of the regressions, as a share of the mean square of each feature.
         refits: passes over the states of the model that skips.
@@ -80,9 +91,14 @@ def fit(
         progress: show bars in a terminal.
 
     Raises:
-        ValueError: another policy or kind of skip path, or a share out of range.
+        ValueError: another policy, kind of skip path, choice or order, or a share out of range.
     """
-    fitting = _Fit(model, windows, ridge, batch_size, progress)
+    for name, value, known in (("choice", choice, CHOICES), ("order", order, ORDERS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+    fitting = _Fit(model, windows, outer, ridge, batch_size, progress)
+    if choice == "layers" and not fitting.alone:
+        raise ValueError("choice is 'layers'; expected 'tokens', since skip paths of this policy stand for spans")
     if not fitting.lowest_share < share < 1:
         raise ValueError(
             f"share is {share!r}; expected a share of the blocks above {fitting.lowest_share:.3g}, below 1"
@@ -92,7 +108,7 @@ def fit(
         fitting.paths(refit=False)
         some = [windows[row * len(windows) // num_cost_windows] for row in range(num_cost_windows)]
         if choice == "layers":
-            fitting.order(some)
+            fitting.leave_out(some, order)
         else:
             fitting.errors()
             fitting.costs(some)
@@ -108,12 +124,14 @@ def fit(
 
 
 class _Fit:
-    def __init__(self, model: MidskipForCausalLM, windows: Items, ridge: float, batch_size: int, progress: bool):
+    def __init__(
+        self, model: MidskipForCausalLM, windows: Items, outer: int, ridge: float, batch_size: int, progress: bool
+    ):
         policy, paths = model.model.policy, model.model.skip_paths
-        if not isinstance(policy, Independent) or policy.routers[0].out is not None:
+        if not policy.has_linear_gates:
             raise ValueError(
-                f"the policy is {model.config.policy!r} with {model.config.policy_settings}; a fit needs 'independent' "
-                "with {'router': 'linear'}"
+                f"the policy is {model.config.policy!r} with {model.config.policy_settings}; a fit needs linear gates: "
+                "'independent' or 'early_exit' with {'router': 'linear'}, or 'middle_out' with {'scores': 'linear'}"
             )
         if model.config.skip_path not in ("linear", "low_rank"):
             raise ValueError(
@@ -122,30 +140,34 @@ class _Fit:
             )
         self.model, self.policy, self.windows, self.ridge = model, policy, windows, ridge
         self.batch_size, self.progress = batch_size, progress
-        self.layers: Sequence[int] = policy.skip_path_layers
+        self.layers = [layer for layer in policy.skip_path_layers if layer >= outer]
+        self.gate = {layer: gate for layer in self.layers if (gate := policy.gate_of_layer[layer]) is not None}
+        self.span = {layer: policy.skip_path_end(layer) - layer for layer in self.layers}
+        self.alone = set(self.span.values()) == {1}
         self.path = {layer: _checked(paths[str(layer)]) for layer in self.layers}
-        self.report = FitReport(list(self.layers))
-        self.lowest_share = 1 - len(self.layers) / policy.num_layers
+        self.report = FitReport(self.layers)
+        closed = {other for layer in self.layers for other in range(layer, layer + self.span[layer])}
+        self.lowest_share = 1 - len(closed) / policy.num_layers
         self.score_scales: tuple[float, ...] = (0.0,)  # under which the states are looked at
         self.router: dict[int, tuple[Tensor, Tensor]] = {}
         self.mean_error: dict[int, float] = {}
 
     def paths(self, refit: bool) -> None:
-        """Regress what each layer adds; in a refit what the path gets wrong of it, of tokens that skip."""
+        """Regress what is to be added; in a refit what the path gets wrong of it, of tokens that take it."""
         width = self.model.config.hidden_size
         moments = {layer: Moments(width, width) for layer in self.layers}
         of_all = {layer: Moments(width, 1) for layer in self.layers} if refit else moments
 
-        def seen(layer: int, h_ND: Tensor, added_ND: Tensor, keep_N: Tensor | None) -> None:
+        def seen(layer: int, h_MD: Tensor, added_MD: Tensor, taking_M: Tensor | None) -> None:
             path = self.path[layer]
-            z_ND, rms_N1 = normalized(h_ND, path.eps)
+            z_MD, rms_M1 = normalized(h_MD, path.eps)
             if refit:
-                of_all[layer].add(z_ND, rms_N1)
-                if keep_N is None:
+                of_all[layer].add(z_MD, rms_M1)
+                if taking_M is None:
                     return
-                added_ND = added_ND - path(h_ND)
-                z_ND, rms_N1, added_ND = z_ND[~keep_N], rms_N1[~keep_N], added_ND[~keep_N]
-            moments[layer].add(z_ND, added_ND / rms_N1)
+                added_MD = added_MD - path(h_MD)
+                z_MD, rms_M1, added_MD = z_MD[taking_M], rms_M1[taking_M], added_MD[taking_M]
+            moments[layer].add(z_MD, added_MD / rms_M1)
 
         self._look("Fitting paths", seen)
         for layer, path in self.path.items():
@@ -162,13 +184,13 @@ class _Fit:
         moments = {layer: Moments(self.model.config.hidden_size, 1) for layer in self.layers}
         wrong, added = dict.fromkeys(self.layers, 0.0), dict.fromkeys(self.layers, 0.0)
 
-        def seen(layer: int, h_ND: Tensor, added_ND: Tensor, keep_N: Tensor | None) -> None:
+        def seen(layer: int, h_MD: Tensor, added_MD: Tensor, taking_M: Tensor | None) -> None:
             path = self.path[layer]
-            z_ND, rms_N1 = normalized(h_ND, path.eps)
-            error_N1 = ((added_ND - path(h_ND)) / rms_N1).float().square().mean(1, keepdim=True)
-            wrong[layer] += error_N1.sum().item()
-            added[layer] += (added_ND / rms_N1).float().square().mean(1).sum().item()
-            moments[layer].add(z_ND, error_N1.clamp(min=1e-12).log())
+            z_MD, rms_M1 = normalized(h_MD, path.eps)
+            error_M1 = ((added_MD - path(h_MD)) / rms_M1).float().square().mean(1, keepdim=True)
+            wrong[layer] += error_M1.sum().item()
+            added[layer] += (added_MD / rms_M1).float().square().mean(1).sum().item()
+            moments[layer].add(z_MD, error_M1.clamp(min=1e-12).log())
 
         self._look("Fitting routers", seen, every=2)
         self.report.error = [wrong[layer] / max(added[layer], 1e-30) for layer in self.layers]
@@ -180,48 +202,60 @@ class _Fit:
             self.mean_error[layer] = (moments[layer].cross[-1, 0] / moments[layer].num_tokens).item()
 
     def costs(self, windows: Items) -> None:
-        """Measure the loss with each layer left out in turn."""
-        self.policy.set_limits(1.0)
-        bias_G = self.policy.bias
-        bias_G.fill_(-NEVER)
-        whole = self._loss(windows)
-        for gate in progress_bar(range(len(bias_G)), "Leaving out layers", self.progress):
-            bias_G[gate] = NEVER
-            self.report.cost.append(self._loss(windows) - whole)
-            bias_G[gate] = -NEVER
+        """Measure the loss when all tokens skip a layer, or leave there, for each layer in turn."""
+        whole = self._loss_without((), windows)
+        for layer in progress_bar(self.layers, "Leaving out layers", self.progress):
+            self.report.cost.append(self._loss_without((layer,), windows) - whole)
 
-    def order(self, windows: Items) -> None:
+    def leave_out(self, windows: Items, order: str) -> None:
         """Find which layers to leave out first, and let the biases say so."""
-        self.policy.set_limits(1.0)
-        for router in self.policy.routers:
-            assert isinstance(router, Router)
-            router.weight.zero_()
-        bias_G, gone = self.policy.bias, []
-        bias_G.fill_(-NEVER)
-        for _ in progress_bar(range(len(bias_G)), "Leaving out layers", self.progress):
-            losses = {}
-            for gate in range(len(bias_G)):
-                if gate not in gone:
-                    bias_G[gate] = NEVER
-                    losses[gate] = self._loss(windows)
-                    bias_G[gate] = -NEVER
+        gone: list[int] = []
+        influence = self._influences() if order == "influence" else {}
+        for _ in progress_bar(self.layers, "Leaving out layers", self.progress):
+            left = [layer for layer in self.layers if layer not in gone]
+            if influence:
+                left = [min(left, key=influence.__getitem__)]
+            elif order == "adjacent" and gone:
+                left = [layer for layer in left if {layer - 1, layer + 1} & set(gone)]
+            losses = {layer: self._loss_without((*gone, layer), windows) for layer in left}
             gone.append(min(losses, key=losses.__getitem__))
             self.report.cost.append(losses[gone[-1]])
-            bias_G[gone] = NEVER
-        bias_G.fill_(-NEVER)
-        for place, gate in enumerate(gone):
-            bias_G[gate] = -place / 2
-        self.report.order = [self.layers[gate] for gate in gone]
+        self._open_all()
+        for place, layer in enumerate(gone):
+            self.policy.bias[self.gate[layer]] = -place / 2
+        self.report.order = gone
+
+    def _influences(self) -> dict[int, float]:
+        """Of each layer, the sum over tokens of 1 minus the cosine of its input and output."""
+        found = dict.fromkeys(self.layers, 0.0)
+
+        def seen(layer: int, h_MD: Tensor, added_MD: Tensor, taking_M: Tensor | None) -> None:
+            found[layer] += (1 - F.cosine_similarity(h_MD, h_MD + added_MD)).double().sum().item()
+
+        self._look("Comparing inputs and outputs", seen, every=2)
+        return found
+
+    def _open_all(self) -> None:
+        """Every gate open, whatever the token."""
+        for gate in range(len(self.policy.bias)):
+            self.policy.set_linear_gate(gate, torch.zeros(self.policy.width), -NEVER)
+
+    def _loss_without(self, layers: Sequence[int], windows: Items) -> float:
+        """The loss when all tokens skip these layers, or leave there, and take their paths."""
+        self._open_all()
+        self.policy.set_limits(1.0)
+        for layer in layers:
+            self.policy.bias[self.gate[layer]] = NEVER
+        return evaluate(self.model, windows, batch_size=self.batch_size)["loss"]
 
     def routers(self) -> None:
-        """Write the regressions into the policy, each layer weighed by its cost."""
-        for gate, layer in enumerate(self.layers):
+        """Write the regressions into the policy, each layer weighed by its cost, that of a span by its length."""
+        self._open_all()
+        for layer, cost in zip(self.layers, self.report.cost, strict=True):
             weight_1D, constant_1 = self.router[layer]
-            router = self.policy.routers[gate]
-            assert isinstance(router, Router)
-            router.weight.copy_(weight_1D)
-            cost = max(self.report.cost[gate], SMALLEST_COST)
-            self.policy.bias[gate] = self.mean_error[layer] - constant_1.item() - math.log(cost)
+            weight = math.log(max(cost, SMALLEST_COST) / self.span[layer])
+            bias = self.mean_error[layer] - constant_1.item() - weight
+            self.policy.set_linear_gate(self.gate[layer], weight_1D[0], bias)
 
     def scales(self) -> None:
         """Under which scales of the scores to look at the states of the model that skips."""
@@ -248,23 +282,19 @@ class _Fit:
         self.policy.set_limits(1.0)
         return found
 
-    def _loss(self, windows: Items) -> float:
-        return evaluate(self.model, windows, batch_size=self.batch_size)["loss"]
-
-    def _look(self, title: str, seen: Any, every: int = 1) -> None:
+    def _look(self, title: str, seen: Seen, every: int = 1) -> None:
         """A pass over all windows, or some of their batches, each under the next of `score_scales`."""
         starts = range(0, len(self.windows), every * self.batch_size)
-        with _in_evaluation(self.model), Watch(self.model, self.layers, seen):
+        with _in_evaluation(self.model):
             for start, score_scale in zip(progress_bar(starts, title, self.progress), cycle(self.score_scales)):
                 self.policy.set_limits(score_scale)
                 rows = range(start, min(start + self.batch_size, len(self.windows)))
                 batch = batch_of(self.windows, rows, self.model.device)
-                given = {name: x for name, x in batch.items() if name not in ("labels", "group")}
-                self.model.model(**given, use_cache=False)
+                look(self.model, {name: x for name, x in batch.items() if name not in NOT_GIVEN}, self.layers, seen)
         self.policy.set_limits(1.0)
 
 
-def _checked(path: Any) -> SkipPath:
+def _checked(path: nn.Module) -> SkipPath:
     assert isinstance(path, SkipPath)
     return path
 

@@ -17,20 +17,16 @@ from midskip.model.modeling import MidskipForCausalLM
 NOT_SETTINGS = ("architectures", "dtype", "transformers_version")
 
 
-def load_to_skip(
-    source: str, *, policy_settings: dict[str, Any], **changes: Any
-) -> tuple[MidskipForCausalLM, PreTrainedTokenizerBase]:
-    """The model with the policy `independent` and new skip paths, in float32 and evaluation mode, and its tokenizer.
+def load_to_skip(source: str, changes: dict[str, Any]) -> tuple[MidskipForCausalLM, PreTrainedTokenizerBase]:
+    """The model with new skip paths and a policy, in float32 and evaluation mode, and its tokenizer.
 
     Args:
         source: as in `midskip.convert.pretrained`, or the folder of a dense run.
-        policy_settings: of the policy.
-        changes: other settings of `MidskipConfig`.
+        changes: settings of `MidskipConfig`, of the policy and the skip paths among them.
 
     Raises:
         ValueError: no such model, one that is not supported, or one that already skips.
     """
-    changes |= {"policy": "independent", "policy_settings": policy_settings}
     file = Path(source, "config.json")
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if values.get("model_type") != "midskip":

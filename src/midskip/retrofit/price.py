@@ -1,4 +1,4 @@
-"""What budgets cost a model: loss above that of the model in which every token runs every layer."""
+"""What budgets cost a model: loss above that of the original."""
 
 from __future__ import annotations
 
@@ -7,46 +7,47 @@ from typing import Any
 
 from midskip.budget.calibrate import calibrate
 from midskip.data.labelled import Items
-from midskip.evaluate import evaluate, limits_kept
+from midskip.evaluate import evaluate, everything_run, limits_kept
 from midskip.model.modeling import MidskipForCausalLM
 
 BUDGETS = (0.95, 0.9, 0.83, 0.75, 0.6, 0.5)
 
 
 def prices(
-    model: MidskipForCausalLM, texts: Mapping[str, Items], budgets: Sequence[float] = BUDGETS, batch_size: int = 8
-) -> list[dict[str, Any]]:
+    model: MidskipForCausalLM, texts: Mapping[str, Items], original: Mapping[str, float] | None = None,
+    budgets: Sequence[float] = BUDGETS, batch_size: int = 8,
+) -> list[dict[str, Any]]:  # fmt: skip
     """A row a budget, and before them one of 1.0, at which nothing is skipped; the model has to be calibrated.
 
     Args:
         texts: held-out text by name.
+        original: loss of the original on each; by default that of this model at 1.0.
         budgets: shares of block-tokens that may run; those below the range calibrated are left out.
 
     Returns:
-        `budget`, and in `texts`, by name: `loss` in nats a token; `price`, how much that is above budget 1.0;
+        `budget`, and in `texts`, by name: `loss` in nats a token; `price`, how much that is above the original's;
         `executed_share`, of block-tokens that really ran; `flops_per_token`, head included.
     """
     lowest = model.config.calibration["share"][-1]
     rows: list[dict[str, Any]] = []
-    with limits_kept(model):
-        for budget in (1.0, *(budget for budget in budgets if budget >= lowest)):
-            if budget == 1.0:
-                model.model.policy.set_limits(0.0)
-            else:
+    for budget in (1.0, *(budget for budget in budgets if budget >= lowest)):
+        with everything_run(model) if budget == 1.0 else limits_kept(model):
+            if budget != 1.0:
                 model.set_budget(budget)
-            found = {}
-            for name, windows in texts.items():
-                result = evaluate(model, windows, batch_size=batch_size)
-                whole = rows[0]["texts"][name] if rows else result
-                found[name] = {name: result[name] for name in ("loss", "executed_share", "flops_per_token")}
-                found[name]["price"] = result["loss"] - whole["loss"]
-            rows.append({"budget": budget, "texts": found})
+            results = {name: evaluate(model, windows, batch_size=batch_size) for name, windows in texts.items()}
+        original = original or {name: result["loss"] for name, result in results.items()}
+        found = {}
+        for name, result in results.items():
+            found[name] = {key: result[key] for key in ("loss", "executed_share", "flops_per_token")}
+            found[name]["price"] = result["loss"] - original[name]
+        rows.append({"budget": budget, "texts": found})
     return rows
 
 
 def calibrated_prices(
-    model: MidskipForCausalLM, windows: Items, texts: Mapping[str, Items], name: str, batch_size: int, progress: bool
-) -> list[dict[str, Any]]:
+    model: MidskipForCausalLM, windows: Items, texts: Mapping[str, Items], name: str,
+    original: Mapping[str, float] | None, batch_size: int, progress: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Calibrate on `windows`, then `prices`."""
     calibrate(model, windows, name, lowest=0.9 * min(BUDGETS), batch_size=batch_size, progress=progress)
-    return prices(model, texts, batch_size=batch_size)
+    return prices(model, texts, original, batch_size=batch_size)

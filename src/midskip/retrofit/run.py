@@ -27,15 +27,15 @@ from midskip.retrofit.settings import RetrofitSettings
 from midskip.retrofit.shares import DrawnShares
 from midskip.runs import to_json, write_atomically
 
-REPORT = "retrofit.json"
+REPORT, CHECKPOINTS = "retrofit.json", "checkpoints"
 
 
 def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict[str, Any]:
     """Run the stages that are not done yet; what budgets cost after each is printed.
 
     Returns:
-        What is in `retrofit.json`: `settings`; `has_distilled`, whether that stage was begun; and in `stages`, by name,
-        its `seconds` and what budgets cost after it (`prices`).
+        What is in `retrofit.json`: `settings`; `begun`, the names of stages; and in `stages`, by name of those that are
+        done, `seconds` and what budgets cost after it (`prices`).
 
     Raises:
         ValueError: a model, text or setting that does not fit; other settings in the folder; several processes.
@@ -45,35 +45,30 @@ def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict
     report = _begun(folder, settings)
     if num_launched() > 1:
         raise ValueError("a retrofit runs in one process, and there are several: start it without torchrun")
-    stages = ["fit", "distil"] if settings.distil_steps else ["fit"]
     for stage in report["stages"]:
         console.print(price_table(report["stages"][stage]["prices"], stage))
-    if all(stage in report["stages"] for stage in stages):
+    if all(stage in report["stages"] for stage in settings.stages()):
         return report
-    if "fit" in report["stages"]:
-        model = MidskipForCausalLM.from_pretrained(folder / "fit").eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder / "fit")
+    if report["stages"]:
+        newest = folder / list(report["stages"])[-1]
+        model = MidskipForCausalLM.from_pretrained(newest).eval()
+        tokenizer = AutoTokenizer.from_pretrained(newest)
     else:
-        longest = settings.max_position_embeddings
-        model, tokenizer = load_to_skip(
-            settings.model, skip_path=settings.skip_path, skip_path_rank=settings.skip_path_rank,
-            skip_unit=settings.skip_unit, skipped_kv=settings.skipped_kv, policy_settings=settings.policy_settings(),
-            **({} if longest is None else {"max_position_embeddings": longest}),
-        )  # fmt: skip
+        model, tokenizer = load_to_skip(settings.model, settings.changes())
     settings.check_layers(model.config.num_skip_units)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType, reportCallIssue]
     texts = Texts(settings, tokenizer, model.config.max_position_embeddings, console)
-    if "fit" not in report["stages"]:
-        started = time.perf_counter()
-        found = fit(model, texts.fitting, choice=settings.choice, share=settings.share, progress=console.is_terminal)
-        more = {"seconds": time.perf_counter() - started, "layers": asdict(found)}
-        _finish("fit", model, tokenizer, texts, report, more, console)
-    if settings.distil_steps:
-        report["has_distilled"] = True
-        write_atomically(folder / REPORT, to_json(report) + "\n")
-        more = _distil(model, texts, settings, folder / "distil", console)
-        _finish("distil", model.eval(), tokenizer, texts, report, more, console)
-        shutil.rmtree(folder / "distil")  # checkpoints
+    for stage in settings.stages():
+        if stage in report["stages"]:
+            continue
+        if stage == "fit":
+            more = _fit(model, texts, settings, console)
+        else:
+            report["begun"] = [*report["begun"], *({stage} - set(report["begun"]))]
+            write_atomically(folder / REPORT, to_json(report) + "\n")
+            more = _train(stage, model, texts, settings, folder / CHECKPOINTS, console)
+        _finish(stage, model.eval(), tokenizer, texts, report, more, console)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return report
 
 
@@ -81,10 +76,10 @@ def _begun(folder: Path, settings: RetrofitSettings) -> dict[str, Any]:
     """The report in the folder, if it was begun with the same settings."""
     file = folder / REPORT
     if not file.is_file():
-        return {"settings": asdict(settings), "has_distilled": False, "stages": {}}
+        return {"settings": asdict(settings), "begun": [], "stages": {}}
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-        changed = settings.changed(report["settings"], report["has_distilled"])
+        changed = settings.changed(report["settings"], report["begun"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} cannot be read ({error}): remove the folder, or give another") from error
     if changed:
@@ -134,16 +129,29 @@ def _windows(
     return TokenWindows(ids, length)
 
 
-def _distil(
-    model: MidskipForCausalLM, texts: Texts, settings: RetrofitSettings, folder: Path, console: Console
+def _fit(model: MidskipForCausalLM, texts: Texts, settings: RetrofitSettings, console: Console) -> dict[str, Any]:
+    started = time.perf_counter()
+    found = fit(
+        model, texts.fitting, choice="layers" if settings.choice == "layers" else "tokens", order=settings.order,
+        outer=0 if settings.policy()["policy"] == "independent" else settings.outer, share=settings.share,
+        progress=console.is_terminal,
+    )  # fmt: skip
+    return {"seconds": time.perf_counter() - started, "layers": asdict(found)}
+
+
+def _train(
+    stage: str, model: MidskipForCausalLM, texts: Texts, settings: RetrofitSettings, folder: Path, console: Console
 ) -> dict[str, Any]:
     calibration = Calibration.from_dict(model.config.calibration)
     shares = [share for share in settings.shares if share >= calibration.share[-1]]
     if not shares:
         raise ValueError(f"shares is {settings.shares}; at least {calibration.share[-1]:.3f} of this model runs")
+    what = "skips" if stage == "distil" else settings.finetune
+    if what != "skips" and 1.0 not in shares:
+        shares.append(1.0)  # which moves with the weights
     scales = [max(calibration.scale_at(share), 1e-6) for share in shares]
     drawn = DrawnShares(model.config.num_skip_units, shares, scales, settings.seed)
-    history = distil(model, texts.training, folder, settings.training(), drawn, console)
+    history = distil(model, texts.training, folder, settings.training(stage), drawn, console, what, settings.lora_rank)
     names = ("cross_entropy", "executed_share", "expected_share")
     return {
         "seconds": history[-1]["seconds"],
@@ -158,9 +166,12 @@ def _finish(
 ) -> None:  # fmt: skip
     """Price the model, and write it and the report."""
     folder = Path(report["settings"]["output"])
-    first = next(iter(texts.held_out))
-    rows = calibrated_prices(model, texts.calibration, texts.held_out, first, 8, console.is_terminal)
-    for place in (folder / "fit", folder) if stage == "fit" else (folder,):
+    first, original = next(iter(texts.held_out)), None
+    if "fit" in report["stages"]:
+        whole = report["stages"]["fit"]["prices"][0]["texts"]
+        original = {name: whole[name]["loss"] for name in texts.held_out}
+    rows = calibrated_prices(model, texts.calibration, texts.held_out, first, original, 8, console.is_terminal)
+    for place in (folder / stage, folder):
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
     report["stages"][stage] = more | {"prices": rows}

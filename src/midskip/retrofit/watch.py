@@ -1,64 +1,99 @@
-"""What each layer would add to each token, beside what the model really ran.
+"""What each layer, or span of layers, would add to each token, beside what the model really ran.
 
-N packed tokens, D width.
+N packed tokens, M of them that have not left before a layer, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from types import TracebackType
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from midskip.evaluate import everything_run
 from midskip.model.config import PARTS
 from midskip.model.layers import Block
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import Decision
 
-# layer; h_ND, which enters it; what it adds to every token, [N, D]; bool [N], who runs it in this pass
+# layer; h_MD, which enters it; what is to be added to each of these tokens, [M, D]; bool [M], who takes the skip path
+# of the layer in this pass, or None for nobody
 Seen = Callable[[int, Tensor, Tensor, Tensor | None], None]
 
 
-class Watch:
-    """While it is entered, calls `seen` in each layer of `layers` of each pass in evaluation.
+def look(model: MidskipForCausalLM, given: dict[str, Tensor], layers: Collection[int], seen: Seen) -> None:
+    """A pass over a batch, which calls `seen` in each layer of `layers`.
 
-    What a layer adds to a token that skips it is worked out beside the pass, which goes on as if nobody looked: with
-    `skipped_kv="keep"` exactly as the token would have run it, with `"drop"` as if all tokens had.
+    Where a skip path stands for its layer alone, what the layer adds to a token that skips it is worked out beside the
+    pass: with `skipped_kv="keep"` exactly as the token would have run it, with `"drop"` as if all tokens had. Where it
+    stands for a span, what is to be added is what leads from the token's state to the one that it has behind the span
+    if every token runs every layer.
     """
+    policy = model.model.policy
+    if all(policy.skip_path_end(layer) == layer + 1 for layer in layers):
+        with _layers_seen(model, layers, seen):
+            model.model(**given, use_cache=False)
+        return
+    whole: list[Tensor] = []
+    with everything_run(model), _states_seen(model, lambda layer, h_ND, _: whole.append(h_ND)):
+        model.model(**given, use_cache=False)
 
-    def __init__(self, model: MidskipForCausalLM, layers: Collection[int], seen: Seen):
-        self.model, self.layers, self.seen = model, layers, seen
-        self._now: tuple[int, Tensor, Tensor | None] | None = None
-        self._hooks: list[Any] = []
+    def in_pass(layer: int, h_ND: Tensor, decision: Decision | None) -> None:
+        if layer not in layers or decision is None:
+            return
+        added_ND = whole[policy.skip_path_end(layer)] - h_ND
+        if decision.keep_N is None or decision.skip_path_N is None:
+            seen(layer, h_ND, added_ND, None)
+        else:
+            present_N = decision.keep_N | decision.skip_path_N
+            seen(layer, h_ND[present_N], added_ND[present_N], decision.skip_path_N[present_N])
 
-    def __enter__(self) -> Watch:
-        body = self.model.model
-        self._hooks = [body.policy.register_forward_hook(self._on_policy)]
-        self._hooks += [block.register_forward_hook(self._on_block) for block in body.layers]
-        return self
+    with _states_seen(model, in_pass):
+        model.model(**given, use_cache=False)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
+
+@contextmanager
+def _states_seen(model: MidskipForCausalLM, seen: Callable[[int, Tensor, Decision | None], None]) -> Iterator[None]:
+    """Calls `seen` with the hidden states that enter each layer and its decision; at last with those that leave."""
+    policy, norm = model.model.policy, model.model.norm
+    hooks = (
+        policy.register_forward_hook(lambda _, given, decision: seen(given[0], given[1], decision)),
+        norm.register_forward_pre_hook(lambda _, given: seen(policy.num_layers, given[0], None)),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()
 
-    def _on_policy(self, policy: nn.Module, arguments: tuple[Any, ...], decision: Decision) -> None:
-        layer, h_ND, _, batch = arguments
-        self._now = None
-        if layer not in self.layers:
-            return
-        if batch.keep(decision.keep_N).num_tokens == batch.num_tokens:  # the block is about to work it out
-            self._now = layer, h_ND, decision.keep_N
-            return
-        parts = PARTS[self.model.config.skip_unit]
-        block, part = self.model.model.layers[layer // len(parts)], parts[layer % len(parts)]
-        assert isinstance(block, Block)
-        output_ND = block.forward(h_ND, None, batch, batch, part=part)  # which no hook sees
-        self.seen(layer, h_ND, output_ND - h_ND, decision.keep_N)
 
-    def _on_block(self, block: nn.Module, arguments: tuple[Any, ...], output_ND: Tensor) -> None:
-        if self._now is not None:
-            layer, h_ND, keep_N = self._now
-            self.seen(layer, h_ND, output_ND - h_ND, keep_N)
+@contextmanager
+def _layers_seen(model: MidskipForCausalLM, layers: Collection[int], seen: Seen) -> Iterator[None]:
+    body, parts = model.model, PARTS[model.config.skip_unit]
+    running: list[tuple[int, Tensor]] = []  # a layer that all tokens are about to run
+
+    def on_policy(policy: nn.Module, given: tuple[Any, ...], decision: Decision) -> None:
+        layer, h_ND, _, batch = given
+        running.clear()
+        if layer not in layers:
+            return
+        if batch.keep(decision.keep_N).num_tokens == batch.num_tokens:
+            running.append((layer, h_ND))
+            return
+        block, part = body.layers[layer // len(parts)], parts[layer % len(parts)]
+        assert isinstance(block, Block) and decision.keep_N is not None
+        output_ND = block.forward(h_ND, None, batch, batch, part=part)  # which no hook sees
+        seen(layer, h_ND, output_ND - h_ND, ~decision.keep_N)
+
+    def on_block(block: nn.Module, given: tuple[Any, ...], output_ND: Tensor) -> None:
+        for layer, h_ND in running:
+            seen(layer, h_ND, output_ND - h_ND, None)
+
+    hooks = [body.policy.register_forward_hook(on_policy)]
+    hooks += [block.register_forward_hook(on_block) for block in body.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
