@@ -52,6 +52,13 @@ def test_more_budget_never_gives_more_loss() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_by_share_a_budget_is_what_runs_and_all_of_it_runs_everything() -> None:
+    """Even where less has a lower loss by chance."""
+    curve = Calibration.from_dict(CURVE | {"loss": [2.6, 2.1, 2.5, 3.0], "rule": "share"})
+    assert curve.scale_for(1.0) == 0.0 and curve.scale_for(0.9) == pytest.approx(0.5)
+    assert Calibration.from_dict(curve.to_dict()) == curve
+
+
 def test_the_band_is_four_deviations_around_the_points_on_either_side() -> None:
     curve = Calibration.from_dict(CURVE)
     counts = bucket_counts([9, 2])
@@ -98,6 +105,7 @@ def test_the_band_is_that_of_the_positions() -> None:
         ({"loss_by_bucket": [[1.0] * 12] * 3}, r"\['loss_by_bucket'\] is .*; expected 4 lists of 12 numbers"),
         ({"share_by_bucket": [[1.0] * 11] * 4}, r"\['share_by_bucket'\] is .*; expected 4 lists of 12 numbers"),
         ({"score_scale": [0.0], "share": [1.0]}, r"\['score_scale'\] is \[0.0\]; expected two or more"),
+        ({"rule": "luck"}, r"calibration\['rule'\] is 'luck'; expected 'loss' or 'share'"),
         ({"colour": "red"}, r"calibration is \['block_tokens', 'colour', .*; expected a dictionary of text, num_"),
     ],
 )

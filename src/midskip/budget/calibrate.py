@@ -33,8 +33,8 @@ Windows = Items  # `TokenWindows`, a list of windows, ...
 
 
 def calibrate(
-    model: MidskipForCausalLM, windows: Windows, text: str = "", *, lowest: float = 0.1, block_tokens: int = 256,
-    batch_size: int = 8, progress: bool = False,
+    model: MidskipForCausalLM, windows: Windows, text: str = "", *, rule: str | None = None, lowest: float = 0.1,
+    block_tokens: int = 256, batch_size: int = 8, progress: bool = False,
 ) -> Calibration:  # fmt: skip
     """Measure share and loss at scales of the scores from 0 up, and write the curve into `model.config.calibration`.
 
@@ -49,6 +49,8 @@ def calibrate(
     Args:
         windows: held-out text like the prompts to come, as `evaluate` takes it.
         text: what it is, in a few words.
+        rule: which scale a budget stands for, see `Calibration`; by default as in the calibration that the model has,
+            or `"loss"`.
         lowest: share of block-tokens below which no stricter scale is tried, in (0, 1).
         block_tokens: how many consecutive tokens live prompts are compared by.
         batch_size: windows of a forward pass.
@@ -76,7 +78,7 @@ def calibrate(
         del curve.points[LARGEST_SCALE]
         while len(curve.points) < MOST_POINTS and (between := curve.widest_gap()) is not None:
             curve.measure(between)
-    calibration = curve.calibration(text)
+    calibration = curve.calibration(text, rule or (model.config.calibration or {}).get("rule", "loss"))
     model.config.calibration = calibration.to_dict()
     return calibration
 
@@ -176,7 +178,7 @@ class _Curve:
         gap, between = max(gaps, default=(0.0, 0.0))
         return between if gap > GAP else None
 
-    def calibration(self, text: str) -> Calibration:
+    def calibration(self, text: str, rule: str) -> Calibration:
         """Of the points those at which the share falls, up to the first below the lowest, or to the model as trained if
         that comes later. The model as trained, where it is often best, is one of them, so before it the share has to
         stay above its."""
@@ -191,7 +193,7 @@ class _Curve:
                 num_dropped += 1
         curves = {name: [self.points[score_scale][name] for score_scale in kept] for name in self.points[0.0]}
         counts = {"num_tokens": self.num_tokens, "block_tokens": self.block_tokens, "num_dropped": num_dropped}
-        return Calibration.from_dict({"text": text, **counts, "score_scale": kept, **curves})
+        return Calibration.from_dict({"text": text, **counts, "score_scale": kept, **curves, "rule": rule})
 
 
 def scales_for(model: MidskipForCausalLM, budgets: Sequence[float]) -> tuple[Calibration, list[float]]:

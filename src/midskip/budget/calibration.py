@@ -11,6 +11,7 @@ from typing import Any
 
 TOLERANCE = 0.02  # of a budget, by which the share of a point that serves it may be above
 BAND_STDS = 4  # half the width of the band that blocks of live prompts have to stay in
+RULES = ("loss", "share")  # which scale a budget stands for
 NUM_BUCKETS = 12  # buckets of positions: 0, 1, 2 to 3, 4 to 7, and so on; the last one from 1024 on
 _CURVES = ("score_scale", "share", "loss", "share_std", "loss_std")
 _BY_BUCKET = ("share_by_bucket", "loss_by_bucket")
@@ -31,6 +32,8 @@ class Calibration:
         share_by_bucket, loss_by_bucket: lists of both for tokens at positions 0, 1, 2 to 3, 4 to 7, ... of their
             document: `NUM_BUCKETS` numbers for each point. Early tokens have less to go on, and a higher loss.
         share_std, loss_std: standard deviation, over blocks of `block_tokens`, of the mean difference to those.
+        rule: which scale a budget stands for: that of the lowest loss within the budget (`"loss"`), or the one at which
+            that share ran (`"share"`), for a model that is best where all runs, as a retrofitted one.
 
     `Calibration.from_dict` checks what it is given; this constructor does not.
     """
@@ -46,6 +49,7 @@ class Calibration:
     loss_by_bucket: list[list[float]]
     share_std: list[float]
     loss_std: list[float]
+    rule: str = "loss"
 
     @classmethod
     def from_dict(cls, values: Any) -> Calibration:
@@ -55,11 +59,13 @@ class Calibration:
             ValueError: a field that is missing, unknown or impossible.
         """
         names = [field.name for field in fields(cls)]
-        if not isinstance(values, Mapping) or set(values) != set(names):
+        if not isinstance(values, Mapping) or set(values) | {"rule"} != set(names):
             got = sorted(map(str, values)) if isinstance(values, Mapping) else repr(values)
             raise _broken("calibration", got, f"a dictionary of {', '.join(names)}")
         if not isinstance(values["text"], str):
             raise _broken("calibration['text']", repr(values["text"]), "a string")
+        if values.get("rule", "loss") not in RULES:
+            raise _broken("calibration['rule']", repr(values["rule"]), " or ".join(map(repr, RULES)))
         for name, least in (("num_tokens", 1), ("block_tokens", 1), ("num_dropped", 0)):
             value = values[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -88,9 +94,11 @@ class Calibration:
         return asdict(self)
 
     def scale_for(self, budget: float) -> float:
-        """The scale of the lowest loss, of those at which no more than this share of block-tokens ran, in (0, 1].
+        """The scale that a budget stands for, a share of block-tokens in (0, 1].
 
-        So a larger budget never gives a larger loss on the text of the calibration. Candidates are the points measured,
+        By the rule `"share"` the one at which it ran, so that 1.0 runs all. By the rule `"loss"` that of the lowest
+        loss at which no more ran, so that a larger budget never gives a larger loss on the text of the calibration.
+        Candidates are the points measured,
         whose share may be above the budget by a `TOLERANCE` (so that the model as trained serves the budget it was
         trained for), and the place on the curve where the share is the budget. The largest scale for less than ever
         ran.
@@ -101,6 +109,8 @@ class Calibration:
         if not _is_amount(budget) or not 0 < budget <= 1:
             raise ValueError(f"budget is {budget!r}; expected a share of the blocks, above 0 and up to 1, or None")
         exact = self.scale_at(budget)
+        if self.rule == "share":
+            return exact
         most = budget * (1 + TOLERANCE)
         served = [scale for scale, share in zip(self.score_scale, self.share, strict=True) if share <= most]
         share_and_loss = {scale: self.at(scale) for scale in (*served, exact)}

@@ -231,8 +231,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         Args:
             budget: share of the block-tokens that may run on average, in (0, 1]. It becomes a scale of the policy's
                 scores, by the calibration in `config.calibration`: of those within the budget the one of the lowest
-                loss, which need not be the one that runs most. Below the shares calibrated the largest scale is taken,
-                with a warning, once.
+                loss, which need not be the one that runs most; of a retrofitted model the one that runs that share, all
+                at 1.0. Below the shares calibrated the largest scale is taken, with a warning, once.
             max_layers: the most blocks that one token may run, 1 to L, for a latency that is known beforehand.
 
         Whether live prompts are like the text of the calibration is what a `DriftMonitor` looks at.

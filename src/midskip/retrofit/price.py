@@ -49,5 +49,5 @@ def calibrated_prices(
     original: Mapping[str, float] | None, batch_size: int, progress: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Calibrate on `windows`, then `prices`."""
-    calibrate(model, windows, name, lowest=0.9 * min(BUDGETS), batch_size=batch_size, progress=progress)
+    calibrate(model, windows, name, rule="share", lowest=0.9 * min(BUDGETS), batch_size=batch_size, progress=progress)
     return prices(model, texts, original, batch_size=batch_size)
