@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from midskip import MidskipForCausalLM, meter
-from midskip.model.loss import cross_entropy
+from midskip.model.loss import cross_entropy, divergence
 
 TARGET_N = torch.tensor([3, -100, 0, 6, 6, -100, 2])
 
@@ -43,6 +43,23 @@ def test_gradcheck() -> None:
     assert gradcheck(
         lambda x_NV: cross_entropy(x_NV, TARGET_N), torch.randn(7, 7, dtype=torch.float64).requires_grad_()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_divergence_is_torchs(dtype: torch.dtype) -> None:
+    """Of more rows than are worked on at a time, and of none."""
+    logits, target = (torch.randn(11, 7).to(dtype).requires_grad_() for _ in range(2))
+    weight_N = torch.rand(11, dtype=torch.promote_types(dtype, torch.float32))
+    wide = weight_N.dtype
+    plain = F.kl_div(
+        logits.to(wide).log_softmax(1), target.detach().to(wide).log_softmax(1), reduction="none", log_target=True
+    ).sum(1)
+    found = divergence(logits, target)
+    torch.testing.assert_close(found, plain)
+    (got,) = torch.autograd.grad((weight_N * found).sum(), logits)
+    (expected,) = torch.autograd.grad((weight_N * plain).sum(), logits)
+    torch.testing.assert_close(got, expected)
+    assert divergence(logits, logits).abs().max() < 1e-6 and divergence(logits[:0], target[:0]).shape == (0,)
 
 
 def test_the_gradient_is_written_over_the_logits_only_if_told() -> None:

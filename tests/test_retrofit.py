@@ -17,7 +17,7 @@ from midskip.convert import to_transformers
 from midskip.data import load_tokenizer
 from midskip.evaluate import everything_run
 from midskip.retrofit import RetrofitSettings, retrofit
-from midskip.retrofit.distil import Distiller, divergence
+from midskip.retrofit.distil import Distiller
 from midskip.retrofit.learning import WHAT, learning
 from midskip.retrofit.shares import DrawnShares
 
@@ -53,21 +53,6 @@ def test_a_share_that_cannot_be_reached_leaves_the_scale_finite() -> None:
     for wrong in ([], [0.0], [1.5]):
         with pytest.raises(ValueError, match="expected some numbers above 0 and up to 1"):
             DrawnShares(4, wrong, [1.0] * len(wrong))
-
-
-# ---- training
-
-
-def test_the_divergence_is_that_of_distributions() -> None:
-    torch.manual_seed(0)
-    logits, target = torch.randn(2, 3, 7, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64)
-    valid = torch.tensor([[True, True, False], [True, True, True]])
-    expected = torch.nn.functional.kl_div(
-        logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True
-    ).sum(-1)
-    torch.testing.assert_close(divergence(logits, target), expected.mean())
-    torch.testing.assert_close(divergence(logits, target, valid), expected[valid].mean())
-    assert divergence(target, target).abs() < 1e-12
 
 
 # ---- the whole

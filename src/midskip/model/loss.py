@@ -1,4 +1,4 @@
-"""The cross-entropy of packed logits, a few rows at a time: no float32 copy of all logits is made.
+"""Losses of packed logits, a few rows at a time: no float32 copy of all logits is made.
 
 N tokens, R of them at a time, V vocabulary.
 """
@@ -52,6 +52,35 @@ def cross_entropy(logits_NV: Tensor, target_N: Tensor, overwrite: bool = False, 
     if not (torch.is_grad_enabled() and logits_NV.requires_grad):
         return _nats(logits_NV, target_N, backend)
     return _CrossEntropy.apply(logits_NV, target_N, overwrite, backend)  # pyright: ignore[reportReturnType]
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, target_NV: Tensor) -> Tensor:
+        ctx.save_for_backward(logits_NV, target_NV)
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        nats = []
+        for rows in _chunks(logits_NV):
+            log_target_RV = target_NV[rows].log_softmax(1, dtype=wide)
+            log_RV = logits_NV[rows].log_softmax(1, dtype=wide)
+            nats.append((log_target_RV.exp() * (log_target_RV - log_RV)).sum(1))
+        return torch.cat(nats) if nats else logits_NV.new_zeros(0, dtype=wide)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits_NV, target_NV = ctx.saved_tensors
+        out_NV = torch.empty_like(logits_NV)
+        for rows in _chunks(logits_NV):
+            slope_RV = logits_NV[rows].softmax(1, dtype=grad_N.dtype) - target_NV[rows].softmax(1, dtype=grad_N.dtype)
+            out_NV[rows] = slope_RV * grad_N[rows, None]
+        return out_NV, None
+
+
+def divergence(logits_NV: Tensor, target_NV: Tensor) -> Tensor:
+    """KL(target || model) of each row in nats, float32 or wider [N], from logits of both; the target gets no
+    gradient."""
+    return _Divergence.apply(logits_NV, target_NV.detach())  # pyright: ignore[reportReturnType]
 
 
 def _nats(logits_NV: Tensor, target_N: Tensor, backend: str | None) -> Tensor:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from midskip.data import TokenWindows
+from midskip.model.loss import divergence
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.retrofit.learning import Original, learning
 from midskip.retrofit.shares import DrawnShares
@@ -28,7 +28,7 @@ from midskip.train.trainer import MidskipTrainer
 
 
 class Distiller(MidskipTrainer):
-    """Its loss is the divergence (Kullback and Leibler's) of the logits from those of the original."""
+    """Its loss is the divergence (Kullback and Leibler's) of the predictions from those of the original."""
 
     original: Original
 
@@ -40,22 +40,13 @@ class Distiller(MidskipTrainer):
         with torch.no_grad(), self.original() as original:
             target_BTV = original(**given, use_cache=False).logits
         outputs = model(**given, use_cache=False)
-        loss = divergence(outputs.logits, target_BTV, valid_BT)
+        logits_NV, target_NV = (
+            x_BTV.flatten(0, 1) if valid_BT is None else x_BTV[valid_BT] for x_BTV in (outputs.logits, target_BTV)
+        )
+        loss = divergence(logits_NV, target_NV).mean()
         nothing = 0 * loss.detach()
         self.step.add(loss, nothing, nothing, outputs.gates, outputs.executed, valid_BT)
         return (loss, outputs) if return_outputs else loss
-
-
-def divergence(logits_BTV: Tensor, target_BTV: Tensor, valid_BT: Tensor | None = None) -> Tensor:
-    """The mean over valid tokens of KL(target || model), in nats, worked out in float32 or wider."""
-    logits_NV, target_NV = (
-        (x.flatten(0, 1) if valid_BT is None else x[valid_BT]).to(torch.promote_types(x.dtype, torch.float32))
-        for x in (logits_BTV, target_BTV)
-    )
-    log_target_NV = target_NV.log_softmax(1)
-    target_NV = log_target_NV.exp()
-    entropy = -(target_NV * log_target_NV).sum(1).mean()
-    return F.cross_entropy(logits_NV, target_NV) - entropy
 
 
 def distil(

@@ -180,11 +180,14 @@ def _finish(
 
 
 def price_table(rows: list[dict[str, Any]], stage: str) -> Table:
-    """For a terminal."""
-    columns = ["budget", *(f"{name}: {what}" for name in rows[0]["texts"] for what in ("ran", "nats", "above"))]
+    """For a terminal. FLOPs are shares of those of budget 1.0, head, maps and routers included."""
+    columns = ["budget"]
+    columns += [f"{name}: {what}" for name in rows[0]["texts"] for what in ("ran", "FLOPs", "nats", "above")]
     cells = []
     for row in rows:
         cells.append([f"{row['budget']:.2f}"])
-        for found in row["texts"].values():
-            cells[-1] += [f"{found['executed_share']:.1%}", f"{found['loss']:.3f}", f"{found['price']:+.3f}"]
+        for name, found in row["texts"].items():
+            flops = found["flops_per_token"] / rows[0]["texts"][name]["flops_per_token"]
+            cells[-1] += [f"{found['executed_share']:.1%}", f"{flops:.1%}"]
+            cells[-1] += [f"{found['loss']:.3f}", f"{found['price']:+.3f}"]
     return comparison_table(cells, columns, f"after the stage {stage!r}")
