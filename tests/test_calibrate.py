@@ -55,8 +55,16 @@ def test_more_budget_never_gives_more_loss() -> None:
 def test_by_share_a_budget_is_what_runs_and_all_of_it_runs_everything() -> None:
     """Even where less has a lower loss by chance."""
     curve = Calibration.from_dict(CURVE | {"loss": [2.6, 2.1, 2.5, 3.0], "rule": "share"})
-    assert curve.scale_for(1.0) == 0.0 and curve.scale_for(0.9) == pytest.approx(0.5)
+    assert curve.scale_for(1.0) == 0.0
+    fine = {"share": [1.0, 0.97, 0.94, 0.91]}
+    assert Calibration.from_dict(curve.to_dict() | fine).scale_for(0.985) == pytest.approx(0.5)
     assert Calibration.from_dict(curve.to_dict()) == curve
+
+
+def test_where_the_share_falls_by_a_step_no_more_than_the_budget_runs() -> None:
+    """As that of layers that are left out for all: between two points it may be that of either."""
+    curve = Calibration.from_dict(CURVE | {"rule": "share"})  # 1.0, 0.8, 0.5 and 0.25 ran at 0, 1, 2 and 4
+    assert [curve.scale_for(budget) for budget in (0.9, 0.8, 0.6, 0.25, 0.1)] == [1.0, 1.0, 2.0, 4.0, 4.0]
 
 
 def test_the_band_is_four_deviations_around_the_points_on_either_side() -> None:

@@ -4,16 +4,21 @@ pytest -m gpu tests/test_gpu_retrofit.py
 """
 
 import copy
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from test_gpu import DEVICE, distance, run
-from test_retrofit import to_skip, windows
+from test_retrofit import dense, settings_of  # noqa: F401
+from test_retrofit_fit import to_skip, windows
+from tiny_runs import QUIET
 from torch import Tensor, nn
 
 from midskip import MidskipForCausalLM
 from midskip.evaluate import evaluate
+from midskip.retrofit import retrofit
 from midskip.retrofit.fit import fit
 
 pytestmark = [
@@ -36,9 +41,19 @@ def test_skip_paths(make_model: Make, ragged: tuple[Tensor, Tensor], skip_path: 
 
 
 @torch.no_grad()
-def test_a_fit(make_model: Make) -> None:
-    on_cpu = to_skip(make_model)
+@pytest.mark.parametrize("policy", ["independent", "middle_out", "early_exit"])
+def test_a_fit(make_model: Make, policy: str) -> None:
+    on_cpu = to_skip(make_model, policy)
     on_gpu = copy.deepcopy(on_cpu).to(DEVICE)
-    reports = [fit(model, windows(24), num_cost_windows=2) for model in (on_cpu, on_gpu)]
+    reports = [fit(model, windows(200), num_cost_windows=2, batch_size=24) for model in (on_cpu, on_gpu)]
     assert reports[1].error == pytest.approx(reports[0].error, rel=1e-2)
     assert evaluate(on_gpu, windows(24))["executed_share"] == pytest.approx(0.75, abs=0.08)
+
+
+@pytest.mark.parametrize("finetune", ["lora", "all"])
+def test_all_stages(dense: Path, finetune: str) -> None:  # noqa: F811
+    """On the device that `midskip retrofit` takes, the GPU."""
+    steps: dict[str, int] = {"distil_steps": 4, "finetune_steps": 4}
+    report = retrofit(settings_of(dense, choice="spans", finetune=finetune, learning_rate=3e-3, **steps), QUIET)
+    assert list(report["stages"]) == ["fit", "distil", "finetune"]
+    assert all(math.isfinite(row[0]) for row in report["stages"]["finetune"]["history"])

@@ -71,7 +71,8 @@ def test_the_equations(num_layers: int, scores: str) -> None:
             ease_N = -normed_ND @ policy.weight[layer]
         else:
             ease_N = 8**0.5 * torch.cosine_similarity(h_LND[layer], policy.weight[layer][None])
-        total_N = total_N + (ease_N + policy.bias[layer]).exp()
+        score_N = (ease_N + policy.bias[layer]).exp()
+        total_N = torch.maximum(total_N, score_N) if scores == "linear" else total_N + score_N
         decision = decisions[layer]
         assert torch.equal(decision.keep_N, total_N < 1) and decisions[num_layers - 1 - layer] is decision
         gate_N = decision.output_gate_N

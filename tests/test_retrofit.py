@@ -114,7 +114,7 @@ def test_stages_follow_each_other_and_are_not_run_twice(dense: Path, monkeypatch
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_killed_trainings_go_on_as_if_they_had_not_been(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of transformers' own Llama, here; once in each of the two trainings."""
+    """Of transformers' own Llama, here; once in each of the two trainings, and once between them."""
     to_transformers(MidskipForCausalLM.from_pretrained(dense)).save_pretrained(dense)
     at_once = {"distil_steps": 8, "save_steps": 2, "finetune_steps": 5}
     report = retrofit(settings_of(dense, **at_once), QUIET)
@@ -127,14 +127,24 @@ def test_killed_trainings_go_on_as_if_they_had_not_been(dense: Path, monkeypatch
         return compute_loss(self, *arguments, **more)
 
     other = settings_of(dense, output=str(dense.parent / "other"), **at_once)
+    removals = []
+
+    def removed(folder: Path, **given: Any) -> None:
+        removals.append(folder)
+        if len(removals) == 2:  # the checkpoints of the first training stay
+            raise KeyboardInterrupt
+        shutil.rmtree(folder, **given)
+
     with monkeypatch.context() as patch:
         patch.setattr(Distiller, "compute_loss", killed)
-        for begun in ("distil", "finetune"):
+        patch.setattr("midskip.retrofit.run.remove_folder", removed)
+        for done in (["fit"], ["fit", "distil"], ["fit", "distil"]):
             with pytest.raises(KeyboardInterrupt):
                 retrofit(other, QUIET)
-            assert json.loads((dense.parent / "other" / "retrofit.json").read_text())["begun"][-1] == begun
+            torch.manual_seed(len(calls))  # nothing hangs on it
+            assert list(json.loads((dense.parent / "other" / "retrofit.json").read_text())["stages"]) == done
         again = retrofit(other, QUIET)
-    assert len(calls) == 6 + 4 + 4 + 3
+    assert len(calls) == 6 + 4 + 4 + 3 and not (dense.parent / "other" / "checkpoints").exists()
     expected, got = (load_file(dense.parent / name / "model.safetensors") for name in ("out", "other"))
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
     assert again["stages"]["finetune"]["prices"] == report["stages"]["finetune"]["prices"]
@@ -157,6 +167,17 @@ def test_finetuning_moves_the_originals_weights_after_the_routers_have_settled(d
     changed = {name for name, x in finetuned.items() if not torch.equal(x, distilled[name])}
     assert finetuned.keys() == distilled.keys() and "model.layers.2.mlp.up_proj.weight" in changed
     assert ("model.layers.2.input_layernorm.weight" in changed) is (finetune == "all")
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("choice", ["spans", "exits", "layers"])
+def test_routers_learn_unless_layers_are_left_out_for_all(dense: Path, choice: str) -> None:
+    retrofit(settings_of(dense, choice=choice, distil_steps=3, learning_rate=3e-2), QUIET)
+    before, after = (load_file(dense.parent / "out" / name / "model.safetensors") for name in ("fit", "distil"))
+    changed = {name for name, x in before.items() if not torch.equal(x, after[name])}
+    assert any(".skip_paths." in name for name in changed)
+    assert any(".policy." in name for name in changed - {"model.policy.num_steps"}) is (choice != "layers")
+    assert all(".policy." in name or ".skip_paths." in name for name in changed)
 
 
 @torch.no_grad()
@@ -210,8 +231,21 @@ def test_what_is_refused_before_anything_runs(dense: Path) -> None:
         ({"fit_tokens": 10**6}, "tokens; expected at least 999936, 7812 windows of 128"),
         ({"validation": {}}, "there is no held-out text"),
         ({"finetune_steps": 3}, "routers have to settle before the other weights move: give distil_steps too"),
+        (
+            {"shares": [0.9, 0.4]},
+            r"shares is \[0.9, 0.4\]; of 5 layers and 128 tokens, outer 1 and first_tokens 2 alone",
+        ),
+        (
+            {"first_tokens": 100},
+            "share is 0.75; of 5 layers and 128 tokens, outer 1 and first_tokens 100 alone are 0.869",
+        ),
         ({"order": "adjacent"}, "order is 'adjacent' and choice 'tokens'; an order is of choice 'layers'"),
     ):
         with pytest.raises(ValueError, match=message):
             retrofit(settings_of(dense, **changes), QUIET)
         assert not (dense.parent / "out").exists()
+    before = (dense / "config.json").read_bytes()
+    for output, message in ((dense, "which holds other files; give a new or empty"), (dense / "config.json", "a file")):
+        with pytest.raises(ValueError, match=message):
+            retrofit(settings_of(dense, output=str(output)), QUIET)
+    assert (dense / "config.json").read_bytes() == before

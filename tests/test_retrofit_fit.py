@@ -126,8 +126,7 @@ def test_a_look_at_spans_leads_to_the_state_behind_them(make_model: Make, policy
         ("independent", "low_rank", "block", "tokens"),
         ("independent", "linear", "sublayer", "layers"),
         ("middle_out", "linear", "block", "tokens"),
-        ("middle_out", "linear", "sublayer", "tokens"),
-        ("early_exit", "linear", "block", "tokens"),
+        ("early_exit", "linear", "sublayer", "tokens"),
     ],
 )
 def test_the_fit_repairs_and_leaves_the_rest_alone(
@@ -238,6 +237,8 @@ def test_what_the_fit_refuses(make_model: Make) -> None:
         fit(to_skip(make_model, skip_path="adapter"), windows())
     with pytest.raises(ValueError, match="a fit needs linear gates: 'independent' or 'early_exit' with"):
         fit(make_model(), windows())
+    with pytest.raises(ValueError, match="there is no window to fit on"):
+        fit(to_skip(make_model), [])
     with pytest.raises(ValueError, match="choice is 'layers'; expected 'tokens', since skip paths of this policy"):
         fit(to_skip(make_model, "middle_out"), windows(), choice="layers")
     with pytest.raises(ValueError, match="order is 'size'; expected one of 'loss', 'influence', 'adjacent'"):

@@ -208,7 +208,9 @@ def _middle_out_gate(
         score_T = policy.score_scale * torch.exp((number_T + bias).clamp(max=LARGEST_EXPONENT))
     else:
         score_T = policy.score_scale * torch.relu(x_TD @ policy.weight[layer] + bias)
-    depth_score_T = torch.where(is_first_T, 0, score_T if layer == 0 else scores[-1] + score_T)
+    if layer:
+        score_T = torch.maximum(scores[-1], score_T) if policy.has_linear_gates else scores[-1] + score_T
+    depth_score_T = torch.where(is_first_T, 0, score_T)
     if policy.max_layers is not None and _outer_blocks(policy, layer) > policy.max_layers:
         depth_score_T = depth_score_T.clamp(min=1)
     scores.append(depth_score_T)

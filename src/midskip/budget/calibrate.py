@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midskip.budget.calibration import NUM_BUCKETS, Calibration, bucket_of, calibration_in
+from midskip.budget.calibration import GAP, NUM_BUCKETS, RULES, Calibration, bucket_of, calibration_in
 from midskip.data import TokenWindows
 from midskip.data.labelled import Items
 from midskip.distributed import rank_and_world_size
@@ -22,7 +22,6 @@ from midskip.evaluate import evaluate, limits_kept
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.runs import write_atomically
 
-GAP = 0.05  # the most that the shares of two neighbouring points should differ by
 CLOSE = 0.01  # scales that differ by no more than this part of them are not told apart
 MOST_POINTS = 48
 LARGEST_SCALE = 2.0**20
@@ -63,7 +62,8 @@ def calibrate(
         ValueError: a policy without a budget, settings out of range, too little text, a text on which no scale sends
             a token away, or several processes.
     """
-    check_settings(model, lowest, block_tokens)
+    rule = rule or str((model.config.calibration or {}).get("rule", "loss"))
+    check_settings(model, lowest, block_tokens, rule)
     curve = _Curve(model, windows, lowest, block_tokens, batch_size, progress)
     with limits_kept(model):
         curve.measure(0.0)
@@ -78,12 +78,12 @@ def calibrate(
         del curve.points[LARGEST_SCALE]
         while len(curve.points) < MOST_POINTS and (between := curve.widest_gap()) is not None:
             curve.measure(between)
-    calibration = curve.calibration(text, rule or (model.config.calibration or {}).get("rule", "loss"))
+    calibration = curve.calibration(text, rule)
     model.config.calibration = calibration.to_dict()
     return calibration
 
 
-def check_settings(model: MidskipForCausalLM, lowest: float = 0.1, block_tokens: int = 256) -> None:
+def check_settings(model: MidskipForCausalLM, lowest: float = 0.1, block_tokens: int = 256, rule: str = "loss") -> None:
     """Raises ValueError for what `calibrate` refuses before it looks at the text."""
     policy = model.model.policy
     if not policy.adjustable:
@@ -92,6 +92,8 @@ def check_settings(model: MidskipForCausalLM, lowest: float = 0.1, block_tokens:
         raise ValueError(f"lowest is {lowest!r}; expected a share of the blocks between 0 and 1")
     if block_tokens < 1:
         raise ValueError(f"block_tokens is {block_tokens!r}; expected at least 1")
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(map(repr, RULES))}")
     if rank_and_world_size()[1] > 1:
         raise ValueError("calibration runs in one process, and there are several: start it without torchrun")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 TOLERANCE = 0.02  # of a budget, by which the share of a point that serves it may be above
 BAND_STDS = 4  # half the width of the band that blocks of live prompts have to stay in
+GAP = 0.05  # the most that the shares of two neighbouring points should differ by
 RULES = ("loss", "share")  # which scale a budget stands for
 NUM_BUCKETS = 12  # buckets of positions: 0, 1, 2 to 3, 4 to 7, and so on; the last one from 1024 on
 _CURVES = ("score_scale", "share", "loss", "share_std", "loss_std")
@@ -109,8 +110,9 @@ class Calibration:
         if not _is_amount(budget) or not 0 < budget <= 1:
             raise ValueError(f"budget is {budget!r}; expected a share of the blocks, above 0 and up to 1, or None")
         exact = self.scale_at(budget)
-        if self.rule == "share":
-            return exact
+        if self.rule == "share":  # where the share falls by a step, the lower one
+            before, after = (around := self._around(exact))[0], around[-1]
+            return self.score_scale[after] if self.share[before] - self.share[after] > GAP else exact
         most = budget * (1 + TOLERANCE)
         served = [scale for scale, share in zip(self.score_scale, self.share, strict=True) if share <= most]
         share_and_loss = {scale: self.at(scale) for scale in (*served, exact)}

@@ -8,8 +8,9 @@ from midskip.commands.parser import Parser, at_least_one
 def run(arguments: list[str]) -> None:
     parser = Parser(
         "retrofit",
-        epilog="A killed retrofit goes on where it was when the same command is given again; --distil_steps may be "
-        "asked for when the fit is done. Budgets of the result: `midskip generate OUTPUT ... --budget 0.8`.",
+        epilog="A killed retrofit goes on when the same command is given again, a fit from its beginning, a training "
+        "from its last checkpoint; --distil_steps and --finetune_steps may be asked for when the stage before is done. "
+        "Budgets of the result: `midskip generate OUTPUT ... --budget 0.8`.",
     )
     parser.add_argument("model", help="folder or hub name of a pretrained model of the Llama family, or a dense run")
     parser.add_argument("--data", required=True, help="text to fit and train on, as `midskip prepare` takes it")
@@ -47,7 +48,12 @@ def run(arguments: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--max_position_embeddings", type=at_least_one, help="longest input, if not the original's")
     for name, kind, default, what in (
-        ("outer", int, 1, "first and as many last layers that every token runs"),
+        (
+            "outer",
+            int,
+            1,
+            "first and as many last layers (with sublayer: halves of them) that all run; of exits, first",
+        ),
         ("first_tokens", int, 2, "tokens of a sequence that run every layer"),
         ("share", float, 0.75, "of block-tokens that run without a budget"),
         ("length", at_least_one, 512, "tokens of a window"),
@@ -55,11 +61,11 @@ def run(arguments: list[str]) -> None:
         ("price_tokens", at_least_one, 6_144, "tokens of each held-out text for prices, and as many to calibrate"),
         ("distil_steps", int, 0, "steps of training after the fit"),
         ("finetune_steps", int, 0, "steps of training the original's weights too, after those"),
-        ("finetune_learning_rate", float, 1e-4, "of those"),
-        ("lora_rank", at_least_one, 16, "of adapters"),
+        ("finetune_learning_rate", float, 1e-4, "learning rate of --finetune_steps"),
+        ("lora_rank", at_least_one, 16, "rank of the adapters of --finetune lora"),
         ("batch_size", at_least_one, 4, "windows of a step"),
-        ("learning_rate", float, 3e-4, "of the maps"),
-        ("gate_learning_rate_scale", float, 0.3, "of the routers, as a factor of it"),
+        ("learning_rate", float, 3e-4, "learning rate of --distil_steps for the maps"),
+        ("gate_learning_rate_scale", float, 0.3, "learning rate of routers, as a factor of that of all else"),
         ("seed", int, 0, "of the order of windows and budgets"),
         ("save_steps", at_least_one, 100, "steps between two checkpoints"),
     ):

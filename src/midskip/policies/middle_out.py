@@ -37,7 +37,7 @@ class MiddleOut(Policy):
         hard gates, scores="hash"            s(i, l) = exp(b_l - u(i))
         hard gates, scores="difficulty"      s(i, l) = exp(b_l - d(i))
         hard gates, scores="hidden_states"   s(i, l) = exp(b_l + sqrt(D) cos(w_l, h(i, l)))
-        hard gates, scores="linear"          s(i, l) = exp(b_l - w_l . h(i, l) / rms(h(i, l)))
+        hard gates, scores="linear"          s(i, l) = exp(b_l - w_l . h(i, l) / rms(h(i, l))), and S the largest so far
 
     u is drawn, once and for all, for each pair of a token and the one before it. d is how hard such pairs have been to
     go on from (`Difficulty`), a running mean of losses without a gradient: what is easy leaves. The last two learn by a
@@ -131,11 +131,14 @@ class MiddleOut(Policy):
             indices_N = self._scored(layer, state, batch).indices_N
             if self._closed(layer):
                 self._decide(state, before_N.clamp(min=1))
-            elif indices_N is None:
-                self._decide(state, self._but_first(before_N + self._score(layer, h_ND), batch))
             else:
-                score_N = self._score(layer, h_ND.index_select(0, indices_N))
-                self._decide(state, self._but_first(before_N.index_add(0, indices_N, score_N), batch))
+                if indices_N is None:
+                    score_N = self._score(layer, h_ND)
+                else:
+                    score_M = self._score(layer, h_ND.index_select(0, indices_N))
+                    score_N = torch.zeros_like(before_N).index_copy(0, indices_N, score_M)
+                total_N = torch.maximum(before_N, score_N) if self.has_linear_gates else before_N + score_N
+                self._decide(state, self._but_first(total_N, batch))
         return state["decisions"][layer]
 
     def _decide_by_tokens(self, state: dict[str, Any], batch: PackedBatch, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 
 from midskip.data import TokenWindows
 from midskip.model.loss import divergence
@@ -71,8 +71,8 @@ def distil(
         what, lora_rank: what learns, see `learning`.
 
     Returns:
-        The history, a row a step; `cross_entropy` in it is the divergence. Its `flops` count the pass that gives the
-        target as if it went backward too.
+        The history, a row a step; `cross_entropy` in it is the divergence. Its `flops` are not to be used: they count
+        the pass of the original as if it went backward too, and not at all if that is a copy.
 
     Raises:
         FloatingPointError: the loss or a weight is no longer finite.
@@ -83,6 +83,7 @@ def distil(
     if checkpoint is not None:
         shares.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
     peak = settings.peak_flops or peak_flops(arguments)[0]
+    set_seed(settings.seed)  # adapters are drawn
     with learning(model, what, lora_rank) as original:
         trainer = Distiller(
             shares, settings, lambda model: {}, None, peak, model=model, args=arguments, train_dataset=windows

@@ -26,7 +26,6 @@ from midskip.retrofit.watch import Seen, look
 SHARES = (0.9, 0.75, 0.6)  # of block-tokens that run, under which the model's own states are looked at
 NEVER = 1e4  # a bias at which no token runs; at minus this, all do
 SMALLEST_COST = 1e-4  # nats
-CHOICES = ("tokens", "layers")
 ORDERS = ("loss", "influence", "adjacent")
 NOT_GIVEN = ("labels", "group")  # of a window, to the model
 
@@ -37,7 +36,7 @@ class FitReport:
 
     Attributes:
         layers: that may be skipped, or at which a token may leave for a span.
-        error: for each, the mean square that its map leaves of what is to be added, as a share of it.
+        error: for each, the mean square that its map leaves of what is to be added, as a share of it; not of an order.
         predictable: for each, the share of the variance (R squared) of the log of that error that its router explains.
         cost: for each, how much the loss rises in nats if all tokens skip it, or leave there, and take its map; of an
             order, the loss after each.
@@ -91,11 +90,13 @@ def fit(
         progress: show bars in a terminal.
 
     Raises:
-        ValueError: another policy, kind of skip path, choice or order, or a share out of range.
+        ValueError: no window; another policy, kind of skip path, choice or order; a share out of range.
     """
-    for name, value, known in (("choice", choice, CHOICES), ("order", order, ORDERS)):
+    for name, value, known in (("choice", choice, ("tokens", "layers")), ("order", order, ORDERS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+    if not len(windows):
+        raise ValueError("there is no window to fit on: give more text")
     fitting = _Fit(model, windows, outer, ridge, batch_size, progress)
     if choice == "layers" and not fitting.alone:
         raise ValueError("choice is 'layers'; expected 'tokens', since skip paths of this policy stand for spans")
@@ -222,7 +223,7 @@ class _Fit:
             self.report.cost.append(losses[gone[-1]])
         self._open_all()
         for place, layer in enumerate(gone):
-            self.policy.bias[self.gate[layer]] = -place / 2
+            self.policy.bias[self.gate[layer]] = -place * min(0.5, 10 / len(gone))  # within the reach of `_scales_for`
         self.report.order = gone
 
     def _influences(self) -> dict[int, float]:
@@ -259,21 +260,21 @@ class _Fit:
 
     def scales(self) -> None:
         """Under which scales of the scores to look at the states of the model that skips."""
-        self.score_scales = tuple(self._scales_for(SHARES))
+        self.score_scales = tuple(self._scales_for(SHARES, max(1, self.batch_size // 2)))
 
     def settle(self, share: float) -> None:
         """Move the biases so that this share runs."""
-        (score_scale,) = self._scales_for((share,))
+        (score_scale,) = self._scales_for((share,), 2 * self.batch_size)
         self.policy.bias.add_(math.log(score_scale))
 
-    def _scales_for(self, shares: Sequence[float]) -> list[float]:
-        """By bisection, on a few windows."""
-        count = min(max(1, self.batch_size // 2), len(self.windows))
+    def _scales_for(self, shares: Sequence[float], count: int) -> list[float]:
+        """By bisection, on so many windows."""
+        count = min(count, len(self.windows))
         windows = [self.windows[row * len(self.windows) // count] for row in range(count)]
         found = []
         for share in shares:
             low, high = -12.0, 12.0
-            for _ in range(9):
+            for _ in range(11):
                 middle = (low + high) / 2
                 self.policy.set_limits(math.exp(middle))
                 is_above = evaluate(self.model, windows, batch_size=self.batch_size)["executed_share"] > share

@@ -27,7 +27,12 @@ def learning(model: MidskipForCausalLM, what: str, lora_rank: int = 16) -> Itera
             all blocks, which are merged into the weights at the end, unless an error ends it. `"all"`: everything;
             a frozen copy of the model is then the original.
         lora_rank: of the adapters.
+
+    Raises:
+        ValueError: another `what`.
     """
+    if what not in WHAT:
+        raise ValueError(f"what is {what!r}; expected one of {', '.join(map(repr, WHAT))}")
     tuner: Any = None
     original: Original = partial(everything_run, model)
     if what == "all":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
+from shutil import rmtree as remove_folder
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from midskip.retrofit.distil import distil
 from midskip.retrofit.fit import fit
 from midskip.retrofit.load import load_to_skip
 from midskip.retrofit.price import calibrated_prices
-from midskip.retrofit.settings import RetrofitSettings
+from midskip.retrofit.settings import OF_STAGE, RetrofitSettings
 from midskip.retrofit.shares import DrawnShares
 from midskip.runs import to_json, write_atomically
 
@@ -34,11 +34,12 @@ def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict
     """Run the stages that are not done yet; what budgets cost after each is printed.
 
     Returns:
-        What is in `retrofit.json`: `settings`; `begun`, the names of stages; and in `stages`, by name of those that are
-        done, `seconds` and what budgets cost after it (`prices`).
+        What is in `retrofit.json`: `settings`; and in `stages`, by name of those that are done, `seconds` and what
+        budgets cost after it (`prices`).
 
     Raises:
-        ValueError: a model, text or setting that does not fit; other settings in the folder; several processes.
+        ValueError: a model, text or setting that does not fit; an output that holds something else, or a retrofit with
+            other settings; several processes.
     """
     console = console or Console(stderr=True)
     folder = Path(settings.output)
@@ -58,34 +59,40 @@ def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict
     settings.check_layers(model.config.num_skip_units)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType, reportCallIssue]
     texts = Texts(settings, tokenizer, model.config.max_position_embeddings, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / REPORT, to_json(report) + "\n")
     for stage in settings.stages():
         if stage in report["stages"]:
             continue
         if stage == "fit":
             more = _fit(model, texts, settings, console)
         else:
-            report["begun"] = [*report["begun"], *({stage} - set(report["begun"]))]
-            write_atomically(folder / REPORT, to_json(report) + "\n")
-            more = _train(stage, model, texts, settings, folder / CHECKPOINTS, console)
-        _finish(stage, model.eval(), tokenizer, texts, report, more, console)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            more = _train(stage, model, texts, settings, folder / CHECKPOINTS / stage, console)
+        _finish(stage, model.eval(), tokenizer, texts, settings, report, more, console)
+        remove_folder(folder / CHECKPOINTS, ignore_errors=True)
     return report
 
 
 def _begun(folder: Path, settings: RetrofitSettings) -> dict[str, Any]:
     """The report in the folder, if it was begun with the same settings."""
     file = folder / REPORT
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output is {str(folder)!r}, which is a file; expected a folder")
     if not file.is_file():
-        return {"settings": asdict(settings), "begun": [], "stages": {}}
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
+        return {"settings": asdict(settings), "stages": {}}
+    begun = [stage for stage in OF_STAGE if (folder / CHECKPOINTS / stage).exists()]
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-        changed = settings.changed(report["settings"], report["begun"])
+        changed = settings.changed(report["settings"], [*report["stages"], *begun])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} cannot be read ({error}): remove the folder, or give another") from error
     if changed:
         raise ValueError(
             f"{str(folder)!r} holds a retrofit with other settings ({'; '.join(changed)}): give another --output, or "
-            "the settings that it was begun with"
+            "the settings that it was begun with; a stage that is not done begins anew if its folder in "
+            f"{str(folder / CHECKPOINTS)!r} is removed"
         )
     return report | {"settings": asdict(settings)}
 
@@ -143,9 +150,7 @@ def _train(
     stage: str, model: MidskipForCausalLM, texts: Texts, settings: RetrofitSettings, folder: Path, console: Console
 ) -> dict[str, Any]:
     calibration = Calibration.from_dict(model.config.calibration)
-    shares = [share for share in settings.shares if share >= calibration.share[-1]]
-    if not shares:
-        raise ValueError(f"shares is {settings.shares}; at least {calibration.share[-1]:.3f} of this model runs")
+    shares = list(settings.trained_shares(model.config.num_skip_units))
     what = "skips" if stage == "distil" else settings.finetune
     if what != "skips" and 1.0 not in shares:
         shares.append(1.0)  # which moves with the weights
@@ -161,16 +166,17 @@ def _train(
 
 
 def _finish(
-    stage: str, model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: Texts, report: dict[str, Any],
-    more: dict[str, Any], console: Console,
+    stage: str, model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: Texts, settings: RetrofitSettings,
+    report: dict[str, Any], more: dict[str, Any], console: Console,
 ) -> None:  # fmt: skip
     """Price the model, and write it and the report."""
-    folder = Path(report["settings"]["output"])
+    folder = Path(settings.output)
     first, original = next(iter(texts.held_out)), None
     if "fit" in report["stages"]:
         whole = report["stages"]["fit"]["prices"][0]["texts"]
         original = {name: whole[name]["loss"] for name in texts.held_out}
-    rows = calibrated_prices(model, texts.calibration, texts.held_out, first, original, 8, console.is_terminal)
+    lowest = min(settings.trained_shares(model.config.num_skip_units))
+    rows = calibrated_prices(model, texts.calibration, texts.held_out, first, original, lowest, 8, console.is_terminal)
     for place in (folder / stage, folder):
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,7 +53,7 @@ class RetrofitSettings:
         seed: of the order of windows and shares.
         save_steps: steps between two checkpoints.
         shares: of block-tokens, of which each step of training draws one; with one share alone, the model is trained
-            for that budget.
+            for that budget. None for 0.95, 0.9, 0.83, 0.75, 0.6 and 0.5, as far down as the model can run.
         finetune_steps: of training the original's weights too, after the other training; 0 for none.
         finetune: `"lora"` (low-rank adapters, merged at the end; needs peft) or `"all"` (with a copy of the original
             in memory).
@@ -87,7 +87,7 @@ class RetrofitSettings:
     gate_learning_rate_scale: float = 0.3
     seed: int = 0
     save_steps: int = 100
-    shares: list[float] = field(default_factory=lambda: list(BUDGETS))
+    shares: list[float] | None = None
     finetune_steps: int = 0
     finetune: str = "lora"
     finetune_learning_rate: float = 1e-4
@@ -118,12 +118,15 @@ class RetrofitSettings:
                 "weights move: give distil_steps too"
             )
         if self.finetune_steps and self.finetune == "lora" and find_spec("peft") is None:
-            raise ValueError("finetune is 'lora', which needs peft: pip install peft, or give finetune 'all'")
+            raise ValueError(
+                "finetune is 'lora', which needs peft: pip install 'midskip[lora]', or give finetune 'all'"
+            )
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank is {self.lora_rank}; expected at least 1")
         for stage in OF_STAGE:
             self.training(stage)
-        DrawnShares(1, self.shares, [1.0] * len(self.shares))
+        if self.shares is not None:
+            DrawnShares(1, self.shares, [1.0] * len(self.shares))
         if self.outer < 0 or self.first_tokens < 0:
             raise ValueError(f"outer is {self.outer} and first_tokens {self.first_tokens}; expected 0 or more")
 
@@ -155,20 +158,32 @@ class RetrofitSettings:
         }[stage]
         return TrainingSettings(
             max_steps=max(1, steps), per_device_train_batch_size=self.batch_size, learning_rate=rate,
-            gate_learning_rate_scale=self.gate_learning_rate_scale if self.choice == "tokens" else 0.0,
+            gate_learning_rate_scale=0.0 if self.choice == "layers" else self.gate_learning_rate_scale,
             warmup_ratio=0.05, save_steps=self.save_steps, save_total_limit=1, report_to=[], seed=self.seed,
         )  # fmt: skip
 
     def check_layers(self, num_layers: int) -> None:
-        """Raises ValueError if a model of so many layers cannot be left with this share."""
+        """Raises ValueError if a model of so many layers cannot be run at the shares asked for."""
         policy = self.policy()
         build_policy(policy["policy"], num_layers, 1, 0.02, policy["policy_settings"])
-        always = self.outer if self.choice == "exits" else 2 * self.outer
-        if self.share <= always / num_layers:
-            raise ValueError(
-                f"share is {self.share} and outer {self.outer} of {num_layers} layers, which alone are more: raise "
-                "share or lower outer"
-            )
+        lowest = self.lowest_share(num_layers)
+        for name, shares in (("share", [self.share]), ("shares", self.shares or [])):
+            if any(share <= lowest for share in shares):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; of {num_layers} layers and {self.length} tokens, outer "
+                    f"{self.outer} and first_tokens {self.first_tokens} alone are {lowest:.3f}: raise {name}, or lower "
+                    "outer or first_tokens"
+                )
+
+    def lowest_share(self, num_layers: int) -> float:
+        """Of block-tokens, that run in any case."""
+        always = min(1.0, (self.outer if self.choice == "exits" else 2 * self.outer) / num_layers)
+        return always + (1 - always) * min(1.0, self.first_tokens / self.length)
+
+    def trained_shares(self, num_layers: int) -> list[float]:
+        """Of which each step of training draws one."""
+        lowest = self.lowest_share(num_layers)
+        return self.shares or [share for share in BUDGETS if share > lowest] or [self.share]
 
     def changed(self, earlier: dict[str, Any], begun: list[str]) -> list[str]:
         """What differs from the settings that a folder was begun with; those of a stage to come may."""
