@@ -58,6 +58,12 @@ def test_a_share_that_cannot_be_reached_leaves_the_scale_finite() -> None:
 # ---- the whole
 
 
+@pytest.fixture(autouse=True)
+def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a calibration, which takes most of the time here."""
+    monkeypatch.setattr("midskip.budget.calibrate.GAP", 0.2)
+
+
 @pytest.fixture
 def dense(tmp_path: Path, make_model: Make) -> Path:
     """The folder of a dense model and its tokenizer, beside text."""
