@@ -39,6 +39,7 @@ TINY = {
         "--shape", "tiny", "--dtypes", "float32", "--gates", "fractional", "--repeats", "2", "--shares", "0.5",
         "--batch_sizes", "1",
     ],
+    "retrofit": ["--fit_tokens", "512", "--price_tokens", "2048"],
 }  # fmt: skip
 
 
@@ -112,7 +113,8 @@ def test_the_readmes_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
             captured = capsys.readouterr()
             assert status == 0, f"{line}: {captured.err}"
             printed[command] = captured.out
-    assert list(printed) == ["prepare", "train", "calibrate", "evaluate", "generate", "bench"]
+    assert list(printed) == ["prepare", "train", "calibrate", "evaluate", "generate", "bench", "retrofit"]
+    assert list(json.loads(Path("runs/retrofit/retrofit.json").read_text())["stages"]) == ["fit"]
     assert json.loads(printed["prepare"])["settings"]["source"] == "my_texts"
     assert json.loads(printed["train"])["training"]["steps"] == 2
     assert len(json.loads(printed["evaluate"])["budgets"]) == 3
