@@ -9,12 +9,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from midskip.cost import meter
 from midskip.data.labelled import Items
 from midskip.data.progress import progress_bar
 from midskip.evaluate import batch_of, evaluate, limits_kept
@@ -27,7 +29,8 @@ SHARES = (0.9, 0.75, 0.6)  # of block-tokens that run, under which the model's o
 NEVER = 1e4  # a bias at which no token runs; at minus this, all do
 SMALLEST_COST = 1e-4  # nats
 ORDERS = ("loss", "influence", "adjacent")
-NOT_GIVEN = ("labels", "group")  # of a window, to the model
+REACH = 12.0  # of the logs of scales
+CLOSE, MOST_POINTS = 0.04, 14  # shares of neighbouring points where a scale is looked for, and how many there may be
 
 
 @dataclass
@@ -104,7 +107,7 @@ def fit(
         raise ValueError(
             f"share is {share!r}; expected a share of the blocks above {fitting.lowest_share:.3g}, below 1"
         )
-    with limits_kept(model):
+    with limits_kept(model), _in_evaluation(model):
         model.model.policy.set_limits(0.0)
         fitting.paths(refit=False)
         some = [windows[row * len(windows) // num_cost_windows] for row in range(num_cost_windows)]
@@ -223,7 +226,7 @@ class _Fit:
             self.report.cost.append(losses[gone[-1]])
         self._open_all()
         for place, layer in enumerate(gone):
-            self.policy.bias[self.gate[layer]] = -place * min(0.5, 10 / len(gone))  # within the reach of `_scales_for`
+            self.policy.bias[self.gate[layer]] = -place * min(0.5, 10 / len(gone))  # within `REACH`
         self.report.order = gone
 
     def _influences(self) -> dict[int, float]:
@@ -264,35 +267,49 @@ class _Fit:
 
     def settle(self, share: float) -> None:
         """Move the biases so that this share runs."""
-        (score_scale,) = self._scales_for((share,), 2 * self.batch_size)
+        (score_scale,) = self._scales_for((share,), self.batch_size)
         self.policy.bias.add_(math.log(score_scale))
 
     def _scales_for(self, shares: Sequence[float], count: int) -> list[float]:
-        """By bisection, on so many windows."""
-        count = min(count, len(self.windows))
-        windows = [self.windows[row * len(self.windows) // count] for row in range(count)]
-        found = []
-        for share in shares:
-            low, high = -12.0, 12.0
-            for _ in range(11):
-                middle = (low + high) / 2
-                self.policy.set_limits(math.exp(middle))
-                is_above = evaluate(self.model, windows, batch_size=self.batch_size)["executed_share"] > share
-                low, high = (middle, high) if is_above else (low, middle)
-            found.append(math.exp((low + high) / 2))
+        """Read off straight lines between points, measured on so many windows, that lie close around each share."""
+        rows = range(min(count, len(self.windows)))
+        windows = [self.windows[row * len(self.windows) // len(rows)] for row in rows]
+        found = {at: self._share(at, windows) for at in (-REACH, REACH)}
+        shares = [min(max(share, found[REACH]), found[-REACH]) for share in shares]
+        for _ in range(MOST_POINTS):
+            gap, middle = max(
+                (found[low] - found[high], (low + high) / 2)
+                for low, high in pairwise(sorted(found))
+                if any(found[high] <= share <= found[low] for share in shares)
+            )
+            if gap < CLOSE:
+                break
+            found[middle] = self._share(middle, windows)
+        logs = sorted(found, reverse=True)
+        rising = np.maximum.accumulate([found[at] for at in logs])
+        return np.exp(np.interp(shares, rising, logs)).tolist()
+
+    def _share(self, log_scale: float, windows: Items) -> float:
+        """Of block-tokens, that run under a scale."""
+        self.policy.set_limits(math.exp(log_scale))
+        with meter(self.model) as work:
+            for start in range(0, len(windows), self.batch_size):
+                self.model.model(**self._given(windows, start), use_cache=False)
         self.policy.set_limits(1.0)
-        return found
+        return work.executed_share
 
     def _look(self, title: str, seen: Seen, every: int = 1) -> None:
         """A pass over all windows, or some of their batches, each under the next of `score_scales`."""
         starts = range(0, len(self.windows), every * self.batch_size)
-        with _in_evaluation(self.model):
-            for start, score_scale in zip(progress_bar(starts, title, self.progress), cycle(self.score_scales)):
-                self.policy.set_limits(score_scale)
-                rows = range(start, min(start + self.batch_size, len(self.windows)))
-                batch = batch_of(self.windows, rows, self.model.device)
-                look(self.model, {name: x for name, x in batch.items() if name not in NOT_GIVEN}, self.layers, seen)
+        for start, score_scale in zip(progress_bar(starts, title, self.progress), cycle(self.score_scales)):
+            self.policy.set_limits(score_scale)
+            look(self.model, self._given(self.windows, start), self.layers, seen)
         self.policy.set_limits(1.0)
+
+    def _given(self, windows: Items, start: int) -> dict[str, Tensor]:
+        """A batch, as the model takes it."""
+        batch = batch_of(windows, range(start, min(start + self.batch_size, len(windows))), self.model.device)
+        return {name: x for name, x in batch.items() if name not in ("labels", "group")}
 
 
 def _checked(path: nn.Module) -> SkipPath:
