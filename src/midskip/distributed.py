@@ -32,6 +32,25 @@ def sum_over_ranks(tensor: Tensor) -> None:
 
 
 @contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The first process goes ahead; where it fails, the others do nothing and raise a ValueError that says the same."""
+    failure: list[str | None] = [None]
+    rank, world_size = rank_and_world_size()
+    if rank > 0:
+        dist.broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise ValueError(failure[0])
+    try:
+        yield
+    except BaseException as error:  # an interrupt too: else the others would go on alone
+        failure = [str(error) or type(error).__name__]
+        raise
+    finally:
+        if rank == 0 and world_size > 1:
+            dist.broadcast_object_list(failure)
+
+
+@contextmanager
 def joined_ranks() -> Iterator[int]:
     """Joins the other processes that `torchrun` started, if it started this one, and takes a GPU of its own; gives the
     number of this process, 0 if it is alone."""

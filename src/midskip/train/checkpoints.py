@@ -54,13 +54,20 @@ def fault_of(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint, if any; newer ones are put out of the way, with a word to `tell`."""
+def find_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint, if any, and what is wrong with each newer one."""
+    faults: dict[Path, str] = {}
     for checkpoint in sorted(checkpoints_in(folder), key=step_of, reverse=True):
         fault = fault_of(checkpoint)
         if fault is None:
-            return checkpoint
-        # what is left of it must not mix with what the run will write there again
+            return checkpoint, faults
+        faults[checkpoint] = fault
+    return None, faults
+
+
+def put_aside(faults: dict[Path, str], tell: Callable[[str], None]) -> None:
+    """What is left of broken checkpoints must not mix with what the run will write there again."""
+    for checkpoint, fault in faults.items():
         if (checkpoint / MARKER_FILE).is_file():
             aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -69,7 +76,13 @@ def newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
         else:
             shutil.rmtree(checkpoint)
             tell(f"{checkpoint.name} {fault}: removed, and the one before it used")
-    return None
+
+
+def newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint, if any; newer ones are put out of the way, with a word to `tell`."""
+    checkpoint, faults = find_checkpoint(folder)
+    put_aside(faults, tell)
+    return checkpoint
 
 
 def remove_old(folder: Path, num_kept: int) -> None:

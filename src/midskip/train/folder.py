@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from midskip.data import LabelledData, Prepared
+from midskip.regularizers import Regularizer
 from midskip.runs import PAGE_FILE, RECIPE_FILE, write_atomically
+from midskip.train.checkpoints import REGULARIZER_FILE
 from midskip.train.recipe import Recipe, changes, read_recipe
 from midskip.train.text import TEXT_FOLDER
 
@@ -38,15 +41,50 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool, accept_changes: boo
         raise ValueError(f"the shape of a model cannot change in a run ({'; '.join(fixed)}): give another --output")
 
 
-def begin(
-    folder: Path, recipe: Recipe, text: Prepared | LabelledData, world_size: int, accept_changes: bool, console: Console
-) -> None:
-    """Check the text or data, and write down, or compare with what was written down, what the run began with."""
-    start = {"num_processes": world_size, "shards": text.check(console)}
+def check_start(folder: Path, start: dict[str, Any], accept_changes: bool) -> None:
+    """Refuses other text or data, or another number of processes, than the run began with."""
     if (folder / START_FILE).is_file() and not accept_changes:
         earlier = json.loads((folder / START_FILE).read_text(encoding="utf-8"))
         if changed := _differences(earlier, start):
             raise ValueError(f"this run did not begin like that ({'; '.join(changed)}): {OUTDATED}")
+
+
+def load_regularizer(checkpoint: Path | None, recipe: Recipe, regularizer: Regularizer, vocab_size: int) -> None:
+    """The regularizer gets its state in the checkpoint, if there is one. Refuses what cannot go on from there."""
+    if checkpoint is None:
+        return
+    place = f"{checkpoint.name} of {str(checkpoint.parent)!r}"
+    trained = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    if (wanted := recipe.build_config(vocab_size).vocab_size) != trained:
+        raise ValueError(
+            f"{place} has a model of {trained} tokens, and with the text {recipe.data.source!r} it would need "
+            f"{wanted}: the vocabulary cannot change in a run; give text with its tokenizer, or another --output"
+        )
+    state = json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8"))
+    try:
+        regularizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as error:  # those of other authors raise what they like
+        raise ValueError(
+            f"{place} cannot go on with the regularizer {recipe.regularizer.name!r} ({error}): give the one it began "
+            "with, or another --output"
+        ) from error
+
+
+@contextmanager
+def unless_refused(folder: Path) -> Iterator[None]:
+    """Text that was prepared into the folder of a run, for what is then refused, goes again."""
+    text = folder / TEXT_FOLDER
+    is_new = (folder / RECIPE_FILE).is_file() and not text.exists()
+    try:
+        yield
+    except ValueError:
+        if is_new:
+            shutil.rmtree(text, ignore_errors=True)
+        raise
+
+
+def begin(folder: Path, recipe: Recipe, text: Prepared | LabelledData, start: dict[str, Any]) -> None:
+    """Write down what the run begins with."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe.save(folder / RECIPE_FILE)  # first: it makes the folder that of a run
     write_atomically(folder / START_FILE, json.dumps(start, indent=1))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -20,7 +18,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from midskip.card import source_name, write_card
 from midskip.data import DataError, LabelledData, token_bytes
 from midskip.data.labelled import Items
-from midskip.distributed import num_launched
+from midskip.distributed import first_goes_first, num_launched
 from midskip.evaluate import depth_of_tokens, evaluate
 from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
@@ -29,14 +27,14 @@ from midskip.report import write_page, write_picture
 from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json
 from midskip.train.checkpoints import (
     HISTORY_FILE,
-    REGULARIZER_FILE,
     check_disk,
+    find_checkpoint,
     history_until,
-    newest_checkpoint,
+    put_aside,
     remove_old,
     step_of,
 )
-from midskip.train.folder import begin, check_folder
+from midskip.train.folder import begin, check_folder, check_start, load_regularizer, unless_refused
 from midskip.train.fsdp import check_fsdp, whole_state
 from midskip.train.health import Health
 from midskip.train.optimizer import num_warmup_steps
@@ -75,27 +73,32 @@ def train(
     is_first = arguments.process_index == 0
     console = console or Console(stderr=True)
     console = console if is_first else Console(quiet=True)
-    with _first_goes_first(arguments):
+    with first_goes_first(), unless_refused(folder):
         if is_first:
             for one in (recipe, *dense_recipes(recipe)):
                 check_folder(Path(one.output), one, resume, accept_changes)
         if resume and (folder / PAGE_FILE).is_file():  # written last: the run is finished
             return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")) if is_first else {}
-        tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-        checkpoint = newest_checkpoint(folder, tell) if resume else None
-        if is_first and checkpoint is not None:
-            remove_old(folder, settings.save_total_limit)  # one that was half removed
         text, training, validation = open_windows(recipe.data, folder, console)
         per_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         training.require(per_device * arguments.world_size)
-        if is_first:
+        checkpoint, broken = find_checkpoint(folder) if resume else (None, {})
+        load_regularizer(checkpoint, recipe, regularizer, text.vocab_size)
+        if is_first:  # all that can be refused, of the dense models too, comes before anything is written
+            start = {"num_processes": arguments.world_size, "shards": text.check(console)}
+            for one in (recipe, *dense_recipes(recipe)):
+                check_start(Path(one.output), start, accept_changes)
+            for dense in dense_recipes(recipe):
+                found, _ = find_checkpoint(Path(dense.output))
+                load_regularizer(found, dense, dense.build_regularizer(), text.vocab_size)
             num_parameters = _count_parameters(recipe, regularizer, text.vocab_size)
             num_checkpoints = settings.save_total_limit if settings.save_steps else 0
             check_disk(folder, num_parameters, num_checkpoints, best=bool(settings.eval_steps))
-            begin(folder, recipe, text, arguments.world_size, accept_changes, console)
+            put_aside(broken, partial(console.print, markup=False, highlight=False, soft_wrap=True))
+            if checkpoint is not None:
+                remove_old(folder, settings.save_total_limit)  # one that was half removed
+            begin(folder, recipe, text, start)
     dense = train_dense(recipe, resume, accept_changes, console)
-    if checkpoint is not None:
-        regularizer.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     trained = checkpoint is not None and first_step >= settings.max_steps
     set_seed(settings.seed)
@@ -264,25 +267,6 @@ def _report(
         "num_parameters": model.num_parameters(),
         "recipe": RECIPE_FILE,
     }
-
-
-@contextmanager
-def _first_goes_first(arguments: TrainingArguments) -> Iterator[None]:
-    """The first process goes ahead; where it fails, the others do nothing and raise a ValueError that says the same."""
-    failure: list[str | None] = [None]
-    alone, is_first = arguments.world_size == 1, arguments.process_index == 0
-    if not alone and not is_first:
-        torch.distributed.broadcast_object_list(failure)
-        if failure[0] is not None:
-            raise ValueError(failure[0])
-    try:
-        yield
-    except BaseException as error:  # an interrupt too: else the others would go on alone
-        failure = [str(error) or type(error).__name__]
-        raise
-    finally:
-        if not alone and is_first:
-            torch.distributed.broadcast_object_list(failure)
 
 
 def _count_parameters(recipe: Recipe, regularizer: Regularizer, vocab_size: int = 2) -> int:
