@@ -11,7 +11,16 @@ import midskip
 PACKAGE = Path(midskip.__file__).parent
 CORE = tuple(f"model.{name}" for name in ("packing", "ops", "layer_cache", "attention", "layers", "loss", "skip_path"))
 ORDER = (
-    (*CORE, "model.config", "budget.calibration", "budget.monitor", "distributed", "plugins", "layer_statistics"),
+    (
+        *CORE,
+        "model.config",
+        "budget.calibration",
+        "budget.monitor",
+        "distributed",
+        "plugins",
+        "layer_statistics",
+        "locks",
+    ),
     ("policies", "regularizers", "model.cache"),
     ("model.outputs", "model.drafts", "model.generation", "card"),
     ("model.hub",),

@@ -7,6 +7,7 @@ agrees under DDP and FSDP2 is in test_ranks.py.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from tiny_runs import (
 from torch import Tensor
 
 from midskip.data import WindowOrder
+from midskip.locks import locked
 from midskip.policies import Decision, Policy
 from midskip.regularizers import FixedRegularizer, TargetShare
 from midskip.train import Recipe, read_recipe, run, train
@@ -166,6 +168,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
     found["again"] = train(recipe_of(folder, "target_share", 2), resume=True, console=QUIET)
     found["written"] = sorted(written)
     found["foreign"] = message_of(recipe_of(folder, "foreign", 2))
+    found["held"] = message_of(recipe_of(folder, "held", 2))
     for kind in ("loss", "gradient"):
         ill = recipe_of(folder, kind, 2, regularizer="test_train_ranks:Ill", settings={"kind": kind})
         found[kind] = message_of(ill)
@@ -174,7 +177,8 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
 
 
 def main(folder: Path) -> None:
-    start_ranks(run_rank, folder)
+    with locked(folder / "held-2" / "run"):
+        start_ranks(run_rank, folder)
 
 
 # ---- the tests
@@ -292,6 +296,8 @@ def test_what_the_first_rank_refuses_the_other_leaves_alone(ranks: Ranks) -> Non
     assert "which holds other files; give a new or empty folder" in found[0]["foreign"]
     assert found[1]["foreign"] == found[0]["foreign"]
     assert [path.name for path in (folder / "foreign-2" / "run").iterdir()] == ["thesis.txt"]
+    assert re.search(r"held-2/run' is in use by process \d+ on .* since ", found[0]["held"])
+    assert found[1]["held"] == found[0]["held"] and not (folder / "held-2").exists()
 
 
 LAUNCHERS = {

@@ -20,6 +20,7 @@ from midskip.data.prepare import prepare
 from midskip.data.sources import Source
 from midskip.evaluate import depth_of_tokens
 from midskip.generate import generate
+from midskip.locks import LOCK_FILE, locked
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import comparison_table, depth_text, legend
 from midskip.runs import PAGE_FILE, PICTURE_FILE, REPORT_FILE, load_run
@@ -53,12 +54,18 @@ def demo(output: str = "runs/demo", steps: int = STEPS, source: str = "pydocs", 
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {output!r}, which is a file; expected a folder")
-    earlier = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    earlier = {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.exists() else set()
     if earlier - {"text", "gated", REPORT_FILE, PICTURE_FILE, PAGE_FILE} or (earlier and "text" not in earlier):
         raise ValueError(f"output is {output!r}, which holds other files; give a new or empty folder")
     Source(source)  # refuses what cannot be used, while an earlier demo is still there
-    if earlier:
-        shutil.rmtree(folder)  # an earlier demo
+    with locked(folder):
+        for name in earlier:  # an earlier demo
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+        return _demo(folder, steps, source, console)
+
+
+def _demo(folder: Path, steps: int, source: str, console: Console) -> dict[str, Any]:
+    """The same, in a folder that is empty and locked."""
     messages = Console(stderr=True, width=console.width)
     prepared = prepare(source, folder / "text", console=messages)
     recipe = demo_recipe(str(folder / "gated"), steps, str(prepared.folder))

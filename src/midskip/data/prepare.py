@@ -18,6 +18,8 @@ import transformers
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from midskip.locks import LOCK_FILE, locked, tidy
+
 from .encode import encode_documents, encode_stream
 from .errors import DataError
 from .prepared import FORMAT, SUMMARY_FILE, TOKENIZER_FOLDER, Prepared, is_begun, open_prepared
@@ -69,6 +71,7 @@ def prepare(
     Raises:
         DataError: the text, a setting or the folder cannot be used, or the disk has no room. All that can be known
             without reading all of the text is found before any is written.
+        ValueError: another process prepares text there.
     """
     if validation is not None and validation_share is not None:
         raise DataError(
@@ -92,19 +95,27 @@ def prepare(
     }
     folder = Path(output).expanduser()
     if (folder / SUMMARY_FILE).is_file():
+        tidy(folder)
         return _same(open_prepared(folder), settings)
     _check_folder(folder)
-    streams = _open(source, validation, share, text_field)
-    console = console or Console(stderr=True)
+    with locked(folder):
+        if (folder / SUMMARY_FILE).is_file():  # by another process, in between
+            return _same(open_prepared(folder), settings)
+        return _prepare(folder, settings, share, console or Console(stderr=True))
+
+
+def _prepare(folder: Path, settings: Mapping[str, Any], share: float, console: Console) -> Prepared:
+    """The same, in a folder that is checked and locked."""
+    streams = _open(settings["source"], settings["validation"], share, settings["text_field"])
     with console.status("preparing the tokenizer"):
-        chosen = load_tokenizer(tokenizer, streams[0].training_text(), vocab_size)
+        chosen = load_tokenizer(settings["tokenizer"], streams[0].training_text(), settings["vocab_size"])
     num_ids = vocabulary_size(chosen)
-    writers = {side: ShardWriter(folder, name, num_ids, shard_tokens) for side, name in _SHARD_NAMES.items()}
-    limits = {"training": max_tokens, "validation": max_validation_tokens}
+    size = settings["shard_tokens"]
+    writers = {side: ShardWriter(folder, name, num_ids, size) for side, name in _SHARD_NAMES.items()}
+    limits = {"training": settings["max_tokens"], "validation": settings["max_validation_tokens"]}
     _clear(folder)
     _check_space(folder, chosen, streams, limits, 2 if num_ids <= 2**16 else 4)
 
-    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{SUMMARY_FILE}.part"  # there from the first file to the last
     part.write_text(json.dumps({"settings": settings}), encoding="utf-8")
     chosen.save_pretrained(folder / TOKENIZER_FOLDER)
@@ -212,7 +223,7 @@ def _state(settings: Mapping[str, Any]) -> list[str] | None:
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"output is {str(folder)!r}, which is a file. Expected a folder; give another.")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names = {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.exists() else set()
     foreign = {name for name in names if not _OURS.fullmatch(name)} if is_begun(folder) else names
     if foreign:
         raise DataError(
@@ -224,7 +235,8 @@ def _check_folder(folder: Path) -> None:
 def _clear(folder: Path) -> None:
     """Remove what a preparation left that did not end."""
     for path in folder.glob("*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name != LOCK_FILE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_space(

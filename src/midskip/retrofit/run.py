@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from midskip.budget.calibration import Calibration
 from midskip.data import TokenWindows, encode_source
 from midskip.distributed import num_launched
+from midskip.locks import LOCK_FILE, locked
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import comparison_table
 from midskip.retrofit.distil import distil
@@ -39,7 +40,7 @@ def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict
 
     Raises:
         ValueError: a model, text or setting that does not fit; an output that holds something else, or a retrofit with
-            other settings; several processes.
+            other settings, or is written by another process; several processes.
     """
     console = console or Console(stderr=True)
     folder = Path(settings.output)
@@ -50,6 +51,13 @@ def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict
         console.print(price_table(report["stages"][stage]["prices"], stage))
     if all(stage in report["stages"] for stage in settings.stages()):
         return report
+    with locked(folder):
+        return _run(settings, _begun(folder, settings), console)
+
+
+def _run(settings: RetrofitSettings, report: dict[str, Any], console: Console) -> dict[str, Any]:
+    """The stages that are not done, in a folder that is checked and locked."""
+    folder = Path(settings.output)
     if report["stages"]:
         newest = folder / list(report["stages"])[-1]
         model = MidskipForCausalLM.from_pretrained(newest).eval()
@@ -59,7 +67,6 @@ def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict
     settings.check_layers(model.config.num_skip_units)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType, reportCallIssue]
     texts = Texts(settings, tokenizer, model.config.max_position_embeddings, console)
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / REPORT, to_json(report) + "\n")
     for stage in settings.stages():
         if stage in report["stages"]:
@@ -79,7 +86,7 @@ def _begun(folder: Path, settings: RetrofitSettings) -> dict[str, Any]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {str(folder)!r}, which is a file; expected a folder")
     if not file.is_file():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
             raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
         return {"settings": asdict(settings), "stages": {}}
     begun = [stage for stage in OF_STAGE if (folder / CHECKPOINTS / stage).exists()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from midskip.data import LabelledData, Prepared
+from midskip.locks import LOCK_FILE
 from midskip.regularizers import Regularizer
 from midskip.runs import PAGE_FILE, RECIPE_FILE, write_atomically
 from midskip.train.checkpoints import REGULARIZER_FILE
@@ -27,7 +28,7 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool, accept_changes: boo
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / RECIPE_FILE).is_file():
-        if {path.name for path in folder.iterdir()} <= {TEXT_FOLDER, f"{RECIPE_FILE}.part"}:
+        if {path.name for path in folder.iterdir()} <= {TEXT_FOLDER, f"{RECIPE_FILE}.part", LOCK_FILE}:
             return  # it did not come to its first step
         raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
     if not resume:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from midskip.data import DataError, LabelledData, token_bytes
 from midskip.data.labelled import Items
 from midskip.distributed import first_goes_first, num_launched
 from midskip.evaluate import depth_of_tokens, evaluate
+from midskip.locks import locked, tidy
 from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
@@ -62,7 +63,8 @@ def train(
         title: of the progress bar.
 
     Raises:
-        ValueError: something in the recipe, the text or the folder does not fit; found before training starts.
+        ValueError: something in the recipe, the text or the folder does not fit, or another process writes to the
+            folder; found before training starts.
         FloatingPointError: the loss, a gradient or a weight is no longer finite.
     """
     folder, settings = Path(recipe.output), recipe.training
@@ -73,12 +75,27 @@ def train(
     is_first = arguments.process_index == 0
     console = console or Console(stderr=True)
     console = console if is_first else Console(quiet=True)
+    with ExitStack() as held:
+        with first_goes_first():
+            if is_first:
+                for one in (recipe, *dense_recipes(recipe)):
+                    check_folder(Path(one.output), one, resume, accept_changes)
+            if resume and (folder / PAGE_FILE).is_file():  # written last: the run is finished
+                tidy(folder)
+                return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")) if is_first else {}
+            if is_first:
+                held.enter_context(locked(folder))
+        return _train(recipe, regularizer, arguments, resume, accept_changes, title, console)
+
+
+def _train(
+    recipe: Recipe, regularizer: Regularizer, arguments: TrainingArguments, resume: bool, accept_changes: bool,
+    title: str, console: Console,
+) -> dict[str, Any]:  # fmt: skip
+    """The same, in a folder that is checked and locked."""
+    folder, settings = Path(recipe.output), recipe.training
+    is_first = arguments.process_index == 0
     with first_goes_first(), unless_refused(folder):
-        if is_first:
-            for one in (recipe, *dense_recipes(recipe)):
-                check_folder(Path(one.output), one, resume, accept_changes)
-        if resume and (folder / PAGE_FILE).is_file():  # written last: the run is finished
-            return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")) if is_first else {}
         text, training, validation = open_windows(recipe.data, folder, console)
         per_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         training.require(per_device * arguments.world_size)
