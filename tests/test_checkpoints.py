@@ -133,12 +133,23 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def flip(file: Path) -> None:
+    """Change a bit in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "regularizer.json")
 BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
     **{f"no {name}": (lambda folder, name=name: (folder / name).unlink(), f"lacks {name}") for name in PARTS},
     **{
         f"half of {name}": (lambda folder, name=name: cut(folder / name), f"another size than were written: {name}")
         for name in PARTS
+    },
+    **{
+        f"a bit of {name}": (lambda folder, name=name: flip(folder / name), f"other bytes than were written: {name}")
+        for name in (*PARTS, "config.json")
     },
     "no marker": (lambda folder: (folder / MARKER_FILE).unlink(), "was not written to its end"),
     "half of the marker": (lambda folder: cut(folder / MARKER_FILE), "marker (complete.json) that cannot be read"),
@@ -157,7 +168,9 @@ def test_whatever_is_broken_in_a_checkpoint_is_named(place: Path, tmp_path: Path
         assert word in str(fault_of(folder)), what
 
 
-@pytest.mark.parametrize("what", ["half of optimizer.pt", "no marker", "half of the marker"])
+@pytest.mark.parametrize(
+    "what", ["half of optimizer.pt", "no marker", "half of the marker", "a bit of model.safetensors"]
+)
 def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_used(place: Path, stopped: Path, what: str) -> None:
     spoil, word = BREAKS[what]
     spoil(stopped / "checkpoint-4")
@@ -167,6 +180,14 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_used(place: Path
     assert word in line and "the one before it used" in line
     assert (stopped / "damaged-checkpoint-4").is_dir() == marked == ("set aside as damaged-checkpoint-4" in line)
     assert differences(stopped, place / "whole" / "run") == []
+
+
+def test_a_checkpoint_without_checksums_is_used(place: Path, stopped: Path) -> None:
+    marker = json.loads((stopped / "checkpoint-4" / MARKER_FILE).read_text())
+    assert marker["sha256"].keys() == marker["files"].keys() > {"model.safetensors", "optimizer.pt"}
+    del marker["sha256"]  # as early versions wrote it
+    (stopped / "checkpoint-4" / MARKER_FILE).write_text(json.dumps(marker))
+    assert "checkpoint" not in going_on(stopped)[1]
 
 
 def test_without_a_whole_checkpoint_it_begins_again(place: Path, stopped: Path) -> None:

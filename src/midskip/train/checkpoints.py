@@ -1,10 +1,12 @@
 """Checkpoints that count only when whole, and what a run may find in its folder when it goes on.
 
 `transformers.Trainer` writes a checkpoint file by file and resumes from whatever the newest folder holds: without its
-optimizer, scheduler or random state a run goes on, in silence, to another result. So a marker with the name and the
-size of every file is written last, and a checkpoint that does not match its marker is not used.
+optimizer, scheduler or random state, or with a byte of them changed, a run goes on, in silence, to another result. So a
+marker with the name, the size and the checksum of every file is written last, and a checkpoint that does not match its
+marker is not used.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -14,7 +16,7 @@ from typing import Any
 
 from midskip.runs import write_atomically
 
-MARKER_FILE = "complete.json"  # in a checkpoint: written last, {"step", "files": {name: bytes}}
+MARKER_FILE = "complete.json"  # in a checkpoint: written last, {"step", "files": {name: bytes}, "sha256": {name: hex}}
 REGULARIZER_FILE = "regularizer.json"  # in a checkpoint: the state of the regularizer
 HISTORY_FILE = "history.jsonl"  # in the run folder: a line a step
 PARTS = (
@@ -30,17 +32,28 @@ PARTS = (
 def mark_complete(checkpoint: Path) -> None:
     """Say that all of a checkpoint is written."""
     files = {
-        str(file.relative_to(checkpoint)): file.stat().st_size
+        str(file.relative_to(checkpoint)): file
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file() and file.name != MARKER_FILE
     }
-    write_atomically(checkpoint / MARKER_FILE, json.dumps({"step": step_of(checkpoint), "files": files}, indent=1))
+    marker = {
+        "step": step_of(checkpoint),
+        "files": {name: file.stat().st_size for name, file in files.items()},
+        "sha256": {name: _sha256(file) for name, file in files.items()},
+    }
+    write_atomically(checkpoint / MARKER_FILE, json.dumps(marker, indent=1))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # a piece at a time
 
 
 def fault_of(checkpoint: Path) -> str | None:
     """What keeps a checkpoint from being used, in words; None if it is whole."""
     try:
-        files = json.loads((checkpoint / MARKER_FILE).read_text(encoding="utf-8"))["files"]
+        marker = json.loads((checkpoint / MARKER_FILE).read_text(encoding="utf-8"))
+        files, sums = marker["files"], marker.get("sha256", {})  # which early versions did not write
     except FileNotFoundError:
         return "was not written to its end"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -49,6 +62,8 @@ def fault_of(checkpoint: Path) -> str | None:
         return f"lacks {', '.join(lacking)}"
     if cut := [name for name, size in files.items() if (checkpoint / name).stat().st_size != size]:
         return f"has files of another size than were written: {', '.join(cut)}"
+    if changed := [name for name, sum_ in sums.items() if _sha256(checkpoint / name) != sum_]:
+        return f"has files with other bytes than were written: {', '.join(changed)}"
     if lacking := [part for part in PARTS if not any(checkpoint.glob(part))]:
         return f"lacks {', '.join(lacking)}"
     return None
