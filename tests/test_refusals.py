@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_runs import QUIET, history, write_documents
 
-from midskip.data import ShardWriter, bytes_tokenizer, encode_documents, open_prepared
+from midskip.data import ShardWriter, bytes_tokenizer, encode_documents, open_prepared, prepare
 from midskip.train import Recipe, train
 from midskip.train.checkpoints import check_disk
 from midskip.train.fsdp import SETTINGS
@@ -112,6 +112,38 @@ def test_text_that_is_not_there(make_recipe: MakeRecipe, trainers: list[MidskipT
     refused(make_recipe(source=tmp_path / "none"), r"none", trainers)
     both = {"validation": str(tmp_path / "none"), "validation_share": 0.5}
     refused(make_recipe(source=tmp_path / "none", data=both), "both validation text", trainers)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"validation": "other.txt"}, r"data\.validation is 'other\.txt', and the folder was prepared with None\. Exp"),
+        (
+            {"validation_share": 0.3},
+            r"data\.validation_share is 0\.3, and the folder was prepared with 0\.2\. Expected",
+        ),
+        ({"tokenizer": "bytes"}, r"data\.tokenizer is 'bytes', and the folder was prepared with 'bpe'\. Expected"),
+        ({"vocab_size": 400}, r"data\.vocab_size is 400, and the folder was prepared with 300\. Expected"),
+        (
+            {"max_tokens": 9, "max_validation_tokens": 8},
+            r"data\.max_tokens is 9, .*; data\.max_validation_tokens is 8, ",
+        ),
+    ],
+)
+def test_settings_that_a_prepared_folder_contradicts(
+    make_recipe: MakeRecipe, trainers: list[MidskipTrainer], data: dict[str, Any], message: str
+) -> None:
+    refused(make_recipe(data=data), message, trainers)
+
+
+def test_settings_that_a_prepared_folder_was_made_with(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    same = {"vocab_size": 300, "validation_share": 0.2, "tokenizer": "bpe"}
+    source = write_documents(tmp_path / "text")
+    for data in (same, {"vocab_size": 2048}):  # which is of bpe, and the text is of bytes
+        if data is not same:
+            prepare(str(source), tmp_path / "bytes", tokenizer="bytes", validation_share=0.2, console=QUIET)
+        more = {} if data is same else {"source": tmp_path / "bytes"}
+        assert train(make_recipe(output=f"{len(data)}", data=data, max_steps=1, **more), console=QUIET)
 
 
 # ---- shards

@@ -15,7 +15,7 @@ from .hub import refusing
 
 _NAMES = "'bpe', 'bytes', a folder of a Hugging Face tokenizer, or its name on the hub"
 _SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
-_DEFAULT_VOCABULARY = 2048
+DEFAULT_VOCABULARY = 2048
 _SAMPLE_CHARACTERS = 50_000_000  # of a corpus to learn from
 _PIECE_CHARACTERS = 100_000  # of a document, to be learnt from or encoded by one core
 _WORD_GAP = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
@@ -76,7 +76,7 @@ def load_tokenizer(name: str, documents: Iterable[str] = (), vocab_size: int | N
     that is not trained here, or for what `train_tokenizer` refuses.
     """
     if name == "bpe":
-        return train_tokenizer(_sample(documents), _DEFAULT_VOCABULARY if vocab_size is None else vocab_size)
+        return train_tokenizer(_sample(documents), DEFAULT_VOCABULARY if vocab_size is None else vocab_size)
     if vocab_size is not None:
         raise DataError(
             f"vocab_size is {vocab_size}, and the tokenizer {name!r} has its own size. Expected vocab_size with 'bpe' "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -11,6 +12,7 @@ from midskip.data import DataError, LabelledData, TokenWindows
 from midskip.data.labelled import Items, TrainingItems, build_labelled, is_labelled
 from midskip.data.prepare import prepare
 from midskip.data.prepared import SUMMARY_FILE, Prepared, open_prepared, open_shards
+from midskip.data.tokenizer import DEFAULT_VOCABULARY
 from midskip.runs import RECIPE_FILE
 from midskip.train.recipe import DataSettings, read_recipe
 
@@ -24,7 +26,8 @@ def open_windows(
     """What `settings.source` is, and its windows or items for training and for validation.
 
     Raises:
-        DataError: text that `open_text` or `cut_windows` refuse, or labelled data that `open_labelled` refuses.
+        DataError: text that `open_text` or `cut_windows` refuse, settings that contradict a prepared folder, or
+            labelled data that `open_labelled` refuses.
     """
     if is_labelled(settings.source):
         data = open_labelled(settings)
@@ -35,7 +38,29 @@ def open_windows(
             "are of labelled data, which is named 'package.module:Class'; leave them out."
         )
     text = open_text(settings, folder, console)
+    if Path(settings.source, SUMMARY_FILE).is_file():
+        _check_prepared(settings, text.summary["settings"])
     return text, *cut_windows(text, settings)
+
+
+def _check_prepared(settings: DataSettings, made: dict[str, Any]) -> None:
+    """`DataError` for settings that say otherwise than the folder `source` was prepared with; defaults say nothing."""
+    usual = asdict(DataSettings())
+    given = {name: value for name, value in asdict(settings).items() if name != "source" and value != usual[name]}
+    if made.get("tokenizer") == "bpe":
+        made = made | {"vocab_size": made.get("vocab_size") or DEFAULT_VOCABULARY}
+    else:  # `vocab_size` is of "bpe", which recipes have for text of their own
+        given.pop("vocab_size", None)
+    wrong = [
+        f"data.{name} is {value!r}, and the folder was prepared with {made[name]!r}"
+        for name, value in given.items()
+        if name in made and value != made[name]
+    ]
+    if wrong:
+        raise DataError(
+            f"data.source is {settings.source!r}, a folder that `midskip prepare` wrote: {'; '.join(wrong)}. Expected "
+            "what it was prepared with, or the default; leave the setting out, or prepare the text again."
+        )
 
 
 def open_labelled(settings: DataSettings) -> LabelledData:
