@@ -133,3 +133,22 @@ def test_half_a_page_is_not_the_end(make_recipe: MakeRecipe, monkeypatch: pytest
     train(recipe, resume=True, console=QUIET)
     assert Path(recipe.output, "page.html").read_text().endswith("</html>\n")
     assert not list(Path(recipe.output).glob("*.part"))
+
+
+def test_half_a_model_card_is_not_kept(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text = Path.write_text
+
+    def half(path: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        if path.name.startswith("README.md"):
+            write_text(path, "half")
+            raise Stop
+        return write_text(path, text, *args, **kwargs)
+
+    recipe = make_recipe(max_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(Stop):
+            train(recipe, console=QUIET)
+    train(recipe, resume=True, console=QUIET)
+    assert "midskip" in Path(recipe.output, "README.md").read_text()
+    assert not list(Path(recipe.output).glob("*.part"))

@@ -61,7 +61,9 @@ def write_card(folder: str | Path, config: MidskipConfig, num_parameters: int) -
     if file.is_file() and MARK not in file.read_text(encoding="utf-8"):
         return
     text = model_card(Path(folder).resolve().name, config, num_parameters, *read_run(folder))
-    file.write_text(text, encoding="utf-8", newline="\n")
+    part = file.with_name(f"{CARD_FILE}.part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    part.replace(file)  # whole or not there: half a page may lack our mark
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
