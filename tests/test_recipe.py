@@ -137,7 +137,7 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "bad", "good"),
     [
-        ("max_steps", (0, -1), (1,)),
+        ("max_steps", (0, -1, 2**31), (1, 2**31 - 1)),
         ("per_device_train_batch_size", (0,), (1,)),
         ("gradient_accumulation_steps", (0,), (1,)),
         ("logging_steps", (0,), (1,)),

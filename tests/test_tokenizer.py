@@ -83,9 +83,12 @@ def test_a_small_text_gives_a_smaller_vocabulary() -> None:
     assert len(train_tokenizer(["a"], 257)) == len(train_tokenizer(["a"], 5000)) == 257
 
 
-def test_a_vocabulary_without_room_for_all_bytes() -> None:
+def test_a_vocabulary_without_room_for_all_bytes_or_for_the_memory() -> None:
     with pytest.raises(DataError, match=r"vocab_size is 256\. Expected 257 or more"):
         train_tokenizer(["text"], 256)
+    for size in (2**24 + 1, 2**63 - 1):  # tokenizers would end the process
+        with pytest.raises(DataError, match=rf"vocab_size is {size}\. Expected 16777216 or fewer"):
+            train_tokenizer(["text"], size)
 
 
 @pytest.mark.parametrize("documents", [[], ["", ""]])

@@ -18,6 +18,7 @@ _SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 DEFAULT_VOCABULARY = 2048
 _SAMPLE_CHARACTERS = 50_000_000  # of a corpus to learn from
 _PIECE_CHARACTERS = 100_000  # of a document, to be learnt from or encoded by one core
+_LARGEST_VOCABULARY = 2**24  # the trainer takes memory for all of it at once
 _WORD_GAP = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
 
@@ -30,12 +31,16 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     that is encoded as plain characters, and the special token is had by its id alone. All this holds
     after saving and loading too.
 
-    Raises `DataError` if `vocab_size` is below 257 or there is no text.
+    Raises `DataError` if `vocab_size` is below 257 or above 2**24, or there is no text.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise DataError(
             f"vocab_size is {vocab_size}. Expected {_SMALLEST_VOCABULARY} or more, for the 256 bytes and the "
             "end of text; 4096 suits a small corpus."
+        )
+    if vocab_size > _LARGEST_VOCABULARY:
+        raise DataError(
+            f"vocab_size is {vocab_size}. Expected {_LARGEST_VOCABULARY} or fewer; 50,000 suit a large corpus."
         )
     parts = (piece for document in documents for piece in pieces(document) if piece)
     first = next(parts, None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser
@@ -165,6 +166,8 @@ class TrainingSettings:
         for name in (*counts, "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected at least 1")
+        if self.max_steps >= 2**31:
+            raise ValueError(f"training.max_steps is {self.max_steps}; expected below 2**31")
         for name in ("eval_steps", "save_steps", "gate_learning_rate_scale", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:  # false for NaN too
                 raise ValueError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
@@ -246,7 +249,8 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     """The recipe in a YAML file, with `--group.name=value` overrides.
 
     Raises:
-        ValueError: no such file, not YAML, an unknown setting or one of the wrong type, with its name.
+        ValueError: no such file, not YAML, an unknown setting or one of the wrong type, null where that means nothing,
+            or out of range, with its name.
     """
     arguments = [] if path is None else ["--config", str(path)]
     if path is not None and not Path(path).is_file():
@@ -263,11 +267,29 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
         "training": TrainingSettings,
     }
     given = parsed.as_dict()
-    for name in groups:
+    for name, group in groups.items():
         if not isinstance(given[name], dict):
             raise ValueError(f"the recipe cannot be used: {name} is {given[name]!r}; expected settings by name")
+        _check_values(f"{name}.", given[name], group)
+    _check_values("", given, Recipe)
     settings = {name: group(**given[name]) for name, group in groups.items()}
     return Recipe(given["output"], **settings, dense_layers=given["dense_layers"])
+
+
+def _check_values(prefix: str, given: dict[str, Any], settings: type) -> None:
+    """Refuses null where the annotation has no None (jsonargparse lets it pass), and numbers that nothing can count."""
+    annotations = get_type_hints(settings)
+    defaults = asdict(settings())
+    for one in fields(settings):
+        value = given[one.name]
+        if value is None and NoneType not in get_args(annotations[one.name]):
+            raise ValueError(
+                f"the recipe cannot be used: {prefix}{one.name} is null; expected a value of the type {one.type}: "
+                f"leave it out for its default, {defaults[one.name]!r}"
+            )
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) >= 2**63:
+                raise ValueError(f"the recipe cannot be used: {prefix}{one.name} has {number}; expected below 2**63")
 
 
 def changes(earlier: Recipe, now: Recipe) -> list[str]:
