@@ -226,10 +226,10 @@ class Policy(nn.Module):
 
 
 def check_counts(**counts: Any) -> None:
-    """Raises ValueError for one that is no whole number of at least 0."""
+    """Raises ValueError for one that is no whole number of at least 0, or that int64 cannot hold."""
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} is {value!r}; expected a whole number of at least 0")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r}; expected a whole number of at least 0, below 2**63")
 
 
 def build_policy(path: str, num_layers: int, width: int, initializer_range: float, settings: dict) -> Policy:

@@ -52,11 +52,12 @@ class EarlyExit(ScoredPolicy):
             raise ValueError(f"exit_loss is {exit_loss!r}, of scores 'predicted_loss': leave it out")
         gates = (0,) * num_layers if self.predicts else tuple(range(num_layers))
         super().__init__(num_layers, width, initializer_range, gates, num_layers, router, not self.predicts)
-        self.exit_loss = 0.1 if exit_loss is None else float(exit_loss)
-        for name, value in (("exit_loss", self.exit_loss), ("layer_dropout", layer_dropout)):
-            if not 0 <= value <= 1:
+        self.exit_loss = 0.1 if exit_loss is None else exit_loss
+        shares = {"exit_loss": self.exit_loss, "layer_dropout": layer_dropout, "exit_share": exit_share}
+        for name, value in shares.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
-        if not 0 < exit_share <= 1:
+        if exit_share == 0:
             raise ValueError(f"exit_share is {exit_share!r}; expected a number above 0 and up to 1")
         check_counts(first_tokens=first_tokens)
         self.exit_share, self.first_tokens = exit_share, first_tokens

@@ -39,6 +39,8 @@ class RandomSkips(Policy):
             raise ValueError(f"share is {share!r}; expected a number above 0 and up to 1")
         if isinstance(outer, bool) or not isinstance(outer, int) or not 0 <= outer <= num_layers // 2:
             raise ValueError(f"outer is {outer!r}; expected a whole number from 0 to {num_layers // 2}")
+        if not isinstance(redraw, bool):
+            raise ValueError(f"redraw is {redraw!r}; expected true or false")
         self.kind, self.redraw = kind, redraw
         profile = {
             "independent": [None if min(n, num_layers - 1 - n) < outer else 0.0 for n in range(num_layers)],

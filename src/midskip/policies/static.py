@@ -31,9 +31,9 @@ class Static(Policy):
                 raise ValueError(f"share is {share!r}; expected a number above 0 and up to 1")
             num_run = max(1, round(share * num_layers))
             layers = [*range((num_run + 1) // 2), *range(num_layers - num_run // 2, num_layers)]
-        assert layers is not None
         known = set(range(num_layers))
-        if not layers or len(set(layers)) < len(layers) or not known.issuperset(layers):
+        fits = isinstance(layers, Sequence) and layers and all(isinstance(layer, int) for layer in layers)
+        if not (layers and fits) or len(set(layers)) < len(layers) or not known.issuperset(layers):
             raise ValueError(f"layers is {layers!r}; expected some of 0 to {num_layers - 1}, none of them twice")
         self.layers = frozenset(layers)
 
