@@ -1,5 +1,7 @@
 """MidskipConfig: what is unknown or impossible is refused by name, and what is saved comes back."""
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,23 @@ def test_unknown_setting_is_refused_with_a_hint(tiny: Callable[..., MidskipConfi
 def test_impossible_value_is_refused(tiny: Callable[..., MidskipConfig], changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, 1e39, 10**400], ids=["nan", "inf", "-inf", "1e39", "10**400"]
+)
+def test_numbers_that_are_none_are_refused(tiny: Callable[..., MidskipConfig], value: float) -> None:
+    message = "; expected a finite number that float32 can hold"
+    told = re.escape(repr(value))
+    for name in ("rms_norm_eps", "initializer_range"):
+        with pytest.raises(ValueError, match=f"{name} is {told}{message}"):
+            tiny(**{name: value})
+    for rope in (YARN, LLAMA3):
+        for name in rope.keys() - {"rope_type"}:
+            with pytest.raises(ValueError, match=rf"rope_parameters\['{name}'\] is {told}{message}"):
+                tiny(rope_parameters=rope | {name: value})
+    with pytest.raises(ValueError, match=rf"rope_parameters\['rope_theta'\] is {told}{message}"):
+        tiny(rope_theta=value)
 
 
 def test_unknown_rope_type_is_refused(tiny: Callable[..., MidskipConfig]) -> None:

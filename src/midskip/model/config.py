@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from midskip.budget.calibration import Calibration
@@ -151,6 +152,9 @@ class MidskipConfig(PretrainedConfig):
         """Nothing to do; transformers would copy the package's files beside each model."""
 
     def _check(self) -> None:
+        for field in fields(self):
+            if field.name not in ("policy_settings", "calibration"):  # which are checked by those who read them
+                _check_finite(field.name, getattr(self, field.name))
         _one_of("norms", self.norms, NORMS)
         _one_of("skipped_kv", self.skipped_kv, SKIPPED_KV)
         _one_of("skip_unit", self.skip_unit, tuple(PARTS))
@@ -241,6 +245,15 @@ def _check_positive_integers(config: MidskipConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+
+
+def _check_finite(name: str, value: object) -> None:
+    """ValueError for a number within `value`, or within what it holds, that is none or too large for float32."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_finite(f"{name}[{key!r}]", part)
+    elif isinstance(value, int | float) and not abs(value) <= torch.finfo(torch.float32).max:  # true of NaN too
+        raise ValueError(f"{name} is {value!r}; expected a finite number that float32 can hold")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
