@@ -15,6 +15,7 @@ import yaml
 
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.sweep.plan import Point, Sweep
+from midskip.train.memory import check_memory
 from midskip.train.recipe import (
     DataSettings,
     ModelSettings,
@@ -131,7 +132,8 @@ def _arm(
 
 
 def _check(recipe: Recipe) -> None:
-    """ValueError if shape, policy and regularizer do not fit."""
+    """ValueError if shape, policy and regularizer do not fit, or the model does not fit in memory."""
+    check_memory(recipe)
     with torch.device("meta"):
         model = MidskipForCausalLM(recipe.build_config(2))
     recipe.build_regularizer().steer(model.model.policy)

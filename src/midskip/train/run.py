@@ -38,6 +38,7 @@ from midskip.train.checkpoints import (
 from midskip.train.folder import begin, check_folder, check_start, load_regularizer, unless_refused
 from midskip.train.fsdp import check_fsdp, whole_state
 from midskip.train.health import Health
+from midskip.train.memory import check_memory
 from midskip.train.optimizer import num_warmup_steps
 from midskip.train.peak import peak_flops
 from midskip.train.progress import ProgressBar
@@ -68,6 +69,8 @@ def train(
         FloatingPointError: the loss, a gradient or a weight is no longer finite.
     """
     folder, settings = Path(recipe.output), recipe.training
+    for one in (recipe, *dense_recipes(recipe)):
+        check_memory(one)
     regularizer = recipe.build_regularizer()
     _count_parameters(recipe, regularizer)  # what is wrong with the model is found before the text is read
     _check_reporters(settings.report_to)
@@ -104,6 +107,7 @@ def _train(
         if is_first:  # all that can be refused, of the dense models too, comes before anything is written
             start = {"num_processes": arguments.world_size, "shards": text.check(console)}
             for one in (recipe, *dense_recipes(recipe)):
+                check_memory(one, text.vocab_size)
                 check_start(Path(one.output), start, accept_changes)
             for dense in dense_recipes(recipe):
                 found, _ = find_checkpoint(Path(dense.output))

@@ -1,0 +1,52 @@
+"""Whether this machine has the memory to train a recipe's model, worked out before the model is made."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from midskip.model.config import MidskipConfig
+from midskip.train.recipe import Recipe
+
+BLOCK_OBJECTS_BYTES = 40_000  # of the modules of a block, however small its weights
+
+
+def check_memory(recipe: Recipe, vocab_size: int = 2) -> None:
+    """Refuses a model that is sure not to fit: activations and text come on top of what is counted here.
+
+    On a CPU that is float32 weights, gradients and AdamW's two moments. On GPUs it is the weights, with which the model
+    is made before it goes there.
+
+    Args:
+        vocab_size: of the tokenizer; by default a lower bound, for the time before the text is read.
+
+    Raises:
+        ValueError: more than the memory of the machine. It says how much it would be, and how much there is.
+    """
+    config, there = recipe.build_config(vocab_size), memory_bytes()
+    num_parameters = fewest_parameters(config)
+    copies, what = (1, "weights") if torch.cuda.is_available() else (4, "weights, gradients and AdamW's moments")
+    needed = 4 * copies * num_parameters + BLOCK_OBJECTS_BYTES * config.num_hidden_layers
+    if there is not None and needed > there:
+        raise ValueError(
+            f"the model of {recipe.output!r} has {config.num_hidden_layers:,} blocks with {num_parameters:,} parameters"
+            f" or more, whose {what} need {needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f} GiB of "
+            "memory: lower model.num_hidden_layers, model.hidden_size or model.intermediate_size"
+        )
+
+
+def fewest_parameters(config: MidskipConfig) -> int:
+    """Of the matrices of all blocks, the embedding and the head: all but norms, biases, policy and skip paths."""
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
+    block = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+    embeddings = config.hidden_size * config.vocab_size * (1 if config.tie_word_embeddings else 2)
+    return config.num_hidden_layers * block + embeddings
+
+
+def memory_bytes() -> int | None:
+    """Of the machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
