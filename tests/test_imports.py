@@ -17,6 +17,7 @@ ORDER = (
         "budget.calibration",
         "budget.monitor",
         "distributed",
+        "names",
         "plugins",
         "layer_statistics",
         "locks",

@@ -262,9 +262,9 @@ GATED = {"model.policy": "middle_out", "regularizer.name": "target_share"}
 @pytest.mark.parametrize(
     "arms, more, message",
     [
-        ([DENSE], {"seed": [0]}, "the file has the key 'seed', which is not known; near: seeds"),
-        ([DENSE | {"gird": {}}], {}, "arm 'dense': an arm has the key 'gird', which is not known; near: grid"),
-        ([DENSE | {"grid": {"training.max_step": [1]}}], {}, "grid has 'training.max_step'.*near: training.max_steps"),
+        ([DENSE], {"seed": [0]}, "the file has the key 'seed', which is not known; did you mean 'seeds'"),
+        ([DENSE | {"gird": {}}], {}, "arm 'dense': an arm has the key 'gird', which is not known; did you mean 'grid'"),
+        ([DENSE | {"grid": {"training.max_step": [1]}}], {}, "grid has 'training.max_step'.*mean 'training.max_steps'"),
         ([DENSE], {"settings": {"model.depth": 2}}, "settings has 'model.depth', which is no setting of a recipe"),
         ([DENSE | {"grid": {"training.max_steps": ["many"]}}], {}, r"(?s)arm 'dense': .*training.max_steps.*many"),
         ([DENSE | {"grid": {"training.max_steps": []}}], {}, "grid: training.max_steps is .*at least one value"),

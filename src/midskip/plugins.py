@@ -5,6 +5,8 @@ import inspect
 
 import torch
 
+from midskip.names import near
+
 
 def load_class(path: str, base: type, kind: str, names: tuple[str, ...]) -> type:
     """The class at "package.module:Class".
@@ -21,7 +23,9 @@ def load_class(path: str, base: type, kind: str, names: tuple[str, ...]) -> type
     module_name, _, class_name = path.partition(":")
     if not module_name or not class_name:
         known = ", ".join(map(repr, names))
-        raise ValueError(f"unknown {kind} {path!r}; expected one of {known} or 'package.module:Class'")
+        raise ValueError(
+            f"unknown {kind} {path!r}; expected one of {known} or 'package.module:Class'{near(path, names)}"
+        )
     try:
         with torch.device("cpu"):  # `from_pretrained` builds models on "meta"; what a module makes for itself is real
             found = getattr(importlib.import_module(module_name), class_name)

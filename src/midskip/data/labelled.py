@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from midskip.names import near
 from midskip.plugins import load_class
 
 from .batches import IGNORED_LABEL
@@ -147,8 +148,12 @@ def build_labelled(source: str, settings: Mapping[str, Any]) -> LabelledData:
     try:
         inspect.signature(kind).bind(**settings)
     except TypeError as error:
-        known = ", ".join(inspect.signature(kind).parameters) or "none"
-        raise DataError(f"Labelled data {source!r} got {dict(settings)}: {error}; its settings are: {known}") from error
+        known = list(inspect.signature(kind).parameters)
+        unknown = next((name for name in settings if name not in known), "")
+        raise DataError(
+            f"Labelled data {source!r} got {dict(settings)}: {error}; its settings are: {', '.join(known) or 'none'}"
+            f"{near(unknown, known)}"
+        ) from error
     data = kind(**settings)
     for name in ("vocab_size", "length", *SIDES):
         value = getattr(data, name, None)

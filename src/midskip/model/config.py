@@ -1,6 +1,5 @@
 """The shape of a model and who may skip in it. Strict: what is unknown or impossible is refused."""
 
-import difflib
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from midskip.budget.calibration import Calibration
+from midskip.names import near
 
 NORMS = ("sandwich", "pre")
 SKIPPED_KV = ("drop", "keep")
@@ -228,9 +228,8 @@ def _refuse_unknown(kwargs: dict[str, Any], known: set[str]) -> None:
     for name in kwargs:
         if name in _FROM_TRANSFORMERS:
             continue
-        close = difflib.get_close_matches(name, sorted(known), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known settings: {', '.join(sorted(known))}"
-        raise ValueError(f"MidskipConfig does not know the setting {name!r}; {hint}")
+        hint = near(name, sorted(known)) or f"; known settings: {', '.join(sorted(known))}"
+        raise ValueError(f"MidskipConfig does not know the setting {name!r}{hint}")
 
 
 def _check_positive_integers(config: MidskipConfig) -> None:

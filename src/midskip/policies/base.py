@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
+from midskip.names import near
 from midskip.plugins import load_class
 
 BUILT_IN = {
@@ -245,5 +246,6 @@ def build_policy(path: str, num_layers: int, width: int, initializer_range: floa
         if name not in known:
             raise ValueError(
                 f"policy {path!r} does not know the setting {name!r}; it knows {', '.join(map(repr, known)) or 'none'}"
+                f"{near(name, known)}"
             )
     return policy(num_layers, width, initializer_range, **settings)

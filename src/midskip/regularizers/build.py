@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from midskip.names import near
 from midskip.plugins import load_class
 from midskip.regularizers.base import Regularizer
 from midskip.regularizers.paper import DistanceRegularizer, FeedbackRegularizer, FixedRegularizer
@@ -57,7 +58,9 @@ def build_regularizer(name: str, num_layers: int, **settings: Any) -> Regularize
         signature.bind(num_layers, **arguments)
     except TypeError as error:
         known = [parameter for parameter in signature.parameters if parameter not in fixed][1:]
+        unknown = next((setting for setting in settings if setting not in known), "")
         raise ValueError(
             f"regularizer {name!r} got {settings}: {error}; its settings are: {', '.join(known) or 'none'}"
+            f"{near(unknown, known)}"
         ) from error
     return family(num_layers, **arguments)

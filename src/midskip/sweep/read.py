@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ import torch
 import yaml
 
 from midskip.model.modeling import MidskipForCausalLM
+from midskip.names import near
 from midskip.sweep.plan import Point, Sweep
 from midskip.train.memory import check_memory
 from midskip.train.recipe import (
@@ -142,13 +142,8 @@ def _check(recipe: Recipe) -> None:
 def _known(where: str, given: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in given:
         if name not in names:
-            raise ValueError(f"{where} has the key {name!r}, which is not known{_near(name, names)}")
-
-
-def _near(name: Any, names: Iterable[str]) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(str(name), names, n=3)
-    return f"; near: {', '.join(near)}" if near else f"; expected some of {', '.join(names)}"
+            hint = near(name, names) or f"; expected some of {', '.join(names)}"
+            raise ValueError(f"{where} has the key {name!r}, which is not known{hint}")
 
 
 def _mapping(where: str, given: Any) -> dict[Any, Any]:
@@ -165,8 +160,7 @@ def _settings(where: str, given: Any) -> dict[str, Any]:
             raise ValueError(f"{where} has {name}, which is the sweep's; expected {SWEEPS_OWN[name]}")
         inner = [group for group in OPEN if str(name).startswith(f"{group}.") and str(name) != f"{group}."]
         if name not in SETTINGS and not inner:
-            near = _near(name, SETTINGS) if difflib.get_close_matches(str(name), SETTINGS) else ""
-            raise ValueError(f"{where} has {name!r}, which is no setting of a recipe{near}")
+            raise ValueError(f"{where} has {name!r}, which is no setting of a recipe{near(name, SETTINGS)}")
     return given
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -12,6 +14,7 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentParser
 
 from midskip.model.config import MidskipConfig, num_skip_units
+from midskip.names import near
 from midskip.regularizers import Regularizer, build_regularizer
 from midskip.runs import write_atomically
 
@@ -237,6 +240,14 @@ class Recipe:
         write_atomically(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
+GROUPS = {
+    "data": DataSettings,
+    "model": ModelSettings,
+    "regularizer": RegularizerSettings,
+    "training": TrainingSettings,
+}
+
+
 def recipe_parser() -> ArgumentParser:
     """The settings of a recipe on the command line, as --group.name=value, and how `read_recipe` gives it a file."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, default_env=False)
@@ -259,21 +270,43 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     try:
         parsed = parser.parse_args(arguments + (overrides or []))
     except Exception as error:  # jsonargparse raises its own kinds for YAML, names and types
-        raise ValueError(f"the recipe cannot be used: {error}") from error
-    groups = {
-        "data": DataSettings,
-        "model": ModelSettings,
-        "regularizer": RegularizerSettings,
-        "training": TrainingSettings,
-    }
+        hints = filter(None, map(_meant, _names(path, overrides or [])))
+        raise ValueError(f"the recipe cannot be used: {error}{next(hints, '')}") from error
+    for name in _names(path, []):
+        if (hint := _meant(name)) is not None:  # jsonargparse drops unknown names with nothing in them
+            raise ValueError(f"the recipe cannot be used: there is no setting {name!r}{hint}")
     given = parsed.as_dict()
-    for name, group in groups.items():
+    for name, group in GROUPS.items():
         if not isinstance(given[name], dict):
             raise ValueError(f"the recipe cannot be used: {name} is {given[name]!r}; expected settings by name")
         _check_values(f"{name}.", given[name], group)
     _check_values("", given, Recipe)
-    settings = {name: group(**given[name]) for name, group in groups.items()}
+    settings = {name: group(**given[name]) for name, group in GROUPS.items()}
     return Recipe(given["output"], **settings, dense_layers=given["dense_layers"])
+
+
+def _names(path: str | Path | None, overrides: list[str]) -> Iterator[str]:
+    """Of all settings that are given, as `group.name`, known or not; none of a file that is not YAML."""
+    with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        for group, settings in ({} if path is None else yaml.safe_load(Path(path).read_bytes())).items():
+            is_group = isinstance(settings, dict) and settings
+            yield from (f"{group}.{name}" for name in settings) if is_group else (str(group),)
+    for override in overrides:
+        if override.startswith("--"):
+            yield override[2:].partition("=")[0]
+
+
+def _meant(name: str) -> str | None:
+    """A hint at the setting that is meant by one that is not known, maybe empty; None for one that is."""
+    known = {"": [one.name for one in fields(Recipe)]}
+    known |= {group: [one.name for one in fields(settings)] for group, settings in GROUPS.items()}
+    group, last = name.split(".")[:2] if "." in name else ("", name)
+    if last in known.get(group, ()):
+        return None
+    elsewhere = [f"{other}.{last}".lstrip(".") for other, names in known.items() if last in names]
+    if group not in known and not elsewhere:
+        return near(group, GROUPS)
+    return near(last, known.get(group, ())) or (f"; did you mean {elsewhere[0]!r}?" if elsewhere else "")
 
 
 def _check_values(prefix: str, given: dict[str, Any], settings: type) -> None:
