@@ -71,6 +71,13 @@ def test_offsets_that_lead_nowhere_are_no_hops() -> None:
         ({"num_chains": 0}, "num_chains of pointers is 0. Expected 1 or more"),
         ({"length": 1}, "length of pointers is 1. Expected 2 or more"),
         ({"seed": -1}, "seed of pointers is -1. Expected 0 or more"),
+        ({"seed": 0.5}, r"seed of pointers is 0\.5\. Expected 0 or more, below 2"),
+        ({"num_training": None}, "num_training of pointers is None. Expected 1 or more"),
+        ({"num_validation": 2**63}, f"num_validation of pointers is {2**63}. Expected 1 or more, below 2"),
+        ({"window": "wide"}, "window of pointers is 'wide'. Expected 1 or more"),
+        ({"num_hops": [1]}, r"num_hops of pointers is \[1\]. Expected 1 or more"),
+        ({"num_chains": 65}, "num_chains of pointers is 65. Expected fewer than the 65 columns"),
+        ({"filler": None}, "filler of pointers is None. Expected a probability"),
         ({"filler": 1.0}, "filler of pointers is 1.0. Expected a probability"),
     ],
 )

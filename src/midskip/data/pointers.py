@@ -53,10 +53,14 @@ class Pointers(LabelledData):
         counts |= {"num_training": num_training, "num_validation": num_validation}
         lowest = dict.fromkeys(counts, 1) | {"length": 2, "seed": 0}
         for name, value in (counts | {"length": length, "seed": seed}).items():
-            if value < lowest[name]:
-                raise DataError(f"{name} of pointers is {value}. Expected {lowest[name]} or more.")
-        if not 0 <= filler < 1:
-            raise DataError(f"filler of pointers is {filler}. Expected a probability, from 0 to below 1.")
+            if isinstance(value, bool) or not isinstance(value, int) or not lowest[name] <= value < 2**32:
+                raise DataError(f"{name} of pointers is {value!r}. Expected {lowest[name]} or more, below 2**32.")
+        if num_chains >= length:
+            raise DataError(
+                f"num_chains of pointers is {num_chains}. Expected fewer than the {length} columns (length)."
+            )
+        if isinstance(filler, bool) or not isinstance(filler, int | float) or not 0 <= filler < 1:
+            raise DataError(f"filler of pointers is {filler!r}. Expected a probability, from 0 to below 1.")
         self.vocab_size, self.length = num_values + window + 1, length
         shape = _Shape(num_chains, num_hops, num_values, window, filler, length)
         self.training = _PointerItems(shape, num_training, (seed, 0))
