@@ -40,6 +40,11 @@ TINY: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> None:
+    gc.freeze()  # the Trainer collects garbage as it starts, and need not look through all that is imported
+
+
 # parts of the names of tests that take longest, or share what does; of tests that have one in common, all run together
 TOGETHER = (
     "test_train_ranks.py", "test_ranks.py", "test_bench.py", "test_checkpoints.py", "test_cli.py", "test_compile.py",
@@ -203,7 +208,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     text = write_documents(folder / "text")
     prepare(str(text), folder / "shards", vocab_size=300, validation_share=0.2, console=QUIET)
-    gc.freeze()  # the Trainer collects garbage as it starts, and need not look through all that is imported
     return folder / "shards"
 
 

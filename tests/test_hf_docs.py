@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,6 @@ def test_every_block_is_code_that_is_run() -> None:
 def test_the_python_runs_as_printed(
     make_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gc.freeze()  # the Trainer collects garbage as it starts, and need not look through all that is imported
     train(make_recipe(output="runs/mine", data={"length": 64}, per_device_train_batch_size=1), console=QUIET)
     uploads: list[list[str]] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,6 @@ from midskip import MidskipConfig, MidskipForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> None:
-    gc.freeze()  # the Trainer collects garbage as it starts, and need not look through all that is imported
 
 
 def fitted(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, **lora: Any) -> PeftModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,11 +30,6 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 CHECKPOINTING = {"activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing")
                  else "gradient_checkpointing": True}  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> None:
-    gc.freeze()  # the Trainer collects garbage as it starts, and need not look through all that is imported
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ B sequences, T columns, N valid tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.retrofit.learning import Original, learning
 from midskip.retrofit.shares import DrawnShares
 from midskip.train.checkpoints import HISTORY_FILE, REGULARIZER_FILE, history_until, newest_checkpoint, step_of
-from midskip.train.peak import peak_flops
 from midskip.train.progress import ProgressBar
 from midskip.train.recipe import TrainingSettings
 from midskip.train.run import training_arguments
@@ -82,12 +82,11 @@ def distil(
     checkpoint = newest_checkpoint(folder, console.print)
     if checkpoint is not None:
         shares.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
-    peak = settings.peak_flops or peak_flops(arguments)[0]
     set_seed(settings.seed)  # adapters are drawn
     with learning(model, what, lora_rank) as original:
         trainer = Distiller(
-            shares, settings, lambda model: {}, None, peak, model=model, args=arguments, train_dataset=windows
-        )
+            shares, settings, lambda model: {}, None, math.inf, model=model, args=arguments, train_dataset=windows
+        )  # no utilisation: FLOPs of the original are not known
         trainer.original = original
         trainer.history += history_until(folder / HISTORY_FILE, 0 if checkpoint is None else step_of(checkpoint))
         trainer.remove_callback(PrinterCallback)
