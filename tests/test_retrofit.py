@@ -18,7 +18,7 @@ from midskip.data import load_tokenizer
 from midskip.evaluate import everything_run
 from midskip.retrofit import RetrofitSettings, retrofit
 from midskip.retrofit.distil import Distiller
-from midskip.retrofit.learning import WHAT, learning
+from midskip.retrofit.learning import TRAINABLE, learning
 from midskip.retrofit.shares import DrawnShares
 
 Make = Callable[..., MidskipForCausalLM]
@@ -187,7 +187,7 @@ def test_routers_learn_unless_layers_are_left_out_for_all(dense: Path, choice: s
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("what", TRAINABLE)
 def test_the_original_stays_at_hand_while_others_learn(make_model: Make, what: str) -> None:
     model = make_model(policy="independent", norms="pre", skipped_kv="keep", skip_path="linear", vocab_size=64)
     ids = torch.randint(64, (2, 12))

@@ -46,6 +46,17 @@ def everything_run(model: MidskipForCausalLM) -> Iterator[MidskipForCausalLM]:
         yield model
 
 
+@contextmanager
+def in_evaluation(model: MidskipForCausalLM) -> Iterator[None]:
+    """Evaluation mode within; afterwards the mode of before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def evaluate(
     model: MidskipForCausalLM,
@@ -98,9 +109,7 @@ def evaluate(
     batches = range(0, len(windows), batch_size)
     own = batches[rank::world_size]
     sums = _Sums(model, token_bytes, each, "group" in windows[0])
-    was_training = model.training
-    model.eval()
-    try:
+    with in_evaluation(model):
         with Meter(model) as meter, limits_kept(model):
             for start in progress_bar(own, title, progress and rank == 0):
                 batch = batch_of(windows, range(start, min(start + batch_size, len(windows))), model.device)
@@ -110,8 +119,6 @@ def evaluate(
         if len(own) * world_size < len(batches):
             # not counted: sharded weights wait for all ranks
             model(windows[0]["input_ids"][None, :1].to(model.device), use_cache=False)
-    finally:
-        model.train(was_training)
     return sums.result(meter, windows[0]["input_ids"].shape[0], world_size)
 
 

@@ -111,7 +111,8 @@ class Calibration:
             raise ValueError(f"budget is {budget!r}; expected a share of the blocks, above 0 and up to 1, or None")
         exact = self.scale_at(budget)
         if self.rule == "share":  # where the share falls by a step, the lower one
-            before, after = (around := self._around(exact))[0], around[-1]
+            around = self._around(exact)
+            before, after = around[0], around[-1]
             return self.score_scale[after] if self.share[before] - self.share[after] > GAP else exact
         most = budget * (1 + TOLERANCE)
         served = [scale for scale, share in zip(self.score_scale, self.share, strict=True) if share <= most]

@@ -131,14 +131,12 @@ class MiddleOut(Policy):
             indices_N = self._scored(layer, state, batch).indices_N
             if self._closed(layer):
                 self._decide(state, before_N.clamp(min=1))
+            elif indices_N is None:
+                self._decide(state, self._first_kept(self._joined(before_N, self._score(layer, h_ND)), batch))
             else:
-                if indices_N is None:
-                    score_N = self._score(layer, h_ND)
-                else:
-                    score_M = self._score(layer, h_ND.index_select(0, indices_N))
-                    score_N = torch.zeros_like(before_N).index_copy(0, indices_N, score_M)
-                total_N = torch.maximum(before_N, score_N) if self.has_linear_gates else before_N + score_N
-                self._decide(state, self._but_first(total_N, batch))
+                before_M = before_N.index_select(0, indices_N)
+                total_M = self._joined(before_M, self._score(layer, h_ND.index_select(0, indices_N)))
+                self._decide(state, self._first_kept(before_N.index_copy(0, indices_N, total_M), batch))
         return state["decisions"][layer]
 
     def _decide_by_tokens(self, state: dict[str, Any], batch: PackedBatch, dtype: torch.dtype) -> None:
@@ -151,12 +149,16 @@ class MiddleOut(Policy):
                 depth_score_N = depth_score_N.clamp(min=1)
             else:
                 more_N = depth_score_N + self._score(layer, priority_N)
-                depth_score_N = self._but_first(torch.where(depth_score_N < 1, more_N, depth_score_N), batch)
+                depth_score_N = self._first_kept(torch.where(depth_score_N < 1, more_N, depth_score_N), batch)
             self._decide(state, depth_score_N)
         decisions = state["decisions"]
         batch.count([mask_N for decision in decisions for mask_N in (decision.keep_N, decision.skip_path_N)])
 
-    def _but_first(self, depth_score_N: Tensor, batch: PackedBatch) -> Tensor:
+    def _joined(self, before_N: Tensor, score_N: Tensor) -> Tensor:
+        """The depth score after one more score."""
+        return torch.maximum(before_N, score_N) if self.has_linear_gates else before_N + score_N
+
+    def _first_kept(self, depth_score_N: Tensor, batch: PackedBatch) -> Tensor:
         """The first tokens of a sequence do not leave."""
         if not self.first_tokens:
             return depth_score_N

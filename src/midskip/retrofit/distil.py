@@ -56,7 +56,7 @@ def distil(
     settings: TrainingSettings,
     shares: DrawnShares,
     console: Console | None = None,
-    what: str = "skips",
+    trainable: str = "skips",
     lora_rank: int = 16,
 ) -> list[dict[str, Any]]:
     """Train `model` in place. As long as only skip paths and the policy learn, the model in which every token runs
@@ -68,7 +68,7 @@ def distil(
         settings: the optimisation.
         shares: of block-tokens, of which one is drawn a step.
         console: where progress is shown.
-        what, lora_rank: what learns, see `learning`.
+        trainable, lora_rank: what is trained, see `learning`.
 
     Returns:
         The history, a row a step; `cross_entropy` in it is the divergence. Its `flops` are not to be used: they count
@@ -83,7 +83,7 @@ def distil(
     if checkpoint is not None:
         shares.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
     set_seed(settings.seed)  # adapters are drawn
-    with learning(model, what, lora_rank) as original:
+    with learning(model, trainable, lora_rank) as original:
         trainer = Distiller(
             shares, settings, lambda model: {}, None, math.inf, model=model, args=arguments, train_dataset=windows
         )  # no utilisation: FLOPs of the original are not known

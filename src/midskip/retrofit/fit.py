@@ -6,8 +6,7 @@ N packed tokens, D width, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, pairwise
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from midskip.cost import meter
 from midskip.data.labelled import Items
 from midskip.data.progress import progress_bar
-from midskip.evaluate import batch_of, evaluate, limits_kept
+from midskip.evaluate import batch_of, evaluate, in_evaluation, limits_kept
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.model.skip_path import SkipPath, normalized
 from midskip.retrofit.moments import Moments
@@ -101,13 +100,13 @@ def fit(
     if not len(windows):
         raise ValueError("there is no window to fit on: give more text")
     fitting = _Fit(model, windows, outer, ridge, batch_size, progress)
-    if choice == "layers" and not fitting.alone:
+    if choice == "layers" and fitting.has_spans:
         raise ValueError("choice is 'layers'; expected 'tokens', since skip paths of this policy stand for spans")
     if not fitting.lowest_share < share < 1:
         raise ValueError(
             f"share is {share!r}; expected a share of the blocks above {fitting.lowest_share:.3g}, below 1"
         )
-    with limits_kept(model), _in_evaluation(model):
+    with limits_kept(model), in_evaluation(model):
         model.model.policy.set_limits(0.0)
         fitting.paths(refit=False)
         some = [windows[row * len(windows) // num_cost_windows] for row in range(num_cost_windows)]
@@ -147,7 +146,7 @@ class _Fit:
         self.layers = [layer for layer in policy.skip_path_layers if layer >= outer]
         self.gate = {layer: gate for layer in self.layers if (gate := policy.gate_of_layer[layer]) is not None}
         self.span = {layer: policy.skip_path_end(layer) - layer for layer in self.layers}
-        self.alone = set(self.span.values()) == {1}
+        self.has_spans = set(self.span.values()) != {1}
         self.path = {layer: _checked(paths[str(layer)]) for layer in self.layers}
         self.report = FitReport(self.layers)
         closed = {other for layer in self.layers for other in range(layer, layer + self.span[layer])}
@@ -327,13 +326,3 @@ def _set(path: SkipPath, weight_DD: Tensor, constant_D: Tensor, gram_EE: Tensor)
         weight_DD, constant_D = best_DR, best_DR @ (best_DR.T @ constant_D)
     path.weight.copy_(weight_DD)
     path.bias.copy_(constant_D)
-
-
-@contextmanager
-def _in_evaluation(model: MidskipForCausalLM) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -12,40 +12,42 @@ from midskip.evaluate import everything_run
 from midskip.model.modeling import MidskipForCausalLM
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WHAT = ("skips", "lora", "all")
+TRAINABLE = ("skips", "lora", "all")
 
 # gives, while it is entered, a model that computes what the original does
 Original = Callable[[], AbstractContextManager[MidskipForCausalLM]]
 
 
 @contextmanager
-def learning(model: MidskipForCausalLM, what: str, lora_rank: int = 16) -> Iterator[Original]:
+def learning(model: MidskipForCausalLM, trainable: str, lora_rank: int = 16) -> Iterator[Original]:
     """Within, the parameters that are to learn ask for gradients, and no others do.
 
     Args:
-        what: `"skips"`: skip paths and the policy. `"lora"`: these, and low-rank adapters (peft) of the linear maps of
-            all blocks, which are merged into the weights at the end, unless an error ends it. `"all"`: everything;
-            a frozen copy of the model is then the original.
+        trainable: `"skips"`: skip paths and the policy. `"lora"`: these, and low-rank adapters (peft) of the linear
+            maps of all blocks, which are merged into the weights at the end, unless an error ends it. `"all"`:
+            everything; a frozen copy of the model is then the original.
         lora_rank: of the adapters.
 
     Raises:
-        ValueError: another `what`.
+        ValueError: another `trainable`.
     """
-    if what not in WHAT:
-        raise ValueError(f"what is {what!r}; expected one of {', '.join(map(repr, WHAT))}")
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable is {trainable!r}; expected one of {', '.join(map(repr, TRAINABLE))}")
     tuner: Any = None
     original: Original = partial(everything_run, model)
-    if what == "all":
+    if trainable == "all":
         copy = deepcopy(model).requires_grad_(False)
         original = partial(everything_run, copy)
-    elif what == "lora":
+    elif trainable == "lora":
         from peft import LoraConfig, LoraModel
 
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LINEAR)
         tuner = LoraModel(model, config, "default")
         original = partial(_without_adapters, model, tuner)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(what == "all" or any(part in name for part in (".policy.", ".skip_paths.", ".lora_")))
+        parameter.requires_grad_(
+            trainable == "all" or any(part in name for part in (".policy.", ".skip_paths.", ".lora_"))
+        )
     try:
         yield original
         if tuner is not None:

@@ -147,7 +147,7 @@ def _fit(model: MidskipForCausalLM, texts: Texts, settings: RetrofitSettings, co
     started = time.perf_counter()
     found = fit(
         model, texts.fitting, choice="layers" if settings.choice == "layers" else "tokens", order=settings.order,
-        outer=0 if settings.policy()["policy"] == "independent" else settings.outer, share=settings.share,
+        outer=settings.outer, share=settings.share,
         progress=console.is_terminal,
     )  # fmt: skip
     return {"seconds": time.perf_counter() - started, "layers": asdict(found)}
@@ -158,12 +158,14 @@ def _train(
 ) -> dict[str, Any]:
     calibration = Calibration.from_dict(model.config.calibration)
     shares = list(settings.trained_shares(model.config.num_skip_units))
-    what = "skips" if stage == "distil" else settings.finetune
-    if what != "skips" and 1.0 not in shares:
+    trainable = "skips" if stage == "distil" else settings.finetune
+    if trainable != "skips" and 1.0 not in shares:
         shares.append(1.0)  # which moves with the weights
     scales = [max(calibration.scale_at(share), 1e-6) for share in shares]
     drawn = DrawnShares(model.config.num_skip_units, shares, scales, settings.seed)
-    history = distil(model, texts.training, folder, settings.training(stage), drawn, console, what, settings.lora_rank)
+    history = distil(
+        model, texts.training, folder, settings.training(stage), drawn, console, trainable, settings.lora_rank
+    )
     names = ("cross_entropy", "executed_share", "expected_share")
     return {
         "seconds": history[-1]["seconds"],
