@@ -1,0 +1,223 @@
+"""Why a trained model that skips is as good as it is: does its gate know, and does a gradient reach it?
+
+    python benchmarks/reasons.py RUN [RUN ...] [--output reasons.json] [--picture reasons.png]
+
+For each run folder, on held-out text:
+
+- *exchanged*: in one layer, some tokens that ran it skip it, and as many that skipped it run it, so that the share
+  stays. If the gate knows who needs the layer, the loss rises. A model whose tokens skip at random is the control: it
+  says what an exchange costs where there is nothing to know. Each half is measured alone too.
+- *gradient*: of the loss by the output gate of a token that ran, in nats; below 0 where the layer helped the loss.
+- *constant*: share of tokens that run the most frequent number of layers; and the share of the variance of that number
+  which the token alone, whatever its place, explains.
+- norms of hidden states and of what each layer adds, and the loss by number of layers run.
+
+N packed tokens, L layers.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from midskip import MidskipForCausalLM
+from midskip.bench.results import machine
+from midskip.data.labelled import Items
+from midskip.evaluate import batch_of, evaluate
+from midskip.policies import Decision
+from midskip.runs import RECIPE_FILE, load_any_run, to_json, write_atomically
+from midskip.train import read_recipe
+from midskip.train.text import open_windows
+
+WINDOWS = 8  # of a pass
+MOST = 0.1  # of the tokens of a pass, that are exchanged
+HALVES = {"exchanged": (True, True), "skipped": (True, False), "run": (False, True)}
+
+
+@contextmanager
+def changed(model: MidskipForCausalLM, change: Callable[[int, Decision], Decision]) -> Iterator[None]:
+    """Within, `change` gets each layer's decision and gives the one that is taken instead."""
+    hook = model.model.policy.register_forward_hook(lambda _, given, decision: change(given[0], decision))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def exchange(decision: Decision, out: bool, into: bool, generator: torch.Generator) -> tuple[Decision, int]:
+    """Tokens drawn among those that are kept leave (`out`), as many of the others come (`into`), with the mean gate of
+    those kept. Also how many these are on each side: 0 where all are kept, or none."""
+    keep_N = decision.keep_N
+    if keep_N is None:
+        return decision, 0
+    sides = [side.nonzero().flatten() for side in (keep_N, ~keep_N)]
+    count = min(*map(len, sides), int(MOST * len(keep_N)))
+    if not count:
+        return decision, 0
+    leave_M, come_M = (side[torch.randperm(len(side), generator=generator).to(side.device)[:count]] for side in sides)
+    new_N = keep_N.clone()
+    gates = {}
+    if out:
+        new_N[leave_M] = False
+    if into:
+        new_N[come_M] = True
+        for name in ("output_gate_N", "key_gate_N"):
+            if (gate_N := getattr(decision, name)) is not None:
+                gates[name] = gate_N.index_fill(0, come_M, gate_N[keep_N].mean().item())
+    return replace(decision, keep_N=new_N, skip_path_N=None, **gates), count
+
+
+@torch.no_grad()
+def loss_exchanged(model: MidskipForCausalLM, windows: Items, layer: int, half: str) -> tuple[float, int]:
+    """The loss in nats if tokens are exchanged in one layer, and how many were."""
+    generator, counts = torch.Generator().manual_seed(layer), [0]
+
+    def change(at: int, decision: Decision) -> Decision:
+        if at != layer:
+            return decision
+        decision, count = exchange(decision, *HALVES[half], generator)
+        counts[0] += count
+        return decision
+
+    with changed(model, change):
+        return evaluate(model, windows, batch_size=WINDOWS)["loss"], counts[0]
+
+
+def gradients(model: MidskipForCausalLM, windows: Items) -> list[dict[str, float]]:
+    """By layer, of the loss of a pass (its sum over tokens) by the output gates of those that ran."""
+    gates: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def watch(layer: int, decision: Decision) -> Decision:
+        like = decision.output_gate_N
+        device = model.device
+        size = len(decision.keep_N) if decision.keep_N is not None else sizes[0]
+        gate_N = (torch.ones(size, device=device) if like is None else like.detach()).requires_grad_()
+        kept_N = torch.ones(size, dtype=torch.bool, device=device) if decision.keep_N is None else decision.keep_N
+        gates[layer] = gate_N, kept_N
+        return replace(decision, output_gate_N=gate_N)
+
+    batch = batch_of(windows, range(min(WINDOWS, len(windows))), model.device)
+    batch.pop("group", None)
+    sizes = [batch["input_ids"].numel()]  # windows have no pads
+    with changed(model, watch):
+        output = model(**batch, num_items_in_batch=1, use_cache=False)
+    output.loss.backward()
+    model.zero_grad()
+    found = []
+    for gate_N, kept_N in gates.values():
+        slope_M = torch.zeros(0) if gate_N.grad is None else gate_N.grad[kept_N]
+        found.append({
+            "mean": slope_M.mean().item() if len(slope_M) else 0.0,
+            "root_mean_square": slope_M.square().mean().sqrt().item() if len(slope_M) else 0.0,
+        })  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def constancy_and_norms(model: MidskipForCausalLM, windows: Items) -> dict[str, Any]:
+    """How far the number of layers that a token runs differs at all, and norms by layer."""
+    tokens, blocks, norms = [], [], []
+    for start in range(0, len(windows), WINDOWS):
+        batch = batch_of(windows, range(start, min(start + WINDOWS, len(windows))), model.device)
+        given = {name: x for name, x in batch.items() if name not in ("labels", "group")}
+        output = model(**given, output_hidden_states=True, use_cache=False)
+        tokens.append(batch["input_ids"].flatten())
+        blocks.append(output.executed.sum(0).flatten())
+        hidden = output.hidden_states[:-1]  # the last is after the norm
+        norms.append([
+            (after.float().square().mean().sqrt().item(), (after - before).float().square().mean().sqrt().item())
+            for before, after in pairwise(hidden)
+        ])  # fmt: skip
+    token_N, blocks_N = torch.cat(tokens), torch.cat(blocks).double()
+    counts = torch.bincount(token_N).double()
+    mean_V = torch.bincount(token_N, blocks_N) / counts.clamp(min=1)
+    variance = blocks_N.var(unbiased=False).item()
+    state, added = torch.tensor(norms).mean(0).T.tolist()
+    return {
+        "most_frequent": blocks_N.long().bincount().max().item() / len(blocks_N),
+        "told_by_token": mean_V[token_N].var(unbiased=False).item() / variance if variance > 0 else None,
+        "rms_of_states": state,
+        "rms_of_added": added,
+    }
+
+
+def reasons(run: Path, num_windows: int) -> dict[str, Any]:
+    """All of it, of one run."""
+    model, _ = load_any_run(run)
+    recipe = read_recipe(run / RECIPE_FILE)
+    windows: Items = open_windows(recipe.data, run, Console(stderr=True))[2]
+    windows = [windows[row] for row in range(min(num_windows, len(windows) - 1))]
+    plain = evaluate(model, windows, batch_size=WINDOWS)
+    layers = []
+    for layer in range(model.config.num_skip_units):
+        row: dict[str, Any] = {"share": plain["share_by_layer"][layer]}
+        for half in HALVES:
+            loss, count = loss_exchanged(model, windows, layer, half)
+            row[half] = (loss - plain["loss"]) * plain["num_targets"] / count if count else None  # nats a token
+        layers.append(row)
+    names = ("loss", "executed_share", "flops_per_token", "loss_by_blocks", "num_targets_by_blocks")
+    return {
+        "policy": model.config.policy,
+        "settings": model.config.policy_settings,
+        "skipped_kv": model.config.skipped_kv,
+        **{name: plain[name] for name in names},
+        "layers": layers,
+        "gradients": gradients(model, windows),
+        **constancy_and_norms(model, windows),
+    }
+
+
+def draw(found: dict[str, dict[str, Any]], file: Path) -> None:
+    """A panel each for exchanges, gradients, shares, and loss by layers run."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for name, row in found.items():
+        layers = range(1, len(row["layers"]) + 1)
+        blocks = [(at, loss) for at, loss in enumerate(row["loss_by_blocks"]) if loss is not None]
+        for axis, x, y in (
+            (axes[0, 0], layers, [math.nan if at["exchanged"] is None else at["exchanged"] for at in row["layers"]]),
+            (axes[0, 1], layers, [-at["mean"] for at in row["gradients"]]),
+            (axes[1, 0], layers, [at["share"] for at in row["layers"]]),
+            (axes[1, 1], [at for at, _ in blocks], [loss for _, loss in blocks]),
+        ):
+            axis.plot(x, y, marker="o", markersize=3, label=name)
+    for axis, title, what in zip(
+        axes.flat,
+        ("Tokens exchanged in one layer", "What a layer is worth, by its gradient", "Tokens that run a layer", "Loss"),
+        ("nats for each exchanged token", "nats for each token that ran", "share", "nats"),
+        strict=True,
+    ):
+        axis.set(title=title, ylabel=what, xlabel="layers run" if title == "Loss" else "layer")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    found = {run.name: reasons(run, options.windows) for run in options.runs}
+    if options.output:
+        write_atomically(options.output, to_json({"machine": machine(), "runs": found}) + "\n")
+    if options.picture:
+        draw(found, options.picture)
+    for name, row in found.items():
+        costs = [at["exchanged"] for at in row["layers"] if at["exchanged"] is not None]
+        mean = f"{sum(costs) / len(costs):+.4f}" if costs else "none skip"
+        print(f"{name}: loss {row['loss']:.4f}, {row['executed_share']:.1%} ran; exchanged, nats a token: {mean}")
+
+
+if __name__ == "__main__":
+    main()
