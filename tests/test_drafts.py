@@ -32,9 +32,10 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_tokens_are_those_of_the_whole_model(make: Make, policy: str, padded: bool, way: str) -> None:
+def test_tokens_are_those_of_the_whole_model(make: Make, policy: str, way: str) -> None:
+    """Each way with padded rows for one policy, and with a row without pads for the other."""
+    padded = (list(WAYS).index(way) + POLICIES.index(policy)) % 2 == 1
     model = make(policy)
     ids_BT, mask_BT = left_padded() if padded else (prompt(1, 9), None)
     options = WAYS[way] | {"attention_mask": mask_BT}

@@ -156,16 +156,18 @@ def _untouched(trial: Trial) -> None:
 
 
 def _no_future_leak(trial: Trial) -> None:
-    before = trial.run(trial.ids_BT)
-    for column in range(1, NUM_COLUMNS):
-        changed_BT = trial.ids_BT.clone()
-        move_B = torch.randint(1, trial.model.config.vocab_size, (len(changed_BT),), generator=trial.generator)
-        changed_BT[:, column] = (changed_BT[:, column] + move_B) % trial.model.config.vocab_size
-        after = trial.run(changed_BT)
+    columns = range(1, NUM_COLUMNS)
+    changed = [trial.ids_BT.clone() for _ in columns]
+    for column, ids_BT in zip(columns, changed, strict=True):
+        move_B = torch.randint(1, trial.model.config.vocab_size, (len(ids_BT),), generator=trial.generator)
+        ids_BT[:, column] = (ids_BT[:, column] + move_B) % trial.model.config.vocab_size
+    before, after = trial.run(trial.ids_BT.repeat(len(columns), 1)), trial.run(torch.cat(changed))
+    for number, column in enumerate(columns):
+        rows = slice(number * len(trial.ids_BT), (number + 1) * len(trial.ids_BT))
         trial.same(
             "no future leak",
-            {name: x[:, :column] for name, x in after.items()},
-            {name: x[:, :column] for name, x in before.items()},
+            {name: x[rows, :column] for name, x in after.items()},
+            {name: x[rows, :column] for name, x in before.items()},
             f"token {column} was changed and the results before it changed",
         )
 
@@ -188,10 +190,16 @@ def _batch(trial: Trial) -> None:
 
 
 def _prefix(trial: Trial) -> None:
-    at_once = trial.run(trial.ids_BT)
-    for length in range(1, NUM_COLUMNS):
-        prefix = trial.run(trial.ids_BT[:, :length])
-        expected = {name: x[:, :length] for name, x in at_once.items()}
+    """All prefixes are one batch with pads on the right, since a batch gives what its members give alone."""
+    at_once, count = trial.run(trial.ids_BT), len(trial.ids_BT)
+    lengths = torch.arange(1, NUM_COLUMNS)
+    valid_BT = (torch.arange(NUM_COLUMNS) < lengths[:, None]).repeat_interleave(count, 0)
+    prefixes = trial.run(trial.ids_BT.repeat(len(lengths), 1), valid_BT)
+    for number, length in enumerate(lengths.tolist()):
+        rows = slice(number * count, (number + 1) * count)
+        prefix, expected = ({name: x[:, :length] for name, x in found.items()} for found in (
+            {name: x[rows] for name, x in prefixes.items()}, at_once,
+        ))  # fmt: skip
         trial.same("prefix", prefix, expected, f"the first {length} of {NUM_COLUMNS} tokens alone, and among all")
 
 
