@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,85 @@ def test_every_command_has_help(command: str, words: list[str], capsys: pytest.C
     assert set(cli.COMMANDS) == tested, "else a command is not tested"
 
 
+NO_TORCH = """
+import contextlib, io, sys
+import midskip_command
+
+RECIPE = sys.argv[1]
+
+def says(*arguments):
+    sys.argv = ["midskip", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        try:
+            status = midskip_command.main()
+        except SystemExit as end:
+            status = end.code
+    assert "midskip" in out.getvalue(), out.getvalue()
+    loaded = {"torch", "transformers", "matplotlib", "datasets"} & set(sys.modules)
+    assert not loaded, f"midskip {' '.join(arguments)} imports {loaded}"
+    return status
+
+assert says() == says("--help") == 0
+from midskip.commands.parser import COMMANDS
+
+for command in COMMANDS:
+    assert says(command, "--help") == 0
+    assert says(command, "--unknown") == 2
+assert says("trian") == says("train", "none.yaml") == 2
+assert says("train", RECIPE, "--training.max_steps=0") == 2
+
+import midskip  # what a user's own policy may do
+for name in midskip.__all__:
+    assert name in dir(midskip) and getattr(midskip, name).__name__ == name
+from midskip.bench import DisagreementError
+from midskip.train import train
+from transformers import AutoConfig
+assert type(AutoConfig.for_model("midskip")) is midskip.MidskipConfig
+"""
+
+INTERRUPTED = """
+import sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "WHERE":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+import midskip_command
+sys.argv = ["midskip", "generate", "none", "--prompt", "a"]
+sys.exit(midskip_command.main())
+"""
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(midskip.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path}
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_help_and_refused_arguments_do_not_wait_for_torch(tmp_path: Path) -> None:
+    """And a module of a user's own can import all that is public, as it can elsewhere."""
+    pyproject = Path(midskip.__file__).parents[2] / "pyproject.toml"
+    assert tomllib.loads(pyproject.read_text())["project"]["scripts"] == {"midskip": "midskip_command:main"}
+    (tmp_path / "recipe.yaml").write_text("{}")
+    done = python("-c", NO_TORCH, str(tmp_path / "recipe.yaml"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("module", ["midskip.cli", "torch"])
+def test_an_interrupt_during_imports_is_one_line(module: str) -> None:
+    done = python("-c", INTERRUPTED.replace("WHERE", module))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "midskip: error: interrupted\n")
+
+
+def test_importing_midskip_is_enough_for_the_auto_classes() -> None:
+    code = "import midskip; from transformers import AutoConfig, AutoModelForCausalLM as A; "
+    code += "config = AutoConfig.for_model('midskip'); assert type(config) in A._model_mapping"
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_defaults_of_retrofit_are_those_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[RetrofitSettings] = []
     monkeypatch.setattr("midskip.retrofit.retrofit", given.append)
@@ -59,13 +139,6 @@ def test_the_defaults_of_retrofit_are_those_of_its_settings(monkeypatch: pytest.
 
 def test_it_runs_as_a_program(tmp_path: Path) -> None:
     """With its exit status, and no word from Python."""
-    path = os.pathsep.join([str(Path(midskip.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "midskip.cli", "generate", str(tmp_path / "none"), "--prompt", "a"],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = python("-m", "midskip.cli", "generate", str(tmp_path / "none"), "--prompt", "a")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("midskip: error: there is no folder") and done.stderr.count("\n") == 1

@@ -18,6 +18,7 @@ ORDER = (
         "budget.monitor",
         "distributed",
         "names",
+        "lazy",
         "plugins",
         "layer_statistics",
         "locks",

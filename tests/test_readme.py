@@ -162,7 +162,7 @@ def test_the_list_of_files_is_whole() -> None:
             for name in re.findall(r"[\w-]+\.(?:md|yaml)", text):
                 assert (path / name).is_file(), f"{name} is listed and not in {path}"
     # what a folder's own __init__ gives is said of its files
-    files = {path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent == PACKAGE}
+    files = {path for path in PACKAGE.parent.rglob("*.py") if path.name != "__init__.py" or path.parent == PACKAGE}
     assert {path for path in listed if path.suffix == ".py"} == files
     names = [
         "".join(parts)

@@ -7,10 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-import transformers
 from rich.console import Console
 
-from midskip.budget.monitor import BudgetDriftError
 from midskip.commands.parser import COMMANDS
 
 
@@ -26,19 +24,18 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"there is no command {command!r}; expected one of {', '.join(COMMANDS)}", 2)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # a recipe's own policy or regularizer may lie beside it
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take no time here
-    transformers.utils.logging.set_verbosity_error()
     try:
         importlib.import_module(f"midskip.commands.{command}").run(rest)
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
-    except (FloatingPointError, BudgetDriftError) as error:
+    except FloatingPointError as error:
         return _fail(str(error), 1)
     except RuntimeError as error:
         from midskip.bench import DisagreementError
+        from midskip.budget.monitor import BudgetDriftError
         from midskip.sweep import FailedRunsError
 
-        if not isinstance(error, DisagreementError | FailedRunsError):
+        if not isinstance(error, BudgetDriftError | DisagreementError | FailedRunsError):
             raise
         return _fail(str(error), 1)
     except KeyboardInterrupt:

@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from midskip.bench.settings import OF_A_RUN
+SHAPE_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
+)  # fmt: skip
+OF_A_RUN = ("shape", "shares", "gates", "norms", *SHAPE_FIELDS)  # settings that a trained model brings itself
 
 GPU: dict[str, Any] = {
     "device": "cuda", "dtypes": ("bfloat16",), "torch_compile": True, "gates": ("fixed", "fractional"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from midskip.bench.presets import OF_A_RUN, SHAPE_FIELDS
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies.controls import LARGEST_SEED
@@ -18,10 +19,6 @@ DTYPES = ("float32", "bfloat16", "float16")  # in float64 too Llama would turn b
 GATES = ("fixed", "fractional", "hard")
 NORMS = ("sandwich", "pre")
 ATTENTION = ("auto", "sdpa", "padded", "flex")
-SHAPE_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
-)  # fmt: skip
-OF_A_RUN = ("shape", "shares", "gates", "norms", *SHAPE_FIELDS)  # settings that a trained model brings itself
 # of what is checked before anything is timed: sequences, and columns of each pass of the run with a cache. Steps of one
 # token are what is timed; the longer ones between make the cache grow a few times in few passes
 CHECKED_ROWS, CHECKED_STEPS = 2, (9, *(1, 3) * 10)

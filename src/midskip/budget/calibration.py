@@ -13,6 +13,7 @@ TOLERANCE = 0.02  # of a budget, by which the share of a point that serves it ma
 BAND_STDS = 4  # half the width of the band that blocks of live prompts have to stay in
 GAP = 0.05  # the most that the shares of two neighbouring points should differ by
 RULES = ("loss", "share")  # which scale a budget stands for
+ON_DRIFT = ("keep", "as_trained", "error")  # what a monitor does when prompts leave the band
 NUM_BUCKETS = 12  # buckets of positions: 0, 1, 2 to 3, 4 to 7, and so on; the last one from 1024 on
 _CURVES = ("score_scale", "share", "loss", "share_std", "loss_std")
 _BY_BUCKET = ("share_by_bucket", "loss_by_bucket")

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midskip.budget.calibration import NUM_BUCKETS, bucket_counts, bucket_of, calibration_in
+from midskip.budget.calibration import NUM_BUCKETS, ON_DRIFT, bucket_counts, bucket_of, calibration_in
 
-ON_DRIFT = ("keep", "as_trained", "error")
 SCORED_ROWS = 64  # the most tokens of a pass whose loss the monitor works out
 _is_live: ContextVar[bool] = ContextVar("is_live", default=True)
 

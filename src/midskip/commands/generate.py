@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from midskip.budget.monitor import ON_DRIFT, DriftMonitor
+from midskip.budget.calibration import ON_DRIFT
 from midskip.commands.parser import Parser, at_least_one
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def run(arguments: list[str]) -> None:
         "--draft_budget", type=float, help="of lossless drafts, for --temperature 0 (default: nothing is drafted)"
     )
     options = parser.parse_args(arguments)
+    from midskip.budget.monitor import DriftMonitor
     from midskip.cost import Meter
     from midskip.generate import blocks_counted, generate
     from midskip.report import TokenDepth, depth_text, legend, visible

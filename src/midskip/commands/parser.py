@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # else `--help` would wait for them
     from rich.console import Console
@@ -31,13 +31,26 @@ HELD_OUT = "held-out text of the run"
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command; what it cannot read is a ValueError."""
+    """Of a command; what it cannot read is a ValueError. `parse_args` ends with `quiet_transformers`."""
 
     def __init__(self, command: str, **more: object):
         super().__init__(f"midskip {command}", description=COMMANDS[command], allow_abbrev=False, **more)  # pyright: ignore[reportArgumentType]
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        parsed = super().parse_args(args, namespace)
+        quiet_transformers()
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; `{self.prog} --help` tells more")
+
+
+def quiet_transformers() -> None:
+    """Not before the arguments are read: refusing them should not wait for an import."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading and saving, which take no time here
+    logging.set_verbosity_error()
 
 
 def add_text(parser: argparse.ArgumentParser, more: str = "") -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from midskip.commands.parser import Parser
+from midskip.commands.parser import Parser, quiet_transformers
 
 
 def run(arguments: list[str]) -> None:
-    from midskip.runs import to_json
     from midskip.train.recipe import read_recipe, recipe_parser
-    from midskip.train.run import train
 
     parser = Parser(
         "train",
@@ -31,6 +29,11 @@ def run(arguments: list[str]) -> None:
         recipe_parser().print_help()
         return
     options, settings = parser.parse_known_args(arguments)
-    report = train(read_recipe(options.recipe, settings), options.resume, options.accept_changes)
+    recipe = read_recipe(options.recipe, settings)
+    quiet_transformers()
+    from midskip.runs import to_json
+    from midskip.train.run import train
+
+    report = train(recipe, options.resume, options.accept_changes)
     if report:  # of the first process
         print(to_json(report))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, initialization
 from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
@@ -341,3 +341,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
             auxiliary_loss = policy.objective(packed.state, nats_N.detach(), scored_N, asked_nats_M)
         loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)
         return loss, auxiliary_loss, batch.unpack(logits_PV[: batch.num_tokens]) if output_logits else None
+
+
+AutoConfig.register("midskip", MidskipConfig)
+AutoModel.register(MidskipConfig, MidskipModel)
+AutoModelForCausalLM.register(MidskipConfig, MidskipForCausalLM)

@@ -1,22 +1,21 @@
 """A recipe: everything that decides a run, typed, from YAML and the command line."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser
 
-from midskip.model.config import MidskipConfig, num_skip_units
 from midskip.names import near
-from midskip.regularizers import Regularizer, build_regularizer
-from midskip.runs import write_atomically
+
+if TYPE_CHECKING:  # else `midskip train --help` would wait for torch
+    from midskip.model.config import MidskipConfig
+    from midskip.regularizers import Regularizer
 
 
 @dataclass
@@ -216,8 +215,10 @@ class Recipe:
         if (multiple := self.model.pad_vocab_to_multiple_of) < 1:
             raise ValueError(f"model.pad_vocab_to_multiple_of is {multiple}; expected at least 1")
 
-    def build_config(self, vocab_size: int, end_of_text: int | None = None) -> MidskipConfig:
+    def build_config(self, vocab_size: int, end_of_text: int | None = None) -> "MidskipConfig":
         """The model's configuration, for a tokenizer of `vocab_size` tokens. Raises ValueError as it does."""
+        from midskip.model.config import MidskipConfig
+
         model = asdict(self.model)
         rope = {"rope_type": "default", "rope_theta": model.pop("rope_theta")}
         multiple = model.pop("pad_vocab_to_multiple_of")
@@ -230,13 +231,18 @@ class Recipe:
             pad_token_id=end_of_text,
         )
 
-    def build_regularizer(self) -> Regularizer:
+    def build_regularizer(self) -> "Regularizer":
         """The gate regularizer. Raises ValueError for settings that do not fit."""
+        from midskip.model.config import num_skip_units
+        from midskip.regularizers import build_regularizer
+
         num_units = num_skip_units(self.model.num_hidden_layers, self.model.skip_unit)
         return build_regularizer(self.regularizer.name, num_units, **self.regularizer.settings)
 
     def save(self, path: Path) -> None:
         """Write it as YAML that `read_recipe` reads."""
+        from midskip.runs import write_atomically
+
         write_atomically(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
@@ -250,7 +256,7 @@ GROUPS = {
 
 def recipe_parser() -> ArgumentParser:
     """The settings of a recipe on the command line, as --group.name=value, and how `read_recipe` gives it a file."""
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, default_env=False)
+    parser = ArgumentParser("midskip train RECIPE.yaml", exit_on_error=False, allow_abbrev=False, default_env=False)
     parser.add_argument("--config", action="config", help=SUPPRESS)  # the command names the recipe by itself
     parser.add_class_arguments(Recipe, as_group=False)
     return parser
@@ -316,8 +322,9 @@ def _check_values(prefix: str, given: dict[str, Any], settings: type) -> None:
     for one in fields(settings):
         value = given[one.name]
         if value is None and NoneType not in get_args(annotations[one.name]):
+            kind = one.type.__name__ if isinstance(one.type, type) else str(one.type).replace("typing.", "")
             raise ValueError(
-                f"the recipe cannot be used: {prefix}{one.name} is null; expected a value of the type {one.type}: "
+                f"the recipe cannot be used: {prefix}{one.name} is null; expected a value of the type {kind}: "
                 f"leave it out for its default, {defaults[one.name]!r}"
             )
         for number in value if isinstance(value, list) else [value]:

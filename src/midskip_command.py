@@ -1,0 +1,13 @@
+"""The program `midskip`. It stands outside of the package, which sees by it that it need not load torch by itself."""
+
+import sys
+
+
+def main() -> int:
+    try:
+        from midskip.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:  # while a module is imported, or while an error is told
+        print("midskip: error: interrupted", file=sys.stderr)
+        return 130
