@@ -202,13 +202,16 @@ def test_commands_and_options_that_are_none(error: Callable[..., str], place: Pa
         ("demo", "--step", "3"),
         ("demo", "--steps", "0"),
         ("demo", "--steps", "three"),
+        ("evaluate", place / "run", "--budgets", "0.3,x"),
         ("evaluate",),
         ("evaluate", place / "run", "--batch_size", "0"),
         ("generate", place / "run"),
         ("generate", place / "run", "--prompt", "a", "--max_new_tokens", "0"),
         ("generate", place / "run", "--prompt", "a", "--temp", "1"),
     ):
-        assert error(command, *arguments).endswith(f"; `midskip {command} --help` tells more")
+        message = error(command, *arguments)
+        assert message.endswith(f"; `midskip {command} --help` tells more")
+        assert "invalid" not in message, "the name of a function of ours tells a user nothing"
 
 
 def test_recipes_that_cannot_be_used(error: Callable[..., str], place: Path, tmp_path: Path) -> None:
@@ -251,7 +254,8 @@ def test_prompts_that_cannot_be_used(error: Callable[..., str], place: Path) -> 
         return error("generate", place / "run", "--prompt", prompt, *options)
 
     assert "tokens and 100 more were asked for, but the model takes at most 32" in refused("Number")
-    assert "ask for at most 0" in refused("Number " * 50, "--max_new_tokens", "1")
+    assert refused("Number " * 50, "--max_new_tokens", "1").endswith("shorten the prompt to at most 31 tokens")
+    assert refused("Number 1", "--max_new_tokens", "40").rpartition("or ask for at most ")[2] in map(str, range(20, 32))
     assert refused("") == "the prompt is empty; give at least one character"
     assert refused("a\udcff", "--max_new_tokens", "1").startswith("the prompt is not Unicode text")
     assert "temperature is -1.0" in refused("a", "--temperature", "-1")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,19 @@ def test_the_defaults_of_retrofit_are_those_of_its_settings(monkeypatch: pytest.
     monkeypatch.setattr("midskip.retrofit.retrofit", given.append)
     assert main(["retrofit", "m", "--data", "d", "--validation", "v=t", "--output", "o"]) == 0
     assert given == [RetrofitSettings("m", "d", {"v": "t"}, "o")]
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(arguments: list[str]) -> None:  # as Python tells a warning; under pytest it tells none
+        print(warnings.formatwarning(UserWarning("of two\n  lines\x1b"), UserWarning, "file.py", 3), end="")
+
+    monkeypatch.setattr("midskip.commands.generate.run", warned)
+    shown = warnings.formatwarning
+    assert main(["generate"]) == 0
+    assert capsys.readouterr().out == "midskip: warning: of two lines␛\n"
+    assert warnings.formatwarning is shown
 
 
 def test_it_runs_as_a_program(tmp_path: Path) -> None:

@@ -108,3 +108,18 @@ def test_what_fits_goes_on(run: Recipe, texts: Path, tmp_path: Path) -> None:
     spoil(run)
     train(replace(run, data=DataSettings(str(tmp_path / "shards"), length=16)), True, True, console=QUIET)
     assert Path(run.output, "page.html").is_file() and Path(run.output, "damaged-checkpoint-2").is_dir()
+
+
+def test_a_run_with_more_steps_than_are_asked_for(run: Recipe) -> None:
+    asked = replace(run, training=replace(run.training, max_steps=1))
+    more = r"checkpoint-2 of '.*run' has more steps than training.max_steps, which is 1: give at least 2, or another"
+    refused(asked, more)
+
+
+@pytest.mark.parametrize("text", ["", '{"num_pro', "[1]", "{}", '{"num_processes": 1, "shards": 3}', "\udcff"])
+def test_what_a_run_began_with_cannot_be_read(run: Recipe, text: str) -> None:
+    file = Path(run.output, "start.json")
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"run/start.json' cannot be read \(.*: put it back, or .* --accept_changes"):
+        train(run, resume=True, console=QUIET)
+    assert file.read_bytes() == text.encode(errors="surrogateescape")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"there is no command {command!r}; expected one of {', '.join(COMMANDS)}", 2)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # a recipe's own policy or regularizer may lie beside it
+    shown = warnings.formatwarning
+    warnings.formatwarning = _one_line
     try:
         importlib.import_module(f"midskip.commands.{command}").run(rest)
     except (ValueError, OSError) as error:
@@ -40,13 +43,24 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    finally:
+        warnings.formatwarning = shown
     return 0
 
 
-def _fail(message: str, status: int) -> int:
+def _one_line(message: Warning | str, *where: object, **line: object) -> str:
+    """A warning as a command tells it, without the place in the code."""
+    return _harmless(f"midskip: warning: {message}") + "\n"
+
+
+def _harmless(text: str) -> str:
     from midskip.report import visible
 
-    line = visible("midskip: error: " + re.sub(r"\s*\n\s*", " ", message))
+    return visible(re.sub(r"\s*\n\s*", " ", text))
+
+
+def _fail(message: str, status: int) -> int:
+    line = _harmless(f"midskip: error: {message}")
     Console(stderr=True).print(line, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
     return status
 

@@ -57,9 +57,10 @@ def generate(
         raise ValueError("the prompt is empty; give at least one character")
     room = model.config.max_position_embeddings
     if len(ids) + max_new_tokens > room:
+        fewer = f" or ask for at most {room - len(ids)}" if len(ids) < room else f" to at most {room - 1} tokens"
         raise ValueError(
             f"the prompt has {len(ids)} tokens and {max_new_tokens} more were asked for, but the model takes at most "
-            f"{room} together: shorten the prompt or ask for at most {max(0, room - len(ids))}"
+            f"{room} together: shorten the prompt{fewer}"
         )
     torch.manual_seed(seed)
     draw = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}

@@ -130,7 +130,7 @@ class MidskipConfig(PretrainedConfig):
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                    f"({self.num_attention_heads}): change one of them, or set head_dim"
+                    f"({self.num_attention_heads}): change one of them, or give MidskipConfig a head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs | {"auto_map": dict(AUTO_MAP)})

@@ -84,7 +84,7 @@ def fit(
             out. `"influence"`: the one whose input and output point most nearly the same way (1 minus the mean of their
             cosines, as ShortGPT's block influence).
         outer: first layers that every token runs, and of `middle_out` as many last ones; `independent` has its own.
-        share: of the block-tokens that run as the model is left; other budgets need `midskip.calibrate`.
+        share: of the block-tokens that run as the model is left; other budgets need `midskip calibrate`.
         ridge: penalty of the regressions, as a share of the mean square of each feature.
         refits: passes over the states of the model that skips.
         num_cost_windows: of `windows`, on which the loss without each layer is measured.

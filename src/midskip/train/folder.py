@@ -13,7 +13,7 @@ from midskip.data import LabelledData, Prepared
 from midskip.locks import LOCK_FILE
 from midskip.regularizers import Regularizer
 from midskip.runs import PAGE_FILE, RECIPE_FILE, write_atomically
-from midskip.train.checkpoints import REGULARIZER_FILE
+from midskip.train.checkpoints import REGULARIZER_FILE, step_of
 from midskip.train.recipe import Recipe, changes, read_recipe
 from midskip.train.text import TEXT_FOLDER
 
@@ -45,8 +45,14 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool, accept_changes: boo
 def check_start(folder: Path, start: dict[str, Any], accept_changes: bool) -> None:
     """Refuses other text or data, or another number of processes, than the run began with."""
     if (folder / START_FILE).is_file() and not accept_changes:
-        earlier = json.loads((folder / START_FILE).read_text(encoding="utf-8"))
-        if changed := _differences(earlier, start):
+        try:
+            changed = _differences(json.loads((folder / START_FILE).read_text(encoding="utf-8")), start)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{str(folder / START_FILE)!r} cannot be read ({error}); expected what this run began with, as midskip "
+                "writes it: put it back, or go on without it by --accept_changes"
+            ) from error
+        if changed:
             raise ValueError(f"this run did not begin like that ({'; '.join(changed)}): {OUTDATED}")
 
 
@@ -55,6 +61,11 @@ def load_regularizer(checkpoint: Path | None, recipe: Recipe, regularizer: Regul
     if checkpoint is None:
         return
     place = f"{checkpoint.name} of {str(checkpoint.parent)!r}"
+    if step_of(checkpoint) > (wanted := recipe.training.max_steps):
+        raise ValueError(
+            f"{place} has more steps than training.max_steps, which is {wanted}: give at least {step_of(checkpoint)}, "
+            "or another --output"
+        )
     trained = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     if (wanted := recipe.build_config(vocab_size).vocab_size) != trained:
         raise ValueError(
