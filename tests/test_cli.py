@@ -136,10 +136,14 @@ def test_generate_goes_on_with_the_prompt(place: Path, capsys: pytest.CaptureFix
     texts = []
     for seed in ("0", "0", "1"):
         options = ["--max_new_tokens", "12", "--temperature", "2.5", "--seed", seed]
-        assert main(["generate", str(place / "run"), "--prompt", "Number 1", *options]) == 0
+        assert main(["generate", str(place / "run"), "--prompt", "Number 中e\u0301", *options]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
-    assert texts[0].startswith("Number 1") and texts[0].endswith("blocks run  0  1  2  3  4  5 \n")
+    assert (
+        texts[0].startswith("Number 中e\u0301")
+        and "\ufffd" not in texts[0]
+        and texts[0].endswith("blocks run  0  1  2  3  4  5 \n")
+    )
 
 
 # Text that would be more than text

@@ -151,6 +151,24 @@ def test_page_shows_every_token_once_with_its_card(tmp_path: Path) -> None:
     assert re.search(r"020\.0%10\.0%260\.0%30\.0%420\.0%", page.text), "the share of tokens at each depth"
 
 
+def test_a_character_of_several_tokens_is_shown_once(tmp_path: Path) -> None:
+    tokens = [
+        TokenDepth("a", 0),
+        *(TokenDepth("中", blocks, part=part, num_parts=3) for part, blocks in enumerate((1, 2, 4))),
+    ]
+    page = page_of(tmp_path, tokens)
+    assert "a中" in page.text and page.text.count("中") == 1 and page.tags.count("s") == 2
+    assert page.cards[1:] == [f"中token {part + 1} of 3, {blocks} of 4 blocks" for part, blocks in enumerate((1, 2, 4))]
+    assert {f"d{blocks}" for blocks in (0, 1, 2, 4)} <= {value for name, value in page.attributes if name == "class"}
+    text = depth_text(tokens, 4)
+    assert text.plain == "a中"
+    assert [span.style for span in text.spans] == [
+        span.style for span in depth_text([TokenDepth("a", 0), TokenDepth("中", 2)], 4).spans
+    ], "on the shade of the mean"
+    with pytest.raises(ValueError, match=r"token 0 of .* has part=3 of num_parts=3; expected one from 0"):
+        depth_text([TokenDepth("中", 1, part=3, num_parts=3)], 4)
+
+
 def test_page_stays_small(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     gates = generator.random((5000, 12)).round(2)

@@ -38,6 +38,7 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     from midskip.budget.monitor import DriftMonitor
     from midskip.cost import Meter
+    from midskip.data import token_texts
     from midskip.generate import blocks_counted, generate
     from midskip.report import TokenDepth, depth_text, legend, visible
     from midskip.runs import load_run
@@ -58,15 +59,17 @@ def run(arguments: list[str]) -> None:
             model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed
         )
     console, num_layers = Console(), model.config.num_skip_units
-    texts = [str(tokenizer.decode([token])) for token in ids]
-    text = depth_text([TokenDepth(*token) for token in zip(texts, blocks)], num_layers)
-    console.print(text.append(visible(texts[-1])))  # the last one was not run
+    *texts, last = token_texts(tokenizer, ids)  # the last one was not run
+    tokens = [TokenDepth(text, run, part=part, num_parts=count) for (text, part, count), run in zip(texts, blocks)]
+    text = depth_text(tokens, num_layers)
+    console.print(text if last.part else text.append(visible(last.text)))
     console.print(f"{meter.executed_share:.1%} of the blocks ran")
     console.print(legend(num_layers))
 
 
 def _with_drafts(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, options: Namespace) -> None:
     """Print the text, whose tokens all ran every block, and how many were drafted and accepted."""
+    from midskip.data import token_texts
     from midskip.generate import generate
     from midskip.report import visible
 
@@ -77,7 +80,8 @@ def _with_drafts(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, 
     report = model.last_drafts
     assert report is not None
     console = Console()
-    console.print(visible(str(tokenizer.decode(ids))), markup=False, highlight=False)
+    text = "".join(token.text for token in token_texts(tokenizer, ids) if not token.part)
+    console.print(visible(text), markup=False, highlight=False)
     accepted = f"{report.num_accepted} of {report.num_drafted} drafted tokens were accepted"
     console.print(f"{accepted} ({report.accepted_share:.1%})")
     console.print(f"{report.executed_share:.1%} of the blocks ran in drafts")

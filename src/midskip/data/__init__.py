@@ -9,6 +9,7 @@ from .prepared import Prepared, open_prepared, open_shards
 from .shards import ShardWriter, check_shards, open_shard
 from .sources import read_documents
 from .split import split_documents, split_stream
+from .token_text import TokenText, token_texts
 from .tokenizer import bytes_tokenizer, end_of_text_id, load_tokenizer, token_bytes, train_tokenizer, vocabulary_size
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LabelledData",
     "Prepared",
     "ShardWriter",
+    "TokenText",
     "TokenWindows",
     "WindowOrder",
     "bytes_tokenizer",
@@ -33,6 +35,7 @@ __all__ = [
     "split_documents",
     "split_stream",
     "token_bytes",
+    "token_texts",
     "train_tokenizer",
     "vocabulary_size",
 ]

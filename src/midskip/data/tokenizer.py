@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +19,7 @@ DEFAULT_VOCABULARY = 2048
 _SAMPLE_CHARACTERS = 50_000_000  # of a corpus to learn from
 _PIECE_CHARACTERS = 100_000  # of a document, to be learnt from or encoded by one core
 _LARGEST_VOCABULARY = 2**24  # the trainer takes memory for all of it at once
+_TELLING = {"ByteLevel", "ByteFallback", "Metaspace"}  # decoders of tokens that tell their bytes
 _WORD_GAP = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
 
@@ -62,10 +63,7 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
     Any text survives it, as with `train_tokenizer`, also after saving and loading.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    others = iter(token for token in alphabet if ord(token) > 255)  # those that stand for bytes that do not print
-    vocabulary = {chr(byte) if chr(byte) in alphabet else next(others): byte for byte in range(256)}
-    tokenizer = _byte_level(models.BPE(vocabulary, []), split_words=False)
+    tokenizer = _byte_level(models.BPE(_byte_alphabet(), []), split_words=False)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return _wrap(tokenizer)
 
@@ -119,7 +117,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     Raises `DataError` for other kinds, where tokens do not tell the bytes they stand for.
     """
     kinds = decoder_kinds(tokenizer)
-    if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+    if not kinds & _TELLING:
         raise DataError(
             f"Bits per byte cannot be computed with this tokenizer (a {type(tokenizer).__name__}, decoder "
             f"{', '.join(sorted(kinds)) or 'unknown'}): its tokens do not tell how many bytes they stand "
@@ -127,16 +125,42 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         )
     vocabulary = tokenizer.get_vocab()
     num_bytes = [0] * (max(vocabulary.values()) + 1)
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = _byte_alphabet()
     for token, token_id in vocabulary.items():
-        if "ByteLevel" in kinds:  # each character of its alphabet is a byte; what is not of it stands for itself
-            num_bytes[token_id] = len(token) if alphabet.issuperset(token) else len(token.encode())
-        else:
-            is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", token)
-            num_bytes[token_id] = 1 if is_byte else len(token.replace("▁", " ").encode())
+        num_bytes[token_id] = len(_spelt(token, kinds, alphabet))
     for token_id, added in tokenizer.added_tokens_decoder.items():  # these are found in the text as they are
         num_bytes[token_id] = 0 if added.special else len(added.content.encode())
     return torch.tensor(num_bytes)
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
+    """UTF-8 of what each token of a text stands for; a character may be spread over several. A special token is what
+    it is called. Of kinds of tokenizers whose tokens do not tell bytes, it is each token decoded alone.
+    """
+    kinds, alphabet = decoder_kinds(tokenizer), _byte_alphabet()
+    if not kinds & _TELLING:
+        return [str(tokenizer.decode([token_id])).encode(errors="surrogatepass") for token_id in ids]
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    added = tokenizer.added_tokens_decoder
+    return [
+        added[token_id].content.encode() if token_id in added else _spelt(token or "", kinds, alphabet)
+        for token_id, token in zip(ids, tokens, strict=True)
+    ]
+
+
+def _spelt(token: str, kinds: set[str], alphabet: Mapping[str, int]) -> bytes:
+    """What an entry of the vocabulary stands for, if the decoder is of kinds that tell."""
+    if "ByteLevel" in kinds:  # each character of its alphabet is a byte; what is not of it stands for itself
+        return bytes(alphabet[c] for c in token) if alphabet.keys() >= set(token) else token.encode()
+    is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", token)
+    return bytes([int(token[3:5], 16)]) if is_byte else token.replace("▁", " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = iter(token for token in alphabet if ord(token) > 255)  # those that stand for bytes that do not print
+    return {chr(byte) if chr(byte) in alphabet else next(others): byte for byte in range(256)}
 
 
 def pieces(document: str) -> Iterator[str]:

@@ -32,16 +32,19 @@ _SPACES = {ord(" "): "␣", ord("\n"): "↵", ord("\t"): "⇥", 0xA0: "⍽"}
 class TokenDepth:
     """One token of a text and the depth it was given.
 
-    text: the token as decoded alone; it may hold U+FFFD where a character spans several tokens.
+    text: what it stands for; where characters span several tokens, what these stand for together, in each of them.
     blocks: how many of the L blocks it ran, 0..L.
     loss_nats: the loss of predicting this token, in nats, or None where it is not known.
     gates: its gate in each layer, [L] values in 0..1, or empty where they are not known.
+    part, num_parts: which one it is, from 0, of how many tokens that share `text`.
     """
 
     text: str
     blocks: int
     loss_nats: float | None = None
     gates: tuple[float, ...] = ()
+    part: int = 0
+    num_parts: int = 1
 
 
 class Shade(NamedTuple):
@@ -88,6 +91,8 @@ def check_tokens(tokens: Sequence[TokenDepth], num_layers: int, where: str) -> N
             problem = f"gates {[float(gate) for gate in token.gates]}; expected values from 0 to 1"
         elif token.loss_nats is not None and not math.isfinite(token.loss_nats):
             problem = f"loss_nats={token.loss_nats}; expected a finite number, or None where it is not known"
+        elif token.part not in range(token.num_parts):
+            problem = f"part={token.part} of num_parts={token.num_parts}; expected one from 0 to below that"
         if problem:
             raise ValueError(f"token {number} of {where} has {problem}")
 
@@ -101,7 +106,8 @@ def write_page(
 ) -> None:
     """Writes the page: summary, legend with the share of tokens at each depth, every (heading, tokens).
 
-    Pointing at a token, or focusing it, shows its text, blocks, loss and gates. Any text is escaped.
+    Pointing at a token, or focusing it, shows its text, blocks, loss and gates. Any text is escaped. Of tokens that
+    share a text the first one has it and the others a dot, which is not copied with the text.
     Raises ValueError for no passage, a passage without tokens, or a token that does not fit `num_layers`.
     """
     if not len(passages):
@@ -157,14 +163,15 @@ def _passage(heading: str, tokens: Sequence[TokenDepth], num_layers: int) -> str
 def _token(token: TokenDepth, num_layers: int) -> str:
     """A token, <b>, around the card that it shows, <i>; the tags are short because there are thousands."""
     text = _safe(token.text)
-    card = f"<q>{text.translate(_SPACES) or '∅'}</q>{int(token.blocks)} of {num_layers} blocks"
+    share = f"token {token.part + 1} of {token.num_parts}, " if token.num_parts > 1 else ""
+    card = f"<q>{text.translate(_SPACES) or '∅'}</q>{share}{int(token.blocks)} of {num_layers} blocks"
     if token.loss_nats is not None:
         card += f"\n{token.loss_nats:.2f} nats, {token.loss_nats / math.log(2):.2f} bits"
     if len(token.gates):
         levels = (_level(gate) for gate in token.gates)
         runs = "".join(f"V{GATE_LEVELS - level}h{len(list(run))}" for level, run in groupby(levels))
         card += f'<svg><path d="M0 {GATE_LEVELS}{runs}V{GATE_LEVELS}z"/></svg>'
-    text = text.replace("\n", "<u></u><br>") or "∅"
+    text = "<s></s>" if token.part else text.replace("\n", "<u></u><br>") or "∅"
     return f"<b class=d{int(token.blocks)} tabindex=0>{text}<i>{card}</i></b>"
 
 
@@ -210,8 +217,9 @@ section div{white-space:pre-wrap;tab-size:4;font-size:1.05rem;line-height:1.75}
 b{font-weight:400;padding:.12em 0;border-radius:3px;box-shadow:inset 0 0 0 .5px var(--page);
 -webkit-box-decoration-break:clone;box-decoration-break:clone;cursor:default}
 b:is(:hover,:focus){outline:2px solid var(--ink);outline-offset:1px}
-u{text-decoration:none;opacity:.6}
+u,s{text-decoration:none;opacity:.6}
 u::before{content:"↵"}
+s::before{content:"·"}
 i{display:none;position:fixed;inset:auto 1rem 1rem;z-index:1;pointer-events:none;white-space:pre-line;
 width:fit-content;max-width:min(22rem,100vw - 4rem);margin:.4rem auto;padding:.5rem .8rem;
 font:.85rem/1.45 system-ui,sans-serif;background:var(--card);color:var(--ink);

@@ -4,6 +4,7 @@ No text reaches the terminal as a command: control characters are made visible, 
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from rich.style import Style
 from rich.table import Table
@@ -13,13 +14,20 @@ from midskip.report.page import TokenDepth, check_tokens, palette, visible
 
 
 def depth_text(tokens: Sequence[TokenDepth], num_layers: int) -> Text:
-    """The text of the tokens, each on the shade of the blocks it ran; newlines and tabs stay.
+    """The text of the tokens, each on the shade of the blocks it ran; newlines and tabs stay. A text that several
+    tokens share is shown once, on the shade of their mean.
 
     Raises ValueError for no tokens, or for one that does not fit a model of `num_layers` layers.
     """
     check_tokens(tokens, num_layers, "the text")
     styles = _styles(num_layers)
-    return _joined([(token.text, styles[int(token.blocks)]) for token in tokens])
+    shared: list[list[TokenDepth]] = []
+    for token in tokens:
+        if token.part and shared:
+            shared[-1].append(token)
+        else:
+            shared.append([token])
+    return _joined([(row[0].text, styles[round(fmean(token.blocks for token in row))]) for row in shared])
 
 
 def legend(num_layers: int) -> Text:
