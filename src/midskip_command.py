@@ -5,9 +5,9 @@ import sys
 
 def main() -> int:
     try:
-        from midskip.cli import main as run
+        from midskip.cli import program
 
-        return run()
+        program()
     except KeyboardInterrupt:  # while a module is imported, or while an error is told
         print("midskip: error: interrupted", file=sys.stderr)
         return 130

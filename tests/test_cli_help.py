@@ -55,14 +55,14 @@ def test_every_command_has_help(command: str, words: list[str], capsys: pytest.C
 NO_TORCH = """
 import contextlib, io, sys
 import midskip_command
+from midskip.cli import main
 
 RECIPE = sys.argv[1]
 
 def says(*arguments):
-    sys.argv = ["midskip", *arguments]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         try:
-            status = midskip_command.main()
+            status = main(list(arguments))
         except SystemExit as end:
             status = end.code
     assert "midskip" in out.getvalue(), out.getvalue()
@@ -103,6 +103,25 @@ sys.exit(midskip_command.main())
 """
 
 
+LINGERING = """
+import atexit, sys, threading, time
+import midskip.commands.train as command
+
+def run(arguments):
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    atexit.register(time.sleep, 1000)
+    raise {"input": ValueError, "code": TypeError}[sys.argv[3]]("it failed")
+
+command.run = run
+sys.argv[1], start = "train", sys.argv[1]
+if start == "midskip_command":
+    import midskip_command
+    sys.exit(midskip_command.main())
+import runpy
+runpy.run_module(start, run_name="__main__", alter_sys=False)
+"""
+
+
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(midskip.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path}
@@ -122,6 +141,13 @@ def test_help_and_refused_arguments_do_not_wait_for_torch(tmp_path: Path) -> Non
 def test_an_interrupt_during_imports_is_one_line(module: str) -> None:
     done = python("-c", INTERRUPTED.replace("WHERE", module))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "midskip: error: interrupted\n")
+
+
+@pytest.mark.parametrize("start", ["midskip_command", "midskip", "midskip.cli"])
+@pytest.mark.parametrize(("kind", "status", "said"), [("input", 2, "midskip: error: it"), ("code", 1, "TypeError: it")])
+def test_no_process_outlives_its_error(start: str, kind: str, status: int, said: str) -> None:
+    done = python("-W", "ignore", "-c", LINGERING, start, "recipe.yaml", kind)
+    assert done.returncode == status and f"{said} failed\n" in done.stderr and not done.stdout
 
 
 def test_importing_midskip_is_enough_for_the_auto_classes() -> None:

@@ -1,8 +1,6 @@
 """`python -m midskip`, which is `midskip`."""
 
-import sys
-
-from midskip.cli import main
+from midskip.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
+import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
 from midskip.commands.parser import COMMANDS
+
+
+def program() -> NoReturn:
+    """`main` as a process. One that failed ends once that is told, whatever else still runs in it: threads of loaders
+    and of logs, or what a library does at exit, must not keep a terminal or a queue of jobs waiting."""
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status == 0:
+        sys.exit(0)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,4 +86,4 @@ def _fail(message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()
