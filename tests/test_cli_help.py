@@ -23,6 +23,11 @@ def test_midskip_alone_tells_its_commands(capsys: pytest.CaptureFixture[str]) ->
         assert all(f"  {command} " in out for command in cli.COMMANDS)
 
 
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"midskip {midskip.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -70,7 +75,7 @@ def says(*arguments):
     assert not loaded, f"midskip {' '.join(arguments)} imports {loaded}"
     return status
 
-assert says() == says("--help") == 0
+assert says() == says("--help") == says("--version") == 0
 from midskip.commands.parser import COMMANDS
 
 for command in COMMANDS:
@@ -143,8 +148,14 @@ def test_an_interrupt_during_imports_is_one_line(module: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "midskip: error: interrupted\n")
 
 
-@pytest.mark.parametrize("start", ["midskip_command", "midskip", "midskip.cli"])
-@pytest.mark.parametrize(("kind", "status", "said"), [("input", 2, "midskip: error: it"), ("code", 1, "TypeError: it")])
+@pytest.mark.parametrize(
+    ("start", "kind", "status", "said"),
+    [
+        ("midskip_command", "input", 2, "midskip: error: it"),
+        ("midskip", "code", 1, "TypeError: it"),
+        ("midskip.cli", "input", 2, "midskip: error: it"),
+    ],
+)
 def test_no_process_outlives_its_error(start: str, kind: str, status: int, said: str) -> None:
     done = python("-W", "ignore", "-c", LINGERING, start, "recipe.yaml", kind)
     assert done.returncode == status and f"{said} failed\n" in done.stderr and not done.stdout

@@ -38,7 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-        print("usage: midskip COMMAND ...\n\n" + "\n".join(lines) + "\n\n`midskip COMMAND --help` tells more.")
+        print(
+            "usage: midskip COMMAND ...\n\n"
+            + "\n".join(lines)
+            + "\n\n`midskip COMMAND --help` tells more, `midskip --version` which one this is."
+        )
+        return 0
+    if arguments[0] == "--version":
+        print(f"midskip {sys.modules['midskip'].__version__}")
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
