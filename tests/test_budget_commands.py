@@ -93,6 +93,16 @@ def test_budgets_that_cannot_be_used_are_one_line(
         assert out == "" and err.count("\n") == 1 and message in err, err
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_measurement(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("midskip.budget.calibrate.calibrate", lambda *args, **kwargs: pytest.fail("it was measured"))
+    (run / "config.json.part").mkdir()  # who runs the tests may write anywhere else
+    assert main(["calibrate", str(run), "--data", str(tmp_path / "here.txt")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"midskip: error: the calibration could not be saved in '{run}' (") and err.count("\n") == 1
+
+
 def test_drift_ends_generation_with_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run / "config.json"
     odd = CURVE | {"share": [1.0, 0.003, 0.002, 0.001], "share_std": [0.0] * 4, "block_tokens": 2}

@@ -105,6 +105,19 @@ def save_calibration(folder: str | Path, calibration: Calibration) -> None:
     write_atomically(file, json.dumps(values, indent=2) + "\n")
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raises ValueError if `save_calibration` could not write to the folder: to be known before the measurement."""
+    part = Path(folder, "config.json.part")  # as it will be written
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"the calibration could not be saved in {str(folder)!r} ({error.strerror}): expected a run folder that may "
+            "be written to; copy it to a place where it may"
+        ) from error
+
+
 def thinned(windows: TokenWindows, max_tokens: int) -> Windows:
     """As many of the windows, evenly spaced, as hold about `max_tokens`; all if they hold no more."""
     every = -(-len(windows) * windows.length // max_tokens)

@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> None:
         help="of the text, evenly spread; it is read some 20 to 40 times (default: %(default)s)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    from midskip.budget.calibrate import calibrate, check_settings, save_calibration, thinned
+    from midskip.budget.calibrate import calibrate, check_settings, check_writable, save_calibration, thinned
     from midskip.card import REPORT_FILE, write_card
     from midskip.distributed import joined_ranks
     from midskip.report import calibration_table
@@ -35,6 +35,7 @@ def run(arguments: list[str]) -> None:
     with joined_ranks():
         model, tokenizer = load_run(options.run)
         check_settings(model, options.lowest)
+        check_writable(options.run)
         console = Console(stderr=True)
         windows = thinned(text_of(options, model, tokenizer, console), options.max_tokens)
         name = options.name or options.data or HELD_OUT
