@@ -231,7 +231,7 @@ class SkipCache(Cache):
         if not tokens_to_remove or self._seen_BC2 is None:
             return
         self.num_columns = column
-        filled = [layer for layer in self.layers if layer.seqlens]
+        filled = [layer for layer in self.layers if layer.buffers]  # of an interrupted pass too
         counts = [(self._seen_BC2[:, :column, 0] >= 0).sum(1), *(layer.seqlens_before(column) for layer in filled)]
         self.seqlens, *seqlens = torch.stack(counts).tolist()
         for layer, layer_seqlens in zip(filled, seqlens, strict=True):

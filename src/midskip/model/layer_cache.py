@@ -146,9 +146,12 @@ class LayerCache:
     def select(self, row_R: Tensor, rows: list[int]) -> None:
         """Make sequence r what sequence `rows[r]` was; `row_R` says the same on the device."""
         if self.seqlens:
+            was_alone = len(self.seqlens) == 1
             self.buffers = [buffer.index_select(0, row_R) for buffer in self.buffers]
             self.seqlens = [self.seqlens[row] for row in rows]
             self._length_B = None if self._length_B is None else self._length_B.index_select(0, row_R)
+            if was_alone:
+                self._clear_free_slots()
 
     def seqlens_before(self, column: int) -> Tensor:
         """int64 [B], tokens held of each sequence whose column is earlier than this one."""
@@ -159,3 +162,11 @@ class LayerCache:
         self.buffers = writable(self.buffers)
         self.columns.masked_fill_(self.columns >= column, NO_COLUMN)
         self.seqlens, self._length_B = seqlens, None
+        self._clear_free_slots()
+
+    def _clear_free_slots(self) -> None:
+        """Of several sequences they may be read, and what they hold is multiplied by 0: which NaN would survive."""
+        if len(self.seqlens) > 1:
+            free_BS = self.columns[:, min(self.seqlens) :] == NO_COLUMN
+            for buffer in self.buffers[:2] + self.buffers[3:]:
+                buffer[:, min(self.seqlens) :].masked_fill_(free_BS.view(*free_BS.shape, *[1] * (buffer.ndim - 2)), 0)
