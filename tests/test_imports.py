@@ -15,6 +15,7 @@ ORDER = (
         *CORE,
         "model.config",
         "budget.calibration",
+        "budget.weights",
         "budget.monitor",
         "distributed",
         "names",

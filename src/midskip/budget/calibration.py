@@ -36,6 +36,7 @@ class Calibration:
         share_std, loss_std: standard deviation, over blocks of `block_tokens`, of the mean difference to those.
         rule: which scale a budget stands for: that of the lowest loss within the budget (`"loss"`), or the one at which
             that share ran (`"share"`), for a model that is best where all runs, as a retrofitted one.
+        weights: hashes of the weights that it was measured on, see `midskip.budget.weights`; None if not known.
 
     `Calibration.from_dict` checks what it is given; this constructor does not.
     """
@@ -52,6 +53,7 @@ class Calibration:
     share_std: list[float]
     loss_std: list[float]
     rule: str = "loss"
+    weights: dict[str, str] | None = None
 
     @classmethod
     def from_dict(cls, values: Any) -> Calibration:
@@ -61,13 +63,17 @@ class Calibration:
             ValueError: a field that is missing, unknown or impossible.
         """
         names = [field.name for field in fields(cls)]
-        if not isinstance(values, Mapping) or set(values) | {"rule"} != set(names):
+        if not isinstance(values, Mapping) or set(values) | {"rule", "weights"} != set(names):
             got = sorted(map(str, values)) if isinstance(values, Mapping) else repr(values)
             raise _broken("calibration", got, f"a dictionary of {', '.join(names)}")
         if not isinstance(values["text"], str):
             raise _broken("calibration['text']", repr(values["text"]), "a string")
         if values.get("rule", "loss") not in RULES:
             raise _broken("calibration['rule']", repr(values["rule"]), " or ".join(map(repr, RULES)))
+        hashes = values.get("weights")
+        known = hashes is None or (isinstance(hashes, Mapping) and all(isinstance(x, str) for x in hashes.values()))
+        if not known:
+            raise _broken("calibration['weights']", repr(hashes), "hashes by name of a dtype, or None")
         for name, least in (("num_tokens", 1), ("block_tokens", 1), ("num_dropped", 0)):
             value = values[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -100,10 +106,9 @@ class Calibration:
 
         By the rule `"share"` the one at which it ran, so that 1.0 runs all. By the rule `"loss"` that of the lowest
         loss at which no more ran, so that a larger budget never gives a larger loss on the text of the calibration.
-        Candidates are the points measured,
-        whose share may be above the budget by a `TOLERANCE` (so that the model as trained serves the budget it was
-        trained for), and the place on the curve where the share is the budget. The largest scale for less than ever
-        ran.
+        Candidates are the points measured, whose share may be above the budget by a `TOLERANCE` (so that the model as
+        trained serves the budget it was trained for), and the place on the curve where the share is the budget. The
+        largest scale for less than ever ran.
 
         Raises:
             ValueError: a budget that is no share.

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midskip.budget.calibration import NUM_BUCKETS, ON_DRIFT, bucket_counts, bucket_of, calibration_in
+from midskip.budget.calibration import NUM_BUCKETS, ON_DRIFT, bucket_counts, bucket_of
+from midskip.budget.weights import calibration_of
 
 SCORED_ROWS = 64  # the most tokens of a pass whose loss the monitor works out
 _is_live: ContextVar[bool] = ContextVar("is_live", default=True)
@@ -62,7 +63,7 @@ class DriftMonitor:
             next pass on; `"error"` raises `BudgetDriftError` in the pass, which takes back what it added to a cache.
 
     Raises:
-        ValueError: another `on_drift`, or a model without a calibration or without a policy that has budgets.
+        ValueError: another `on_drift`, or a model without a calibration of its weights or a policy that has budgets.
     """
 
     def __init__(self, model: nn.Module, on_drift: str = "keep"):
@@ -70,7 +71,7 @@ class DriftMonitor:
             raise ValueError(f"on_drift is {on_drift!r}; expected one of {', '.join(map(repr, ON_DRIFT))}")
         self.model: Any = model
         self.policy: Any = self.model.model.policy
-        self.calibration = calibration_in(self.model.config.calibration, self.policy.adjustable)
+        self.calibration = calibration_of(self.model)
         self.on_drift, self.is_over = on_drift, False
         self._hooks: list[Any] = []
         self._batch: Any = None  # of the pass that is looked at

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, initializa
 from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
-from midskip.budget.calibration import calibration_in
+from midskip.budget.weights import calibration_of
 from midskip.distributed import is_initialized
 from midskip.model.cache import SkipCache, unchanged_if_broken_off
 from midskip.model.config import PARTS, MidskipConfig
@@ -238,13 +238,14 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         Whether live prompts are like the text of the calibration is what a `DriftMonitor` looks at.
 
         Raises:
-            ValueError: a value out of range, a budget without calibration, or a policy that has no budget.
+            ValueError: a value out of range, a budget without a calibration or with one of other weights, as before a
+                fine-tune, or a policy that has no budget.
         """
         policy = self.model.policy
         if budget is None:
             policy.set_limits(1.0, max_layers)
             return
-        calibration = calibration_in(self.config.calibration, policy.adjustable)
+        calibration = calibration_of(self)
         policy.set_limits(calibration.scale_for(budget), max_layers)
         if budget < calibration.share[-1] and not self._warned_of_range:
             self._warned_of_range = True
