@@ -1,8 +1,10 @@
 """A budget at run time from the command line: measured, evaluated, generated under."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tiny_curve import CURVE
 from transformers import PreTrainedTokenizerFast
 
 from midskip import MidskipForCausalLM
+from midskip.budget.calibrate import calibrate
 from midskip.budget.calibration import Calibration
 from midskip.budget.monitor import BudgetDriftError, DriftMonitor
 from midskip.cli import main
@@ -34,11 +37,11 @@ def test_calibrate_evaluate_and_generate(run: Path, tmp_path: Path, capsys: pyte
     before = (run / "config.json").read_text()
     files = {file.name: file.read_bytes() for file in run.iterdir()}
     arguments = [str(run), "--data", str(tmp_path / "here.txt"), "--batch_size", "64"]
-    assert main(["calibrate", *arguments, "--lowest", "0.4", "--max_tokens", "2600", "--name", "cats"]) == 0
+    assert main(["calibrate", *arguments, "--lowest", "0.4", "--max_tokens", "2600", "--name", "cats", "--json"]) == 0
     captured = capsys.readouterr()
     curve = json.loads(captured.out)
     assert Calibration.from_dict(curve).text == "cats" and 2048 <= curve["num_tokens"] <= 2700
-    assert curve["share"][-1] < 0.55 and "Calibrated on cats" in captured.err
+    assert curve["share"][-1] < 0.55
     after = json.loads((run / "config.json").read_text())
     assert after["calibration"] == curve
     after["calibration"] = None
@@ -48,15 +51,24 @@ def test_calibrate_evaluate_and_generate(run: Path, tmp_path: Path, capsys: pyte
 
     picture = tmp_path / "curve.png"
     there = [str(run), "--data", str(tmp_path / "there.txt"), "--batch_size", "64"]
-    assert main(["evaluate", *there, "--budgets", "0.6,1", "--picture", str(picture)]) == 0
+    assert main(["evaluate", *there, "--budgets", "0.6,1", "--picture", str(picture), "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     score_scales = [Calibration.from_dict(curve).scale_for(budget) for budget in (0.6, 1.0)]
     assert [(row["budget"], row["score_scale"]) for row in result["budgets"]] == list(
         zip((0.6, 1.0), score_scales, strict=True)
     )
+    as_trained = result["as_trained"]
+    assert (as_trained["budget"], as_trained["score_scale"]) == (None, 1.0)
+    assert [as_trained[name] for name in ("executed_share", "loss")] == [result["executed_share"], result["loss"]]
+    there_share, there_loss = Calibration.from_dict(curve).at(1.0)
+    assert as_trained["calibration"] == {"text": "cats", "executed_share": there_share, "loss": there_loss}
+    assert main(["evaluate", *there, "--budgets", "0.6,1"]) == 0
+    out = capsys.readouterr().out
+    assert "there: cats" in out and "A budget is an average over text like the calibration's" in out
+    assert f"all numbers  {run / 'evaluated.json'}" in out
     assert result["budgets"][0]["executed_share"] != pytest.approx(result["executed_share"])
-    assert "there: cats" in captured.err and picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
     file = run / "config.json"  # with a curve on which the whole model is best
     file.write_text(json.dumps(json.loads(file.read_text()) | {"calibration": CURVE}))
@@ -101,6 +113,44 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_measurement(
     assert main(["calibrate", str(run), "--data", str(tmp_path / "here.txt")]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"midskip: error: the calibration could not be saved in '{run}' (") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_best_model_is_calibrated_with_its_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    shutil.copytree(run, run / "best")
+    if not same:
+        model = MidskipForCausalLM.from_pretrained(run)
+        with torch.no_grad():
+            model.model.policy.weight += 0.05
+        model.save_pretrained(run / "best")
+    seen = []
+
+    def counted(*arguments: Any, **more: Any) -> Calibration:
+        seen.append(arguments)
+        return calibrate(*arguments, **more)
+
+    monkeypatch.setattr("midskip.budget.calibrate.calibrate", counted)
+    arguments = [str(run), "--data", str(tmp_path / "here.txt"), "--batch_size", "64", "--max_tokens", "2600"]
+    assert main(["calibrate", *arguments, "--lowest", "0.6"]) == 0
+    out = capsys.readouterr().out
+    assert f"of the best model  {run / 'best' / 'config.json'}\n" in out
+    curves = [json.loads((folder / "config.json").read_text())["calibration"] for folder in (run, run / "best")]
+    assert (curves[0] == curves[1]) is same and len(seen) == (1 if same else 2)
+    for folder in (run, run / "best"):
+        MidskipForCausalLM.from_pretrained(folder).set_budget(0.7)
+
+
+def test_a_best_model_that_cannot_be_calibrated_is_a_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, run / "best")
+    (run / "best" / "model.safetensors").unlink()
+    arguments = [str(run), "--data", str(tmp_path / "here.txt"), "--batch_size", "64", "--max_tokens", "2600"]
+    assert main(["calibrate", *arguments, "--lowest", "0.6"]) == 0
+    assert "the model in best was not calibrated: " in capsys.readouterr().err
+    MidskipForCausalLM.from_pretrained(run).set_budget(0.7)
 
 
 def test_drift_ends_generation_with_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

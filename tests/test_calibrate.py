@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from torch import Tensor
 
 import midskip.budget.calibrate
 from midskip import MidskipConfig, MidskipForCausalLM
-from midskip.budget.calibrate import GAP, calibrate, loss_by_budget, thinned
+from midskip.budget.calibrate import GAP, beside_calibration, calibrate, loss_by_budget, thinned
 from midskip.budget.calibration import Calibration, bucket_counts, bucket_of
 from midskip.data import TokenWindows
 from midskip.evaluate import evaluate
-from midskip.report import budget_table, write_curves
+from midskip.report import budget_note, budget_table, write_curves
 
 Make = Callable[..., MidskipForCausalLM]
 
@@ -296,8 +297,9 @@ def test_windows_are_thinned_evenly() -> None:
 
 @torch.no_grad()
 def test_loss_by_budget_stands_beside_the_calibrations(
-    calibrated: MidskipForCausalLM, windows: list[dict[str, Tensor]], tmp_path: Path
-) -> None:
+    calibrated: MidskipForCausalLM, windows: list[dict[str, Tensor]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     calibrated.set_budget(0.9, 4)
     rows = loss_by_budget(calibrated, windows, [0.3, 0.65, 1.0], batch_size=48)
     assert calibrated.model.policy.score_scale == pytest.approx(0.5) and calibrated.model.policy.max_layers == 4
@@ -312,10 +314,23 @@ def test_loss_by_budget_stands_beside_the_calibrations(
     curve = Calibration.from_dict(CURVE | {"loss_std": [9.0] * 4, "share_std": [1.0] * 4})
     calibrated.config.calibration = curve.to_dict()
     assert all(row["in_band"] for row in loss_by_budget(calibrated, windows, [0.3, 1.0], batch_size=48))
-    table = budget_table(rows, "\x1b[31mnoise")
-    assert table.row_count == 3 and "␛[31mnoise" in str(table.title)
+    as_trained = beside_calibration(curve, 1.0, evaluate(calibrated, windows, batch_size=48))
+    table = budget_table([as_trained, *rows], "\x1b[31mnoise")
+    assert table.row_count == 4 and "␛[31mnoise" in str(table.title)
+    assert [str(cell) for cell in table.columns[0].cells] == ["as trained", "0.3", "0.65", "1"]
+    assert budget_note(curve).endswith("A larger one is never worse there; on other text it may be.")
+    assert "A larger one may be worse" in budget_note(replace(curve, rule="share"))
     write_curves(tmp_path / "curve.png", [("news", [(1.0, 2.0), (0.5, 2.5)]), ("_$x$", [(0.7, 3.0)])], "title")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    curves = [("news", [(1.0, 2.0), (0.5, 2.5)]), ("mine", [(0.7, 3.0)])]
+    figures = []
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+        write_curves(tmp_path / "none.png", curves, as_trained=[(0.8, 2.1), (0.9, 2.8)])
+    (axes,) = figures[0].axes
+    marks = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_marker() == "D"]
+    assert marks == [[[0.8, 2.1]], [[0.9, 2.8]]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["on news", "as trained", "on mine"]
     for points in ([], [(1.5, 2.0)]):
         with pytest.raises(ValueError, match="the curve of 'news' is"):
             write_curves(tmp_path / "none.png", [("news", points)])

@@ -1,6 +1,7 @@
 """The command line: every command on real input, and one clear line for input that cannot be used."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -91,10 +92,32 @@ def test_an_odd_number_of_layers_trains(place: Path) -> None:
 def test_train_prints_its_report_and_goes_on(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--training.max_steps=2"]
     for extra in ([], ["--resume"]):
-        assert main(["train", str(place / "recipe.yaml"), *overrides, *extra]) == 0
+        assert main(["train", str(place / "recipe.yaml"), *overrides, *extra, "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert report == json.loads((tmp_path / "run" / "report.json").read_text())
         assert report["training"]["steps"] == 2
+
+
+def test_train_says_what_a_person_wants_to_know_and_where_the_rest_is(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / ("long-" * 30 + "\x1b[31m[bold]") / "run"
+    overrides = [f"--data.source={place / 'text'}", f"--output={folder}", "--training.max_steps=2"]
+    assert main(["train", str(place / "recipe.yaml"), *overrides, "--dense_layers=[2]"]) == 0
+    out, err = capsys.readouterr()
+    assert not {"\x1b", "\r"} & set(out + err) and len(out.splitlines()) <= 20
+    report = json.loads((folder / "report.json").read_text())
+    found, (dense,) = report["validation"], report["dense"]
+    assert "after 2 steps on" in out and "middle_out, 5 layers" in out and "dense, 2 layers" in out
+    for name, shown in (("loss", "{:.4f}"), ("bits_per_byte", "{:.4f}"), ("flops_per_token", "{:,.0f}")):
+        assert shown.format(found[name]) in out and shown.format(dense[name]) in out, name
+    assert f"{found['executed_share']:.1%}" in out and re.search(r"training .* \d+(\.\d)? s ", out)
+    lines = dict(line.split("  ", 1) for line in out.splitlines()[-5:])
+    paths = {name.strip(): Path(path.strip().replace("␛", "\x1b")) for name, path in lines.items()}
+    files = {"page": "page.html", "picture": "picture.png", "history": "history.jsonl", "all numbers": "report.json"}
+    assert paths == {"model": folder, **{name: folder / file for name, file in files.items()}}
+    assert all(path.exists() for path in paths.values())
+    assert "step 2/2: held-out loss" in err and "step 2/2: saved checkpoint-2" in err
 
 
 def test_train_goes_on_with_another_recipe_only_if_told(
@@ -107,7 +130,7 @@ def test_train_goes_on_with_another_recipe_only_if_told(
     assert "not the one this run began with (training.learning_rate: 0.003 -> 0.01)" in message
     assert message.endswith("or accept it with --accept_changes")
     changed = [*map(str, arguments), "--training.learning_rate=0.01", "--accept_changes"]
-    assert main(["train", *changed]) == 0
+    assert main(["train", *changed, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["training"]["steps"] == 4
     assert "learning_rate: 0.01\n" in (tmp_path / "run" / "recipe.yaml").read_text()
 
@@ -115,7 +138,7 @@ def test_train_goes_on_with_another_recipe_only_if_told(
 def test_the_best_model_is_evaluated_like_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best = json.loads((place / "run" / "best" / "evaluation.json").read_text())
     assert best == json.loads((place / "run" / "report.json").read_text())["best"] and best["step"] in (2, 4)
-    assert main(["evaluate", str(place / "run" / "best"), "--data", str(place / "text")]) == 0
+    assert main(["evaluate", str(place / "run" / "best"), "--data", str(place / "text"), "--json"]) == 0
     assert 0 < json.loads(capsys.readouterr().out)["loss"] < 7
 
 
@@ -123,12 +146,19 @@ def test_evaluate_gives_the_numbers_of_the_report(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = tmp_path / "numbers.json"
-    assert main(["evaluate", str(place / "run"), "--batch_size", "2", "--output", str(written)]) == 0
+    assert main(["evaluate", str(place / "run"), "--batch_size", "2", "--output", str(written), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads(written.read_text())
+    assert result.pop("text") == "held-out text of the run"
     assert result == json.loads((place / "run" / "report.json").read_text())["validation"]
-    assert main(["evaluate", str(place / "run"), "--data", str(place / "text")]) == 0
+    assert main(["evaluate", str(place / "run"), "--data", str(place / "text"), "--json"]) == 0
     everything = json.loads(capsys.readouterr().out)
+    assert not (place / "run" / "evaluated.json").exists(), "it was printed"
+    assert main(["evaluate", str(place / "run"), "--data", str(place / "text")]) == 0
+    out = capsys.readouterr().out
+    assert json.loads((place / "run" / "evaluated.json").read_text()) == everything
+    assert out.endswith(f"\nall numbers  {place / 'run' / 'evaluated.json'}\n") and f"{everything['loss']:.4f}" in out
+    assert len(out.splitlines()) < 15
     assert everything["num_tokens"] > 3 * result["num_tokens"], "all of the text, not a share of it"
 
 

@@ -57,8 +57,8 @@ def test_a_run_on_pointers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "held-out items of pointers: 96 predictions" in card and "okenizer(" not in card
     assert train(recipe, resume=True, console=QUIET) == report, "it is finished"
 
-    assert main(["evaluate", str(folder), "--batch_size", "2"]) == 0
-    assert json.loads(capsys.readouterr().out) == found
+    assert main(["evaluate", str(folder), "--batch_size", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"text": "held-out items of the run", **found}
     for command in (["calibrate", str(folder)], ["generate", str(folder), "--prompt", "a"]):
         assert main(command) == 2
         assert "is on labelled data and has no tokenizer, which text needs" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_the_command_takes_any_text(
     folder: Path, model: MidskipForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text("<|endoftext|>\n".join(DOCUMENTS), encoding="utf-8")
-    options = ["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "numbers.json")]
+    options = ["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "numbers.json"), "--json"]
     assert main(["evaluate", str(folder), *options]) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "numbers.json").read_text()
@@ -52,7 +52,7 @@ def test_the_command_takes_any_text(
     ids = encode_documents(tokenizer, DOCUMENTS)
     apart = TokenWindows(ids, 64, drop_last=False, end_of_text=tokenizer.eos_token_id)
     expected = evaluate(read, apart, token_bytes(tokenizer))
-    assert json.loads(printed) == expected
+    assert json.loads(printed) == {"text": str(tmp_path / "text.txt"), **expected}
     longest = max(np.diff(np.append(np.flatnonzero(ids == tokenizer.eos_token_id), len(ids))))
     reached = [position for position, count in enumerate(expected["num_targets_by_position"]) if count]
     assert max(reached) < longest < 64, "documents are kept apart"

@@ -285,7 +285,7 @@ def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(
 
     assert printed("quick") == ""
     assert "100%, 12,398 tokens, " in printed("terminal", force_terminal=True)
-    monkeypatch.setattr(progress, "_LINE_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
     lines = printed("lines").splitlines()
     assert len(lines) > 10 and lines[-1].startswith("preparing text: 100%, 12,398 tokens, ")
     assert all("/s, " in line and line.endswith("s left") for line in lines)

@@ -167,7 +167,15 @@ def run_command(rank: int, folder: Path, port: int) -> dict[str, Any]:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     printed = io.StringIO()
     with redirect_stdout(printed):
-        options = ["--data", str(folder / "text.txt"), "--batch_size", "1", "--output", str(folder / f"{rank}.json")]
+        options = [
+            "--data",
+            str(folder / "text.txt"),
+            "--batch_size",
+            "1",
+            "--output",
+            str(folder / f"{rank}.json"),
+            "--json",
+        ]
         status = cli.main(["evaluate", str(folder / "run"), *options])
     return {"status": status, "printed": printed.getvalue(), "joined": dist.is_initialized()}
 

@@ -1,6 +1,7 @@
 """A run: what it writes, what it reads, its best model, and parts from outside the package."""
 
 import json
+import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from midskip import MidskipForCausalLM
-from midskip.data import WindowOrder, open_prepared, token_bytes
+from midskip.data import WindowOrder, open_prepared, progress, token_bytes
 from midskip.evaluate import evaluate
 from midskip.runs import load_run
 from midskip.train import Recipe, read_recipe, train
@@ -89,14 +90,39 @@ def test_the_loss_falls_on_text_that_repeats_itself(make_recipe: MakeRecipe) -> 
 
 
 @quick
-def test_progress_is_told_in_lines_where_there_is_no_terminal(make_recipe: MakeRecipe) -> None:
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However seldom a run logs; a line is due at once here."""
+    monkeypatch.setattr("midskip.data.progress.LINE_S", 0.0)
     screen = StringIO()
-    train(make_recipe(max_steps=12, logging_steps=1), title="[bold]toy", console=Console(file=screen, width=200))
-    lines = [line for line in screen.getvalue().splitlines() if line.startswith("[bold]toy")]
-    assert len(lines) == 2
-    for line, step in zip(lines, (10, 12), strict=True):
-        assert line.startswith(f"[bold]toy, step {step}/12: loss ")
-        assert "100% ran" in line and "tokens/s" in line and line.endswith(" s left")
+    recipe = make_recipe(max_steps=12, logging_steps=100, eval_steps=6, save_steps=6)
+    report = train(recipe, title="[bold]\x1b[31mtoy", console=Console(file=screen, width=40))
+    lines = [line for line in screen.getvalue().splitlines() if line.startswith("[bold]␛[31mtoy, step ")]
+    assert "\x1b" not in screen.getvalue() and "\r" not in screen.getvalue()
+    told = [line.removeprefix("[bold]␛[31mtoy, step ").split("/12: ") for line in lines]
+    steps = [int(step) for step, text in told if text.startswith("loss ")]
+    assert all(" 100% ran, " in text and text.endswith(" s left") for _, text in told if text.startswith("loss "))
+    assert steps == list(range(1, 13))
+    losses = [float(text.split()[2].rstrip(",")) for _, text in told if text.startswith("held-out loss ")]
+    assert len(losses) == 2 and losses[1] == pytest.approx(report["validation"]["loss"], abs=1e-4)
+    assert [step for step, text in told if text == f"saved checkpoint-{step}"] == ["6", "12"]
+    best = [step for step, text in told if text.endswith("the best so far: saved in best")]
+    assert best == (["6", "12"] if losses[1] < losses[0] else ["6"])
+    assert any(line.startswith("Evaluating: ") for line in screen.getvalue().splitlines())
+
+
+@quick
+def test_a_line_is_due_after_ten_silent_seconds(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = time.perf_counter()
+    for ago_s, due in ((9.0, False), (11.0, True)):
+        monkeypatch.setattr(progress, "_said_s", [now_s - ago_s])
+        assert progress.is_silent() is due
+    monkeypatch.setattr(progress, "_said_s", [now_s + 1000.0])  # never due
+    screen = StringIO()
+    train(make_recipe(max_steps=3, logging_steps=1), title="toy", console=Console(file=screen, width=200))
+    (line,) = [line for line in screen.getvalue().splitlines() if line.startswith("toy, step 3/3: loss ")]
+    assert line.endswith(" s left")
 
 
 # ---- what it reads

@@ -318,7 +318,16 @@ def test_launchers_do_the_same(ranks: Ranks, tmp_path: Path, launcher: str) -> N
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""}
     environment["HF_HOME"] = str(tmp_path / "home")  # where accelerate looks for a configuration of its own
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "midskip.cli", "train", str(tmp_path / "recipe.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        *LAUNCHERS[launcher],
+        "-m",
+        "midskip.cli",
+        "train",
+        str(tmp_path / "recipe.yaml"),
+        "--json",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "report.json").read_text()), "printed once"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -67,6 +68,7 @@ def evaluate(
     progress: bool = False,
     title: str = "Evaluating",
     each: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Loss and work on every window, without any regularizer, under the budget in force if there is one. This is no
     live prompt: a monitor of those does not see it.
@@ -80,9 +82,10 @@ def evaluate(
             [T], of each token: -1 for none, else below 1024.
         token_bytes: int64 [V], bytes of text each token stands for; without it there are no bits per byte.
         batch_size: windows of a forward pass.
-        progress: show a bar in a terminal, with this title.
+        progress: show a bar in a terminal, with this title, and a line now and then elsewhere.
         each: called after each batch of this rank with three float64 tensors, of its valid tokens in order: the nats of
             the prediction each made, NaN where it made none; the blocks it ran; its position, as in loss_by_position.
+        console: where progress is shown; stderr by default.
 
     Returns:
         - num_targets: predictions that were scored; loss: their mean cross-entropy in nats; perplexity: its
@@ -112,7 +115,7 @@ def evaluate(
     sums = _Sums(model, token_bytes, each, "group" in windows[0])
     with in_evaluation(model):
         with Meter(model) as meter, limits_kept(model):
-            for start in progress_bar(own, title, progress and rank == 0):
+            for start in progress_bar(own, title, progress and rank == 0, console):
                 batch = batch_of(windows, range(start, min(start + batch_size, len(windows))), model.device)
                 labels_BT, group_BT = batch.pop("labels"), batch.pop("group", None)
                 output = model(**batch, use_cache=False)

@@ -15,6 +15,8 @@ from midskip.data.labelled import is_labelled
 from midskip.model.modeling import MidskipForCausalLM
 
 PICTURE_FILE, PAGE_FILE = "picture.png", "page.html"
+BEST_FOLDER, BEST_FILE = "best", "evaluation.json"  # the model that evaluated best in training, and how
+EVALUATED_FILE = "evaluated.json"  # the last evaluation by `midskip evaluate`
 
 
 def to_json(values: Any) -> str:

@@ -6,7 +6,7 @@ N tokens, K blocks of consecutive tokens, L layers.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -246,21 +246,26 @@ def loss_by_budget(
             result = evaluate(
                 model, windows, batch_size=batch_size, progress=progress, title=f"Evaluating, budget {budget:g}"
             )
-        share, loss = result["executed_share"], result["loss"]
-        calibrated_share, calibrated_loss = calibration.at(score_scale)
-        counts = [0] * NUM_BUCKETS
-        for position, count in enumerate(result["num_targets_by_position"]):
-            counts[bucket_of(position)] += count
-        low, high = calibration.share_band(score_scale, counts)
-        highest = calibration.highest_loss(score_scale, counts)
-        rows.append(
-            {
-                "budget": budget,
-                "score_scale": score_scale,
-                "executed_share": share,
-                "loss": loss,
-                "calibration": {"text": calibration.text, "executed_share": calibrated_share, "loss": calibrated_loss},
-                "in_band": low <= share <= high and loss <= highest,
-            }
-        )
+        rows.append(beside_calibration(calibration, score_scale, result, budget))
     return rows
+
+
+def beside_calibration(
+    calibration: Calibration, score_scale: float, result: Mapping[str, Any], budget: float | None = None
+) -> dict[str, Any]:
+    """What `evaluate` gave on a text at this scale, beside the calibration, as a row of `loss_by_budget`. At the scale
+    1.0 and without a budget it is that of the model as trained."""
+    calibrated_share, calibrated_loss = calibration.at(score_scale)
+    counts = [0] * NUM_BUCKETS
+    for position, count in enumerate(result["num_targets_by_position"]):
+        counts[bucket_of(position)] += count
+    low, high = calibration.share_band(score_scale, counts)
+    share, loss = result["executed_share"], result["loss"]
+    return {
+        "budget": budget,
+        "score_scale": score_scale,
+        "executed_share": share,
+        "loss": loss,
+        "calibration": {"text": calibration.text, "executed_share": calibrated_share, "loss": calibrated_loss},
+        "in_band": low <= share <= high and loss <= calibration.highest_loss(score_scale, counts),
+    }

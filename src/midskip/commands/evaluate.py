@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from midskip.commands.parser import HELD_OUT, Parser, add_text, at_least_one, items_of, numbers, text_of, words
+from midskip.commands.parser import (
+    HELD_OUT,
+    Parser,
+    add_json,
+    add_text,
+    at_least_one,
+    items_of,
+    numbers,
+    text_of,
+    words,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from midskip.budget.calibration import Calibration
 
 
 def run(arguments: list[str]) -> None:
@@ -17,9 +34,12 @@ def run(arguments: list[str]) -> None:
         epilog="On several devices: torchrun --nproc-per-node=N -m midskip.cli evaluate ...",
     )
     add_text(parser)
-    parser.add_argument("--output", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--output", type=Path, help="file for all numbers (default: evaluated.json in the run folder)")
+    add_json(parser)
     parser.add_argument(
-        "--budgets", type=numbers, help="shares of blocks, as 0.3,0.5,1: also loss at each, beside the calibration's"
+        "--budgets",
+        type=numbers,
+        help="shares of blocks that may run on average, as 0.3,0.5,1: also loss at each, beside the calibration's",
     )
     parser.add_argument("--picture", type=Path, help="with --budgets: also draw loss against the share that ran (PNG)")
     parser.add_argument(
@@ -35,12 +55,12 @@ def run(arguments: list[str]) -> None:
         raise ValueError("--picture draws loss at several budgets: give --budgets too")
     if options.picture and not options.picture.parent.is_dir():
         raise ValueError(f"there is no folder {str(options.picture.parent)!r} to draw the picture into: make it first")
-    from midskip.budget.calibrate import loss_by_budget, scales_for
+    from midskip.budget.calibrate import beside_calibration, loss_by_budget, scales_for
     from midskip.data import DataError, token_bytes
     from midskip.distributed import joined_ranks
     from midskip.evaluate import evaluate
-    from midskip.report import budget_table, write_curves
-    from midskip.runs import load_any_run, to_json
+    from midskip.report import write_curves
+    from midskip.runs import load_any_run
 
     with joined_ranks() as rank:
         model, tokenizer = load_any_run(options.run)
@@ -55,26 +75,62 @@ def run(arguments: list[str]) -> None:
                 num_bytes = token_bytes(tokenizer)
         result = evaluate(model, windows, num_bytes, options.batch_size, progress=True)
         if calibration:
+            result["as_trained"] = beside_calibration(calibration, 1.0, result)
             result["budgets"] = loss_by_budget(model, windows, options.budgets, options.batch_size, progress=True)
     if rank:
         return
-    printed = to_json(result)
-    print(printed)
-    if options.output:
-        options.output.write_text(printed + "\n", encoding="utf-8")
-    if calibration:
-        console.print(budget_table(result["budgets"], options.data or HELD_OUT))
+    text = options.data or (HELD_OUT if tokenizer else "held-out items of the run")
+    result: dict[str, Any] = {"text": text, **result}
+    _finish(options, result, lambda console: _print_summary(console, result, calibration, tokenizer is None))
     if calibration and options.picture:
-        here = [(row["executed_share"], row["loss"]) for row in result["budgets"]]
+        rows = [(row["executed_share"], row["loss"]) for row in (result["as_trained"], *result["budgets"])]
         there = list(zip(calibration.share, calibration.loss, strict=True))
-        write_curves(options.picture, [(calibration.text, there), (options.data or HELD_OUT, here)])
+        as_trained = [calibration.at(1.0), rows[0]]
+        write_curves(options.picture, [(calibration.text, there), (text, rows[1:])], as_trained=as_trained)
+
+
+def _finish(options: argparse.Namespace, result: Any, summary: Callable[[Console], None]) -> None:
+    """Write all numbers, and print them or a summary and where they are."""
+    from midskip.report import print_line, print_paths
+    from midskip.runs import EVALUATED_FILE, to_json, write_atomically
+
+    printed, written = to_json(result), Path(options.run, EVALUATED_FILE)
+    try:
+        if options.output:
+            options.output.write_text(printed + "\n", encoding="utf-8")
+            written = options.output
+        elif not options.json:
+            write_atomically(written, printed + "\n")
+    except OSError as error:
+        print(printed)  # they are not lost
+        if options.output:
+            raise
+        print_line(Console(stderr=True), f"all numbers could not be written and are printed: {error}")
+        return
+    if options.json:
+        print(printed)
+        return
+    console = Console()
+    summary(console)
+    print_paths(console, ({"picture": options.picture} if options.picture else {}) | {"all numbers": written})
+
+
+def _print_summary(console: Console, result: dict[str, Any], calibration: Calibration | None, labelled: bool) -> None:
+    from midskip.report import budget_note, budget_table, print_line, results_table
+
+    shown = {name: value for name, value in result.items() if labelled or name != "accuracy"}
+    title = f"{result['text']}: {result['num_tokens']:,} tokens"
+    console.print(results_table({"as trained": shown}, title))
+    if calibration:
+        console.print(budget_table([result["as_trained"], *result["budgets"]], result["text"]))
+        print_line(console, budget_note(calibration))
 
 
 def _run_tasks(options: argparse.Namespace) -> None:
     if options.data or options.picture:
         raise ValueError("--tasks bring their own text: leave --data and --picture out")
     from midskip.budget.calibrate import scales_for
-    from midskip.runs import load_run, to_json
+    from midskip.runs import load_run
     from midskip.tasks import check_tasks, evaluate_tasks
 
     check_tasks(options.tasks, options.include_path)
@@ -85,7 +141,18 @@ def _run_tasks(options: argparse.Namespace) -> None:
         model, tokenizer, options.tasks, options.budgets, include_path=options.include_path, limit=options.limit,
         batch_size=options.batch_size,
     )  # fmt: skip
-    printed = to_json(rows)
-    print(printed)
-    if options.output:
-        options.output.write_text(printed + "\n", encoding="utf-8")
+    _finish(options, rows, lambda console: console.print(_tasks_table(rows)))
+
+
+def _tasks_table(rows: list[dict[str, Any]]) -> Table:
+    """A column for each budget, a row for each metric of each task."""
+    from midskip.report import comparison_table
+
+    columns = ["", *("as trained" if row["budget"] is None else f"budget {row['budget']:g}" for row in rows)]
+    cells = [["block-tokens that ran", *(f"{row['executed_share']:.1%}" for row in rows)]]
+    for task, found in rows[0]["results"].items():
+        for metric, value in found.items():
+            if isinstance(value, int | float) and "stderr" not in metric and metric != "sample_len":
+                name = f"{task}: {metric.removesuffix(',none')}"
+                cells.append([name, *(f"{row['results'][task][metric]:.4f}" for row in rows)])
+    return comparison_table(cells, columns, "tasks of lm_eval")

@@ -62,6 +62,10 @@ def add_text(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows a pass (default: %(default)s)")
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON, and no summary")
+
+
 def text_of(
     options: argparse.Namespace, model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> TokenWindows:

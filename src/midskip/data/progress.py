@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -11,16 +11,46 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 
-_LINE_S, _BAR_S = 10.0, 0.1  # between updates
+from midskip.report import print_line
+
+LINE_S, _BAR_S = 10.0, 0.1  # between updates
+_said_s = [time.perf_counter()]  # when the last line was said
 
 Item = TypeVar("Item")
 
 
-def progress_bar(items: Sequence[Item], description: str, show: bool) -> Iterable[Item]:
-    """Gives `items` one by one; if they are several and stderr is a terminal, with a bar until the end."""
-    console = Console(stderr=True)
-    disable = not (show and console.is_terminal and len(items) > 1)
+def say(console: Console, text: str) -> None:
+    """A line about a job."""
+    begin_silence()
+    print_line(console, text)
+
+
+def begin_silence() -> None:
+    """The next line is due ten seconds from now."""
+    _said_s[0] = time.perf_counter()
+
+
+def is_silent() -> bool:
+    """Whether no job of the process has said anything for so long that a line is due."""
+    return time.perf_counter() - _said_s[0] >= LINE_S
+
+
+def progress_bar(items: Sequence[Item], description: str, show: bool, console: Console | None = None) -> Iterable[Item]:
+    """Gives `items` one by one. If they are several, with a bar until the end where the console (by default stderr) is
+    a terminal, and elsewhere with a line where nothing else was said for ten seconds."""
+    console = console or Console(stderr=True)
+    if show and len(items) > 1 and not console.is_terminal:
+        return _with_lines(items, description, console)
+    disable = not (show and len(items) > 1)
     return track(items, description, console=console, transient=True, disable=disable)
+
+
+def _with_lines(items: Sequence[Item], description: str, console: Console) -> Iterator[Item]:
+    started_s = time.perf_counter()
+    for number, item in enumerate(items, 1):
+        yield item
+        if is_silent() and time.perf_counter() - started_s >= LINE_S / 10:
+            say(console, f"{description}: {number} of {len(items)}")
 
 
 class TokenBar:
@@ -30,7 +60,7 @@ class TokenBar:
     """
 
     def __init__(self, title: str, console: Console) -> None:
-        self.title, self.console = escape(title), console
+        self.title, self.console = title, console
         self.num_tokens, self.share = 0, None
         columns = (
             TextColumn("[bold]{task.description}"),
@@ -38,11 +68,11 @@ class TokenBar:
             TextColumn("{task.fields[numbers]}"),
         )
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-        self._every_s = _BAR_S if console.is_terminal else _LINE_S
+        self._every_s = _BAR_S if console.is_terminal else LINE_S
 
     def __enter__(self) -> TokenBar:
         self._bar.start()
-        self._task = self._bar.add_task(self.title, total=None, numbers="")
+        self._task = self._bar.add_task(escape(self.title), total=None, numbers="")
         self._started_s = self._shown_s = time.perf_counter()
         return self
 
@@ -68,4 +98,4 @@ class TokenBar:
         self._bar.update(self._task, numbers=numbers)
         if not self.console.is_terminal:
             left = f", {seconds * (1 / self.share - 1):.0f} s left" if self.share else ""
-            self.console.print(f"{self.title}: {numbers}{left}", highlight=False, soft_wrap=True)
+            say(self.console, f"{self.title}: {numbers}{left}")

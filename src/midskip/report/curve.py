@@ -12,9 +12,12 @@ from midskip.report.terminal import comparison_table
 
 
 def write_curves(
-    path: str | os.PathLike[str], curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], title: str = ""
-) -> None:
+    path: str | os.PathLike[str], curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], title: str = "",
+    as_trained: Sequence[tuple[float, float]] = (),
+) -> None:  # fmt: skip
     """Writes a PNG with a line for each text: its name and points (executed share in 0..1, loss in nats a token).
+
+    `as_trained` has the point of the model without a budget on each of the texts; it is marked.
 
     Raises ValueError for a text without points, or a share out of range.
     """
@@ -32,6 +35,11 @@ def write_curves(
         colour, line = ANCHORS[(3 + 3 * number) % len(ANCHORS)], "--" if number else "-"
         label = f"on {visible(name)}"
         axes.plot(shares, losses, line, color=colour, marker="o", markersize=4, linewidth=2, label=label)
+        if as_trained:
+            share, loss = as_trained[number]
+            marks = {"marker": "D", "markersize": 9, "markerfacecolor": "none", "markeredgewidth": 2}
+            label = "_" if number else "as trained"  # named once
+            axes.plot(share, loss, color=colour, linestyle="none", zorder=3, label=label, **marks)
     axes.set(xlim=(0, 1.02), xlabel="share of blocks that ran", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -51,14 +59,28 @@ def calibration_table(calibration: Calibration) -> Table:
 
 
 def budget_table(rows: Sequence[Mapping[str, Any]], text: str) -> Table:
-    """What `loss_by_budget` gives on a text of this name, beside the calibration text."""
+    """What `loss_by_budget` and `beside_calibration` give on a text of this name, beside the calibration text. A row
+    whose budget is None is that of the model as trained."""
     shown = []
     for row in rows:
         before = row["calibration"]
         shares = f"{row['executed_share']:.3f}", f"{before['executed_share']:.3f}"
         losses = f"{row['loss']:.4f}", f"{before['loss']:.4f}"
         shown.append(
-            (f"{row['budget']:g}", f"{row['score_scale']:.4g}", *shares, *losses, "yes" if row["in_band"] else "no")
-        )
+            (
+                "as trained" if row["budget"] is None else f"{row['budget']:g}", f"{row['score_scale']:.4g}", *shares,
+                *losses, "yes" if row["in_band"] else "no",
+            )
+        )  # fmt: skip
     columns = "budget", "scale of the scores", "share here", "share there", "loss here", "loss there", "in the band"
     return comparison_table(shown, columns, f"Here: {text}; there: {rows[0]['calibration']['text']}")
+
+
+def budget_note(calibration: Calibration) -> str:
+    """What a budget does not promise, for below a table of them."""
+    more = (
+        "A larger one may be worse: it is the share that runs, not the one of the lowest loss."
+        if calibration.rule == "share"
+        else "A larger one is never worse there; on other text it may be."
+    )
+    return f"A budget is an average over text like the calibration's, and no limit for each prompt. {more}"

@@ -25,7 +25,7 @@ from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
 from midskip.report import write_page, write_picture
-from midskip.runs import PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json
+from midskip.runs import BEST_FILE, BEST_FOLDER, PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json
 from midskip.train.checkpoints import (
     HISTORY_FILE,
     check_disk,
@@ -44,7 +44,7 @@ from midskip.train.peak import peak_flops
 from midskip.train.progress import ProgressBar
 from midskip.train.recipe import Recipe, TrainingSettings
 from midskip.train.text import open_windows
-from midskip.train.trainer import BEST_FILE, BEST_FOLDER, MidskipTrainer
+from midskip.train.trainer import MidskipTrainer
 
 
 def train(
@@ -136,9 +136,10 @@ def _train(
         compile_blocks(model.model.layers)
     num_bytes = None if text.tokenizer is None else _token_bytes(text.tokenizer)
 
-    def measure(module: MidskipForCausalLM) -> dict[str, Any]:
-        return evaluate(module, validation, num_bytes, settings.per_device_train_batch_size)
-
+    measure = partial(
+        evaluate, windows=validation, token_bytes=num_bytes, batch_size=settings.per_device_train_batch_size,
+        progress=not console.is_terminal, console=console,  # a terminal shows one bar at a time
+    )  # fmt: skip
     peak, peak_source = (settings.peak_flops, "the recipe") if settings.peak_flops else peak_flops(arguments)
     windows = {"train_dataset": training, "eval_dataset": validation}
     trainer = MidskipTrainer(

@@ -29,15 +29,13 @@ from midskip.data import TokenWindows, WindowOrder
 from midskip.data.labelled import TrainingItems
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
-from midskip.runs import write_atomically
+from midskip.runs import BEST_FILE, BEST_FOLDER, write_atomically
 from midskip.train.checkpoints import HISTORY_FILE, REGULARIZER_FILE, mark_complete, remove_old
 from midskip.train.fsdp import whole_state
 from midskip.train.health import Health
 from midskip.train.optimizer import build_optimizer, build_scheduler, num_warmup_steps
 from midskip.train.recipe import TrainingSettings
 from midskip.train.record import Profiler, StepRecord
-
-BEST_FOLDER, BEST_FILE = "best", "evaluation.json"  # in the run folder: the model that evaluated best, and how
 
 
 class MidskipTrainer(Trainer):
