@@ -209,8 +209,8 @@ def _calibrated(calibration: Calibration) -> list[str]:
         for share, loss, score_scale in zip(calibration.share, calibration.loss, calibration.score_scale, strict=True)
     ]
     intro = (
-        "`model.set_budget(0.5)` lets the model run at most half of its block-tokens, by this curve, measured on "
-        f"{calibration.num_tokens:,} tokens of {plain(source_name(calibration.text))}."
+        "`model.set_budget(0.5)` lets the model run at most half of its block-tokens on average, by this curve, "
+        f"measured on {calibration.num_tokens:,} tokens of {plain(source_name(calibration.text))}."
     )
     return [
         "## A budget at run time",
