@@ -55,6 +55,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 # What is prepared
 
 
+def test_what_is_left_out_and_what_is_uneven_is_told(tmp_path: Path) -> None:
+    def said(documents: list[str], name: str, **limits: int) -> str:
+        (tmp_path / name).mkdir()
+        write_text(tmp_path / name / "text.txt", documents)
+        (tmp_path / name / "more.md").write_text("more")
+        console = Console(file=io.StringIO(), width=80)
+        prepare(str(tmp_path / name), tmp_path / f"{name}-out", tokenizer="bytes", console=console, **limits)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    copies = said(["The same.\n"] * 2000, "copies")
+    assert "midskip: a file of another kind is left out (.md), " in copies
+    assert "midskip: 1 of 2,000 documents are held out, where a share of 0.05 is about 100: copies of a" in copies
+    assert "held out" not in said(sample_documents(2000), "different")
+    assert "held out" not in said(sample_documents(2000), "limited", max_validation_tokens=10), "that is why"
+
+
 def test_a_folder_holds_both_sides_their_tokenizer_and_a_summary(text: Path, tmp_path: Path) -> None:
     prepared = prepare(str(text), tmp_path / "out", vocab_size=300, validation_share=0.2, shard_tokens=1000)
     sides = dict(zip(("training", "validation"), split_documents(sample_documents(), 0.2)))

@@ -193,6 +193,16 @@ def test_a_path_that_does_not_exist(source: str, tmp_path: Path, monkeypatch: py
         read_documents(source)
 
 
+def test_files_of_other_kinds_are_mentioned(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.md", "deep/c.PDF", "deep/d", ".git/e", "deep/.f.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    for source in (str(tmp_path), f"{tmp_path},{tmp_path / 'a.txt'}"):
+        said = f"3 files of other kinds are left out (.PDF, .md, without suffix), {str(tmp_path / 'b.md')!r} for one"
+        assert Source(source).left_out.startswith(said)
+    assert Source(str(tmp_path / "a.txt")).left_out == Source("pydocs").left_out == ""
+
+
 def test_a_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("text")
     with pytest.raises(DataError, match=r"holds no file of that kind, at any depth. Expected .*\.txt, \.jsonl"):

@@ -9,7 +9,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from .progress import TokenBar
+from .progress import TokenBar, note
 from .sources import Source
 from .threads import in_order
 from .tokenizer import bytes_tokenizer, decoder_kinds, end_of_text_id, pieces
@@ -71,7 +71,9 @@ def encode_source(
 ) -> np.ndarray:
     """Token ids of all documents of a source (see `Source`), in a row, in memory: int32, one dimension."""
     documents, parts = Source(source, text_field), [np.empty(0, np.int32)]
-    with TokenBar("encoding text", console or Console(stderr=True)) as bar:
+    console = console or Console(stderr=True)
+    note(documents.left_out, console)
+    with TokenBar("encoding text", console) as bar:
         for encoded in encode_stream(tokenizer, (("", document) for document in documents)):
             parts.append(encoded.ids)
             bar.update(len(encoded.ids), documents.share_read)

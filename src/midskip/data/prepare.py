@@ -23,7 +23,7 @@ from midskip.locks import LOCK_FILE, locked, tidy
 from .encode import encode_documents, encode_stream
 from .errors import DataError
 from .prepared import FORMAT, SUMMARY_FILE, TOKENIZER_FOLDER, Prepared, is_begun, open_prepared
-from .progress import TokenBar
+from .progress import TokenBar, note
 from .shards import SHARD_TOKENS, ShardWriter
 from .sources import Source
 from .split import SIDES, split_stream
@@ -107,6 +107,8 @@ def prepare(
 def _prepare(folder: Path, settings: Mapping[str, Any], share: float, console: Console) -> Prepared:
     """The same, in a folder that is checked and locked."""
     streams = _open(settings["source"], settings["validation"], share, settings["text_field"])
+    for stream in streams:
+        note(stream.source.left_out, console)
     with console.status("preparing the tokenizer"):
         chosen = load_tokenizer(settings["tokenizer"], streams[0].training_text(), settings["vocab_size"])
     num_ids = vocabulary_size(chosen)
@@ -122,6 +124,8 @@ def _prepare(folder: Path, settings: Mapping[str, Any], share: float, console: C
     summary: dict[str, Any] = {"format": FORMAT, "settings": settings, "state": _state(settings)}
     for stream in streams:
         summary |= _write(stream, chosen, writers, limits, console)
+    if len(streams) == 1 and not any(limits.values()):
+        note(_uneven(*(summary[side]["num_documents"] for side in SIDES), share), console)
     summary["versions"] = {"midskip": sys.modules["midskip"].__version__, "python": platform.python_version()}
     summary["versions"] |= {module.__name__: module.__version__ for module in (transformers, tokenizers)}
     part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -192,6 +196,17 @@ def _write(
             share = max(stream.source.share_read or 0, counts[main]["num_tokens"] / limit)
             bar.update(len(encoded.ids) if kept else 0, min(share, 1.0) or None)
     return {side: {**counts[side], "shards": writers[side].shards} for side in counts}
+
+
+def _uneven(num_training: int, num_held_out: int, share: float) -> str:
+    """What is said of a split that chance does not explain: five standard deviations away."""
+    total = num_training + num_held_out
+    if abs(num_held_out - share * total) <= 5 * math.sqrt(share * (1 - share) * total):
+        return ""
+    return (
+        f"{num_held_out:,} of {total:,} documents are held out, where a share of {share:g} is about "
+        f"{share * total:,.0f}: copies of a document are all on one side. Remove them, or name held-out text."
+    )
 
 
 def _same(prepared: Prepared, settings: Mapping[str, Any]) -> Prepared:

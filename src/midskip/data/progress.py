@@ -99,3 +99,9 @@ class TokenBar:
         if not self.console.is_terminal:
             left = f", {seconds * (1 / self.share - 1):.0f} s left" if self.share else ""
             say(self.console, f"{self.title}: {numbers}{left}")
+
+
+def note(text: str, console: Console) -> None:
+    """A line that a user should know, if there is any text."""
+    if text:
+        say(console, f"midskip: {text}")

@@ -66,6 +66,18 @@ class Source:
         self._num_bytes, self._num_bytes_done, self._open_file = sum(self._sizes), 0, None
 
     @property
+    def left_out(self) -> str:
+        """What is said of files below its folders that are of another kind, hidden ones aside; nothing if none is."""
+        folders = [path for _, paths in _named(self.name) for path in paths if path.is_dir()] if self.files else []
+        found = {file for folder in folders for file in folder.rglob("*") if not _is_hidden(file, folder)}
+        files = sorted(file for file in found - set(self.files) if file.is_file())
+        if not files:
+            return ""
+        kinds = ", ".join(sorted({file.suffix or "without suffix" for file in files})[:5])
+        others = f"{len(files):,} files of other kinds are" if len(files) > 1 else "a file of another kind is"
+        return f"{others} left out ({kinds}), {str(files[0])!r} for one: what is read is {_KINDS}"
+
+    @property
     def has_fields(self) -> bool:
         """Whether `text_field` matters."""
         return self.is_hub or any(_kind(file)[0] != ".txt" for file in self.files)
@@ -121,9 +133,7 @@ def find_files(source: str, kinds: Container[str], expected: str) -> list[Path]:
     Raises `DataError`, saying what was `expected`, if there are none or a file is of another kind.
     """
     files: dict[Path, None] = {}
-    for part in [source] if Path(source).expanduser().exists() else source.split(","):
-        path = Path(part.strip()).expanduser()
-        paths = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    for part, paths in _named(source):
         if not paths or not part.strip():  # an empty path is that of the working folder
             raise DataError(
                 f"There is nothing at {part!r}: the path does not exist. Expected {expected}, by path, folder or glob. "
@@ -136,6 +146,17 @@ def find_files(source: str, kinds: Container[str], expected: str) -> list[Path]:
             )
         files |= dict.fromkeys(found)
     return list(files)
+
+
+def _named(source: str) -> Iterator[tuple[str, list[Path]]]:
+    """The parts of a source, and the files and folders that each of them names."""
+    for part in [source] if Path(source).expanduser().exists() else source.split(","):
+        path = Path(part.strip()).expanduser()
+        yield part, [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _below(path: Path, kinds: Container[str], expected: str) -> list[Path]:
