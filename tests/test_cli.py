@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,19 @@ def test_generate_goes_on_with_the_prompt(place: Path, capsys: pytest.CaptureFix
     )
 
 
+def test_a_prompt_is_read_from_a_file_or_standard_input(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Number 中\nand"
+    (tmp_path / "prompt.txt").write_text(f"{text}\n", encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(f"{text}\r\n".encode()), encoding="latin-1"))
+    said = []
+    for prompt in (["--prompt", text], ["--prompt", "-"], ["--prompt_file", str(tmp_path / "prompt.txt")]):
+        assert main(["generate", str(place / "run"), *prompt, "--max_new_tokens", "4"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0].startswith(text) and said == [said[0]] * 3
+
+
 # Text that would be more than text
 
 
@@ -290,6 +304,10 @@ def test_prompts_that_cannot_be_used(error: Callable[..., str], place: Path) -> 
     assert "tokens and 100 more were asked for, but the model takes at most 32" in refused("Number")
     assert refused("Number " * 50, "--max_new_tokens", "1").endswith("shorten the prompt to at most 31 tokens")
     assert refused("Number 1", "--max_new_tokens", "40").rpartition("or ask for at most ")[2] in map(str, range(20, 32))
+    (place / "latin.txt").write_bytes(b"d\xe9j\xe0")
+    assert "latin.txt' is not UTF-8 text" in error("generate", place / "run", "--prompt_file", place / "latin.txt")
+    assert "not allowed with" in refused("a", "--prompt_file", str(place / "latin.txt"))
+    assert "No such file" in error("generate", place / "run", "--prompt_file", place / "none.txt")
     assert refused("") == "the prompt is empty; give at least one character"
     assert refused("a\udcff", "--max_new_tokens", "1").startswith("the prompt is not Unicode text")
     assert "temperature is -1.0" in refused("a", "--temperature", "-1")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 def run(arguments: list[str]) -> None:
     parser = Parser("generate")
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--prompt", required=True, help="text to go on with")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", help="text to go on with; - reads it from standard input")
+    given.add_argument("--prompt_file", type=Path, help="a file with that text (UTF-8)")
     parser.add_argument("--max_new_tokens", type=at_least_one, default=100, help="default: %(default)s")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0: the most likely token (default: %(default)s)"
@@ -36,6 +40,7 @@ def run(arguments: list[str]) -> None:
         "--draft_budget", type=float, help="of lossless drafts, for --temperature 0 (default: nothing is drafted)"
     )
     options = parser.parse_args(arguments)
+    options.prompt = _prompt(options)
     from midskip.budget.monitor import DriftMonitor
     from midskip.cost import Meter
     from midskip.data import token_texts
@@ -65,6 +70,19 @@ def run(arguments: list[str]) -> None:
     console.print(text if last.part else text.append(visible(last.text)))
     console.print(f"{meter.executed_share:.1%} of the blocks ran")
     console.print(legend(num_layers))
+
+
+def _prompt(options: Namespace) -> str:
+    """The text as it is, but for the line end that editors and `echo` put last."""
+    if options.prompt not in (None, "-"):
+        return options.prompt
+    place = "standard input" if options.prompt_file is None else repr(str(options.prompt_file))
+    raw = sys.stdin.buffer.read() if options.prompt_file is None else options.prompt_file.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt in {place} is not UTF-8 text: {error}") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _with_drafts(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, options: Namespace) -> None:
