@@ -338,4 +338,4 @@ def test_a_cache_is_what_its_history_makes_it() -> None:
 
 @pytest.mark.slow
 def test_a_cache_is_what_any_history_makes_it() -> None:
-    run_state_machine_as_test(Passes, settings=many(400, stateful_step_count=40))
+    run_state_machine_as_test(Passes, settings=many(3000, stateful_step_count=40))

@@ -108,6 +108,11 @@ def test_unknown_setting_is_refused_with_a_hint(tiny: Callable[..., MidskipConfi
         ({"attention_out_bias": "no"}, "attention_out_bias is 'no'; expected True or False"),
         ({"qk_norm": None}, "qk_norm is None; expected True or False"),
         ({"use_cache": 1}, "use_cache is 1; expected True or False"),
+        ({"dtype": "float23"}, "dtype is 'float23'; expected the name of a dtype of torch, as 'float32', or None"),
+        ({"dtype": 1e-320}, "dtype is 1e-320; expected the name of a dtype"),
+        ({"pad_token_id": ""}, "pad_token_id is ''; expected the id of a token, or None"),
+        ({"eos_token_id": [1, None]}, r"eos_token_id is \[1, None\]; expected the id of a token"),
+        ({"id2label": False}, "id2label is False; expected a dictionary, or None"),
         ({"attn_implementation": "eager"}, "attn_implementation is 'eager'; .*leave it out"),
     ],
 )

@@ -50,6 +50,11 @@ def change(path: Path, old: bytes, new: bytes) -> None:
         (lambda folder: (folder / "prepared.json").write_text("{"), r"prepared\.json' is not of this version"),
         (lambda folder: (folder / "prepared.json").write_text('{"format": 1}'), r"is not of this version"),
         (lambda folder: change(folder / "prepared.json", b'"format": 1', b'"format": 2'), r"is not of this version"),
+        (lambda folder: change(folder / "prepared.json", b'"train_000001', b'"../train_000001'), r"is not of this ver"),
+        (
+            lambda folder: change(folder / "prepared.json", b'"name": "train_000001', b'"": "train'),
+            r"is not of this version",
+        ),
         (lambda folder: (folder / "train_000001.bin").unlink(), r"no shard '.*train_000001\.bin'"),
         (lambda folder: (folder / "train_000001.bin").write_bytes(b""), r"train_000001\.bin' is empty: 0 bytes"),
         (

@@ -94,14 +94,11 @@ def open_prepared(folder: str | Path) -> Prepared:
         )
     try:
         summary = json.loads(file.read_bytes())
-        known = summary["format"] == FORMAT
-        shards = {side: summary[side]["shards"] for side in SIDES}
-    except (ValueError, KeyError, TypeError):
-        known, summary, shards = False, {}, {}
-    if not known:
+        shards = _shards_of(summary)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"The file {str(file)!r} is not of this version of midskip. Expected it as written; prepare again."
-        )
+        ) from error
     paths = {side: [folder / shard["name"] for shard in shards[side]] for side in SIDES}
     for side in SIDES:
         for path, shard in zip(paths[side], shards[side], strict=True):
@@ -112,6 +109,19 @@ def open_prepared(folder: str | Path) -> Prepared:
                 )
     tokenizer = load_tokenizer(str(folder / TOKENIZER_FOLDER))
     return Prepared(folder, tokenizer, paths["training"], paths["validation"], summary)
+
+
+def _shards_of(summary: Any) -> dict[str, list[dict[str, Any]]]:
+    """By side, the shards that `prepared.json` counts. Raises an error of some kind if it is not as written."""
+    if summary["format"] != FORMAT or not isinstance(summary["settings"], dict):
+        raise ValueError
+    for side in SIDES:
+        for counted in (summary[side], *summary[side]["shards"]):
+            if type(counted["num_tokens"]) is not int:
+                raise ValueError
+        if any(Path(shard["name"]).name != shard["name"] for shard in summary[side]["shards"]):
+            raise ValueError  # not in the folder
+    return {side: summary[side]["shards"] for side in SIDES}
 
 
 def open_shards(training: str, validation: str, tokenizer: str) -> Prepared:

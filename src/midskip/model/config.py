@@ -133,6 +133,7 @@ class MidskipConfig(PretrainedConfig):
                     f"({self.num_attention_heads}): change one of them, or give MidskipConfig a head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        _check_inherited(self)
         super().__post_init__(**kwargs | {"auto_map": dict(AUTO_MAP)})
         self._check()
 
@@ -244,6 +245,23 @@ def _check_positive_integers(config: MidskipConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+
+
+def _check_inherited(config: MidskipConfig) -> None:
+    """What transformers reads without asking what it is."""
+    dtype = config.dtype
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(named, torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; expected the name of a dtype of torch, as 'float32', or None")
+    for name in ("id2label", "label2id"):
+        if not isinstance(getattr(config, name), dict | None):
+            raise ValueError(f"{name} is {getattr(config, name)!r}; expected a dictionary, or None")
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        several = name == "eos_token_id" and isinstance(value, list)
+        ids = [part for part in (value if several else [value]) if several or part is not None]
+        if not all(type(part) is int and -(2**63) <= part < 2**63 for part in ids):
+            raise ValueError(f"{name} is {value!r}; expected the id of a token, or None")
 
 
 def _check_finite(name: str, value: object) -> None:
