@@ -76,7 +76,7 @@ class Measured(MiddleOut):
 def measure(run: Path, num_passes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bits of the predictions of tokens at each depth [M, num_gates], and those tokens and the ones before [M]."""
     torch.manual_seed(0)
-    model, _ = load_run(run)
+    model, _ = load_run(run, trust=["depth_gain"])
     recipe, policy = read_recipe(run / RECIPE_FILE), model.eval().model.policy
     training, _ = cut_windows(open_text(recipe.data, run, None), recipe.data)
     found = []

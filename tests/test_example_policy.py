@@ -1,11 +1,13 @@
-"""An outside author's policy: by import path, with its recipe, its share held and its contract kept."""
+"""An outside author's policy: by import path or installed, with its recipe, its share held and its contract kept."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import QUIET, history, write_documents
 
+from midskip.policies import build_policy
 from midskip.runs import load_run
 from midskip.testing import check_policy
 from midskip.train import read_recipe, train
@@ -23,7 +25,7 @@ def test_it_keeps_the_contract() -> None:
 
 
 @pytest.mark.usefixtures("no_pictures", "on_the_cpu")
-def test_its_recipe_trains_and_frequent_tokens_leave(tmp_path: Path) -> None:
+def test_its_recipe_trains_and_frequent_tokens_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = [
         f"--output={tmp_path / 'run'}", f"--data.source={write_documents(tmp_path / 'text', 200)}",
         "--data.vocab_size=300", "--data.length=64", "--model.hidden_size=16", "--model.intermediate_size=24",
@@ -35,6 +37,17 @@ def test_its_recipe_trains_and_frequent_tokens_leave(tmp_path: Path) -> None:
     report = train(recipe, console=QUIET)
     assert sum(row["executed_share"] for row in history(recipe)[-20:]) / 20 == pytest.approx(0.5, abs=0.05)
     assert report["validation"]["executed_share"] == pytest.approx(0.5, abs=0.08)
+    with pytest.raises(ValueError, match="--trust rare_words"):
+        load_run(tmp_path / "run")
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    installed = tmp_path / "site" / f"{project['name']}-{project['version']}.dist-info"
+    installed.mkdir(parents=True)
+    (group, offers), *_ = project["entry-points"].items()
+    lines = [f"[{group}]", *(f"{name} = {path}" for name, path in offers.items())]
+    (installed / "entry_points.txt").write_text("\n".join(lines))
+    (installed / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert type(build_policy("rare_words", 4, 8, 0.02, {})).__name__ == "RareWords"
     model, _ = load_run(tmp_path / "run")
     policy = model.model.policy
     ids_1T = policy.seen[:300].argsort(descending=True)[None, ::5]  # the most frequent first

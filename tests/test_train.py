@@ -275,5 +275,5 @@ def test_a_policy_and_a_regularizer_from_outside(
         assert row["regularizer"] == pytest.approx(coefficient * sum(row["gate_mean_by_layer"]) / 4, rel=1e-5)
     state = json.loads(Path(recipe.output, "checkpoint-3", "regularizer.json").read_text())
     assert state == {"mean_coefficients": [0.75] * 4}
-    loaded, tokenizer = load_run(recipe.output)
+    loaded, tokenizer = load_run(recipe.output, trust=["outside_policy"])
     assert evaluate(loaded, windows_of(recipe)[1], token_bytes(tokenizer), 2) == report["validation"]

@@ -1,6 +1,8 @@
 """A policy of an outside author: frequent tokens leave the middle layers, rare ones stay.
 
 It needs no edit of midskip: a recipe names it as `rare_words:RareWords`, and this folder has to be on the import path.
+Or install it, `pip install examples/rare_words`: `pyproject.toml` offers it to midskip as `rare_words`, and whoever has
+it installed loads models with it without further consent.
 """
 
 import torch

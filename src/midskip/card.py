@@ -44,7 +44,7 @@ def model_card(
         tags: for the hub, beside those every model of this package has.
     """
     parts = [f"---\n{_header(name, config, report, recipe, tags)}\n---\n{MARK}", f"# {plain(name)}", _summary(config)]
-    parts += _loading(name, _is_labelled(report))
+    parts += _loading(name, config.policy, _is_labelled(report))
     if report is not None:
         parts += _measured(config, num_parameters, report, recipe)
     if config.calibration is not None:
@@ -150,22 +150,27 @@ def _summary(config: MidskipConfig) -> str:
     )
 
 
-def _loading(name: str, labelled: bool) -> list[str]:
+def _loading(name: str, policy: str, labelled: bool) -> list[str]:
+    module = policy.partition(":")[0]
+    is_ours = module == policy or module.startswith("midskip.")
+    options = "trust_remote_code=True" + ("" if is_ours else f", trust={json.dumps([module])}")
     code = f"""import torch
 from transformers import AutoModelForCausalLM
 
 name = {json.dumps(name)}  # this repository, or the folder it lies in
-model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(name, {options})
 print(model(torch.tensor([[0, 1, 2]])).logits.shape)"""
     if not labelled:
         code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = {json.dumps(name)}  # this repository, or the folder it lies in
-model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(name, {options})
 tokenizer = AutoTokenizer.from_pretrained(name)
 ids = tokenizer("The", return_tensors="pt")["input_ids"]
 print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))"""
     needed = "The package `midskip` has to be installed: it is the model's code."
+    if not is_ours:
+        needed += " So has the module of its policy, which `trust` names: it is not part of `midskip`."
     return ["## How to load it", needed, _code(code, "python")]
 
 

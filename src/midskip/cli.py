@@ -15,6 +15,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from midskip.commands.parser import COMMANDS
+from midskip.plugins import search_folder
 
 
 def program() -> NoReturn:
@@ -50,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         return _fail(f"there is no command {command!r}; expected one of {', '.join(COMMANDS)}", 2)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a recipe's own policy or regularizer may lie beside it
+    if command in ("train", "sweep") or any(option.partition("=")[0] == "--trust" for option in rest):
+        search_folder(Path.cwd())  # a recipe's own policy or regularizer may lie beside it
     shown = warnings.formatwarning
     warnings.formatwarning = _one_line
     try:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,18 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def load_run(folder: str | Path) -> tuple[MidskipForCausalLM, PreTrainedTokenizerBase]:
+def load_run(folder: str | Path, trust: Collection[str] = ()) -> tuple[MidskipForCausalLM, PreTrainedTokenizerBase]:
     """The trained model, in evaluation mode on a GPU if there is one, and its tokenizer.
 
+    Args:
+        trust: modules that a policy may be imported from because the folder says so: `["package.module"]`.
+
     Raises:
-        ValueError: the folder does not exist, holds no finished run, has files that are not whole, or the run is on
-            labelled data, which has no tokenizer.
+        ValueError: the folder does not exist, holds no finished run, has files that are not whole, names a policy that
+            is neither built in, nor offered by an installed package, nor in `trust`; or the run is on labelled data,
+            which has no tokenizer.
     """
-    model, tokenizer = load_any_run(folder)
+    model, tokenizer = load_any_run(folder, trust)
     if tokenizer is None:
         raise ValueError(
             f"the run in {str(folder)!r} is on labelled data and has no tokenizer, which text needs: give a run on "
@@ -49,12 +54,10 @@ def load_run(folder: str | Path) -> tuple[MidskipForCausalLM, PreTrainedTokenize
     return model, tokenizer
 
 
-def load_any_run(folder: str | Path) -> tuple[MidskipForCausalLM, PreTrainedTokenizerBase | None]:
-    """As `load_run`; the tokenizer is None if the recipe in the folder names labelled data.
-
-    Raises:
-        ValueError: the folder does not exist, holds no finished run, or has files that are not whole.
-    """
+def load_any_run(
+    folder: str | Path, trust: Collection[str] = ()
+) -> tuple[MidskipForCausalLM, PreTrainedTokenizerBase | None]:
+    """As `load_run`; the tokenizer is None if the recipe in the folder names labelled data."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}; expected a run folder, as `midskip train` writes it")
@@ -71,12 +74,12 @@ def load_any_run(folder: str | Path) -> tuple[MidskipForCausalLM, PreTrainedToke
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
         if kind != "midskip":
             raise ValueError(f"its model is of the type {kind!r}; expected 'midskip'")
-        model, found = MidskipForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, output_loading_info=True, ignore_mismatched_sizes=True
+        model, found = MidskipForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, trust=trust
         )
         if wrong := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
             raise ValueError(f"model.safetensors lacks {', '.join(wrong)} of the shape in config.json")
-        tokenizer = None if labelled else AutoTokenizer.from_pretrained(folder)
+        tokenizer = None if labelled else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # json, safetensors, transformers and tokenizers each raise their own kinds
         raise ValueError(f"the run in {str(folder)!r} cannot be read: {error}") from error
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:

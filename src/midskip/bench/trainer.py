@@ -11,7 +11,7 @@ import itertools
 import json
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,35 @@ from midskip.bench.models import Side, compiled
 from midskip.bench.tasks import Training, Work
 from midskip.bench.timing import Clock
 from midskip.data import TokenWindows
+from midskip.plugins import check_saved
 from midskip.policies import Policy
 from midskip.regularizers import Regularizer
 from midskip.runs import RECIPE_FILE
 from midskip.train.checkpoints import REGULARIZER_FILE, checkpoints_in, fault_of, step_of
 from midskip.train.optimizer import build_optimizer
-from midskip.train.recipe import TrainingSettings, read_recipe
+from midskip.train.recipe import TrainingSettings
 from midskip.train.run import training_arguments
+from midskip.train.saved import read_saved_recipe
 from midskip.train.trainer import MidskipTrainer
 
 WARM_UP_STEPS, TIMED_STEPS = 2, 8  # of a stretch
 
 
-def last_regularizer(run: Path) -> Regularizer | None:
-    """That of a run, as in its newest whole checkpoint; None if it kept none."""
+def last_regularizer(run: Path, trust: Collection[str] = ()) -> Regularizer | None:
+    """That of a run, as in its newest whole checkpoint; None if it kept none.
+
+    Args:
+        trust: modules that it may be imported from because the run's recipe says so.
+
+    Raises:
+        ValueError: it is from another module, and no installed package offers it.
+    """
     whole = [checkpoint for checkpoint in checkpoints_in(run) if fault_of(checkpoint) is None]
     if not whole or not (run / RECIPE_FILE).is_file():
         return None
-    regularizer = read_recipe(run / RECIPE_FILE).build_regularizer()
+    recipe = read_saved_recipe(run / RECIPE_FILE)
+    check_saved(recipe.regularizer.name, "regularizer", trust, f"the recipe in {str(run)!r}")
+    regularizer = recipe.build_regularizer()
     state = (max(whole, key=step_of) / REGULARIZER_FILE).read_text(encoding="utf-8")
     regularizer.load_state_dict(json.loads(state))
     return regularizer

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from midskip.commands.parser import Parser, at_least_one, counts, numbers, text_of, words
+from midskip.commands.parser import Parser, add_trust, at_least_one, counts, numbers, text_of, words
 
 SHAPE = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"
@@ -51,6 +51,7 @@ def parser() -> Parser:
     add("--repeats", type=at_least_one, help="of everything, in turns (default: 9)")
     add("--seed", type=int, help="of weights, tokens, depths and turns (default: 0)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add_trust(made)
     add("--output", default="runs/bench", help="folder for the numbers and the picture (default: %(default)s)")
     return made
 
@@ -62,6 +63,7 @@ def run(arguments: list[str]) -> None:
 
     given: dict[str, Any] = {name: value for name, value in vars(options).items() if value is not None}
     output, run, data = Path(given.pop("output")), given.pop("run", None), given.pop("data", None)
+    trust = given.pop("trust")
     given = with_preset(given.pop("preset", None), given, of_a_run=run is not None)
     if run is None:
         if data is not None:
@@ -72,7 +74,7 @@ def run(arguments: list[str]) -> None:
         for name, settings in settings_of.items():
             bench(settings, output / name if len(names) > 1 else output)
         return
-    model, tokenizer = load_run(run)
+    model, tokenizer = load_run(run, trust)
     settings = run_settings(model, Path(run).resolve().name, **given)
     windows = text_of(options, model, tokenizer, Console(stderr=True))
-    bench_run(settings, model, windows, output, regularizer=last_regularizer(Path(run)))
+    bench_run(settings, model, windows, output, regularizer=last_regularizer(Path(run), trust))

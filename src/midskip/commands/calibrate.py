@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> None:
 
     best, of_best = Path(options.run, BEST_FOLDER), None
     with joined_ranks():
-        model, tokenizer = load_run(options.run)
+        model, tokenizer = load_run(options.run, options.trust)
         check_settings(model, options.lowest)
         check_writable(options.run)
         console = Console(stderr=True)

@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> None:
     from midskip.runs import load_any_run
 
     with joined_ranks() as rank:
-        model, tokenizer = load_any_run(options.run)
+        model, tokenizer = load_any_run(options.run, options.trust)
         calibration = scales_for(model, options.budgets)[0] if options.budgets else None
         console = Console(stderr=True, quiet=rank > 0)
         num_bytes = None
@@ -134,7 +134,7 @@ def _run_tasks(options: argparse.Namespace) -> None:
     from midskip.tasks import check_tasks, evaluate_tasks
 
     check_tasks(options.tasks, options.include_path)
-    model, tokenizer = load_run(options.run)
+    model, tokenizer = load_run(options.run, options.trust)
     if options.budgets:
         scales_for(model, options.budgets)  # what is wrong with them is found before the long job
     rows = evaluate_tasks(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from midskip.budget.calibration import ON_DRIFT
-from midskip.commands.parser import Parser, at_least_one
+from midskip.commands.parser import Parser, add_trust, at_least_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +39,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--draft_budget", type=float, help="of lossless drafts, for --temperature 0 (default: nothing is drafted)"
     )
+    add_trust(parser)
     options = parser.parse_args(arguments)
     options.prompt = _prompt(options)
     from midskip.budget.monitor import DriftMonitor
@@ -48,7 +49,7 @@ def run(arguments: list[str]) -> None:
     from midskip.report import TokenDepth, depth_text, legend, visible
     from midskip.runs import load_run
 
-    model, tokenizer = load_run(options.run)
+    model, tokenizer = load_run(options.run, options.trust)
     model.set_budget(options.budget, options.max_layers)
     if options.budget is None and options.on_drift != "keep":
         raise ValueError(

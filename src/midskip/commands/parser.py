@@ -60,6 +60,15 @@ def add_text(parser: argparse.ArgumentParser, more: str = "") -> None:
         help=f"text, as `midskip prepare` takes it, all of it used; by default the run's own held-out text{more}",
     )
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows a pass (default: %(default)s)")
+    add_trust(parser)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="MODULE",
+        help="a module that the run may import its policy, regularizer or labelled data from, as package.module, "
+        "installed or in the current folder; may be given several times",
+    )  # fmt: skip
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -72,13 +81,14 @@ def text_of(
     """The text that the options of `add_text` name."""
     from midskip.data import TokenWindows, encode_source, end_of_text_id
     from midskip.runs import RECIPE_FILE
-    from midskip.train.recipe import DataSettings, read_recipe
+    from midskip.train.recipe import DataSettings
+    from midskip.train.saved import read_saved_recipe
     from midskip.train.text import cut_windows, open_text
 
     recipe_file = Path(options.run) / RECIPE_FILE
     if options.data is None and not recipe_file.is_file():
         raise ValueError(f"{options.run!r} has no {RECIPE_FILE} that names its held-out text: give text by --data")
-    settings = read_recipe(recipe_file).data if recipe_file.is_file() else DataSettings()
+    settings = read_saved_recipe(recipe_file).data if recipe_file.is_file() else DataSettings()
     if options.data is None:
         return cut_windows(open_text(settings, Path(options.run), console), settings)[1]
     ids = encode_source(tokenizer, options.data, console=console)
@@ -88,13 +98,16 @@ def text_of(
 
 def items_of(options: argparse.Namespace, console: Console) -> Items:
     """Those that a run on labelled data holds out."""
+    from midskip.plugins import check_saved
     from midskip.runs import RECIPE_FILE
-    from midskip.train.recipe import read_recipe
+    from midskip.train.saved import read_saved_recipe
     from midskip.train.text import open_windows
 
     if options.data is not None:
         raise ValueError(f"{options.run!r} is a run on labelled data, and --data names text: leave it out")
-    return open_windows(read_recipe(Path(options.run) / RECIPE_FILE).data, Path(options.run), console)[2]
+    settings = read_saved_recipe(Path(options.run) / RECIPE_FILE).data
+    check_saved(settings.source, "labelled data", options.trust, f"the recipe in {options.run!r}")
+    return open_windows(settings, Path(options.run), console)[2]
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ def tokenizer_of(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `source`; arguments as in `save_tokenizer`."""
     where, gguf_file = _find(source, gguf_file, revision)
-    return AutoTokenizer.from_pretrained(where, gguf_file=gguf_file)
+    return AutoTokenizer.from_pretrained(where, gguf_file=gguf_file, trust_remote_code=False)
 
 
 def _find(source: str | Path, gguf_file: str | None, revision: str | None) -> tuple[Path, str | None]:

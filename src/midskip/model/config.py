@@ -1,6 +1,7 @@
 """The shape of a model and who may skip in it. Strict: what is unknown or impossible is refused."""
 
 import os
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig
 
 from midskip.budget.calibration import Calibration
 from midskip.names import near
+from midskip.plugins import check_saved
 
 NORMS = ("sandwich", "pre")
 SKIPPED_KV = ("drop", "keep")
@@ -72,7 +74,9 @@ class MidskipConfig(PretrainedConfig):
         skip_path: what a token that skips a layer gets instead of it: `"none"`, nothing, or a map with few FLOPs, for
             each layer: `"linear"`, `"low_rank"` or `"adapter"` (`model.skip_path.SkipPath`). A new one gives nothing.
         skip_path_rank: hidden features of the last two; by default 64.
-        policy: who skips: a name in `midskip.policies` (`"middle_out"`, `"dense"`) or `"package.module:Class"`.
+        policy: who skips: a name in `midskip.policies` (`"middle_out"`, `"dense"`), that of an entry point of an
+            installed package, or `"package.module:Class"`, which is imported when a model is built. A configuration
+            from a file names the last only with the caller's consent, `trust` (`from_dict`).
         policy_settings: keyword arguments of that policy.
         use_cache: whether `generate()`, and a forward pass without gradients, use a cache unless they are told.
         calibration: what `midskip calibrate` measured, for a budget at run time: a `Calibration` as a dictionary.
@@ -141,6 +145,28 @@ class MidskipConfig(PretrainedConfig):
     def num_skip_units(self) -> int:
         """The L of policies, gates and reports; see `skip_unit`."""
         return num_skip_units(self.num_hidden_layers, self.skip_unit)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], trust: Collection[str] = (), **kwargs: Any) -> Any:
+        """As transformers does, and `from_pretrained` of configurations and models, which come through here.
+
+        Args:
+            trust: modules that a policy may be imported from because the file says so: `["package.module"]`. What is
+                built in, and what an installed package offers as an entry point, needs none.
+
+        Raises:
+            ValueError: a policy from a module that is not among them.
+        """
+        if "policy" not in kwargs:  # which would be the caller's own
+            folder = kwargs.get("name_or_path")  # of the Auto classes
+            where = "the configuration" if folder is None else f"the configuration of {str(folder)!r}"
+            check_saved(config_dict.get("policy"), "policy", trust, where)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """As transformers does; see `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As transformers does, with a module beside it that imports midskip, so that `AutoModelForCausalLM` loads the

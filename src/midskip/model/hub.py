@@ -1,15 +1,18 @@
-"""What a model takes to the Hugging Face Hub beside its files: a card that says what was measured of these weights."""
+"""What a model takes to the Hugging Face Hub beside its files, a card that says what was measured of these weights; and
+what a folder from there may do when it is loaded."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.peft_utils import check_peft_version
 
 from midskip.card import CARD_FILE, MARK, model_card, read_run
 
@@ -22,6 +25,24 @@ class CardedModel(PreTrainedModel):
     If the model was loaded from a run folder, and has its weights, the card has the numbers of that run; otherwise it
     says what the model is and how to load it. A card that somebody wrote, and that is in the repository already, stays.
     """
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, trust: Collection[str] = (), **kwargs: Any) -> Any:
+        """As transformers does, but from safetensors alone (`use_safetensors=False` is for other files).
+
+        Args:
+            trust: modules that a policy may be imported from because `config.json` says so; see
+                `MidskipConfig.from_dict`. A `config` that is given is the caller's own.
+        """
+        if not isinstance(kwargs.get("config"), PretrainedConfig):
+            kwargs["trust"] = trust
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(*arguments, **kwargs)
+
+    def load_adapter(self, *arguments: Any, **kwargs: Any) -> Any:
+        """As transformers does; `from_pretrained` calls it where an adapter lies beside a model."""
+        check_peft_version("0.20")  # those before import what an adapter's configuration names
+        return super().load_adapter(*arguments, **kwargs)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """transformers calls this with everything that is to be uploaded, its own card too."""

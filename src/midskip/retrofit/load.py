@@ -42,4 +42,4 @@ def load_to_skip(source: str, changes: dict[str, Any]) -> tuple[MidskipForCausal
         )
     finally:
         logging.set_verbosity(shown)
-    return model.eval(), AutoTokenizer.from_pretrained(source)
+    return model.eval(), AutoTokenizer.from_pretrained(source, trust_remote_code=False)

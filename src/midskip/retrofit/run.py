@@ -61,7 +61,7 @@ def _run(settings: RetrofitSettings, report: dict[str, Any], console: Console) -
     if report["stages"]:
         newest = folder / list(report["stages"])[-1]
         model = MidskipForCausalLM.from_pretrained(newest).eval()
-        tokenizer = AutoTokenizer.from_pretrained(newest)
+        tokenizer = AutoTokenizer.from_pretrained(newest, trust_remote_code=False)
     else:
         model, tokenizer = load_to_skip(settings.model, settings.changes())
     settings.check_layers(model.config.num_skip_units)

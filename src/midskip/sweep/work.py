@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from midskip.bench.results import machine
 from midskip.data.labelled import is_labelled
+from midskip.plugins import search_folder
 from midskip.runs import RECIPE_FILE
 from midskip.sweep.plan import Run, Sweep, decides
 from midskip.sweep.store import Store, strip
@@ -43,8 +43,7 @@ def work(sweep: Sweep) -> None:
 def work_elsewhere(sweep: Sweep, num_threads: int) -> None:
     """`work` in a process of its own, perhaps on another machine with the same files."""
     os.chdir(sweep.folder)
-    if str(sweep.folder) not in sys.path:
-        sys.path.insert(0, str(sweep.folder))  # as the command line does
+    search_folder(sweep.folder)  # as the command line does
     torch.set_num_threads(num_threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

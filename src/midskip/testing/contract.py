@@ -290,7 +290,7 @@ def _state(trial: Trial) -> None:
         torch.manual_seed(trial.generator.initial_seed() + 1)
         try:
             trial.model.save_pretrained(folder)
-            loaded = MidskipForCausalLM.from_pretrained(folder, dtype=torch.float64)
+            loaded = MidskipForCausalLM.from_pretrained(folder, dtype=torch.float64, trust=[trial.model.config.policy])
             after = Trial(loaded, trial.ids_BT, trial.generator, trial.where).run(trial.ids_BT, VALID_BT)
         except Exception as error:
             raise trial.failed("state", f"a saved and loaded model fails: {error}") from error

@@ -14,7 +14,8 @@ from midskip.locks import LOCK_FILE
 from midskip.regularizers import Regularizer
 from midskip.runs import PAGE_FILE, RECIPE_FILE, write_atomically
 from midskip.train.checkpoints import REGULARIZER_FILE, step_of
-from midskip.train.recipe import Recipe, changes, read_recipe
+from midskip.train.recipe import Recipe, changes
+from midskip.train.saved import read_saved_recipe
 from midskip.train.text import TEXT_FOLDER
 
 START_FILE = "start.json"  # in the run folder: what else must be the same when it goes on
@@ -33,7 +34,7 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool, accept_changes: boo
         raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
     if not resume:
         raise ValueError(f"{str(folder)!r} already holds a run; go on with it by --resume, or give another --output")
-    changed = changes(read_recipe(folder / RECIPE_FILE), recipe)
+    changed = changes(read_saved_recipe(folder / RECIPE_FILE), recipe)
     if changed and (folder / PAGE_FILE).is_file():
         raise ValueError(f"the run is finished, with another recipe ({'; '.join(changed)}): give another --output")
     if changed and not accept_changes:

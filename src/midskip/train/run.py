@@ -123,11 +123,8 @@ def _train(
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     trained = checkpoint is not None and first_step >= settings.max_steps
     set_seed(settings.seed)
-    model = (
-        MidskipForCausalLM.from_pretrained(checkpoint)
-        if trained
-        else MidskipForCausalLM(recipe.build_config(text.vocab_size, text.end_of_text))
-    )
+    config = recipe.build_config(text.vocab_size, text.end_of_text)  # and not the one in the folder
+    model = MidskipForCausalLM.from_pretrained(checkpoint, config=config) if trained else MidskipForCausalLM(config)
     regularizer.steer(model.model.policy)
     if settings.gradient_checkpointing:
         # transformers 5.23 renamed it and warns of the old name
@@ -166,7 +163,7 @@ def _train(
     trainer.bare_model.save_pretrained(folder, state_dict=state)
     model = trainer.bare_model
     if state is not None:  # the other processes are gone, and with them their parts of the weights
-        model = MidskipForCausalLM.from_pretrained(folder)
+        model = MidskipForCausalLM.from_pretrained(folder, config=model.config)
         model.to(trainer.args.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
     report = _report(recipe, model, metrics, trainer.history, {"flops_per_s": peak, "from": peak_source}, dense)
     report |= {"labelled": True} if isinstance(text, LabelledData) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from midskip.data.prepare import prepare
 from midskip.data.prepared import SUMMARY_FILE, Prepared, open_prepared, open_shards
 from midskip.data.tokenizer import DEFAULT_VOCABULARY
 from midskip.runs import RECIPE_FILE
-from midskip.train.recipe import DataSettings, read_recipe
+from midskip.train.recipe import DataSettings
+from midskip.train.saved import read_saved_recipe
 
 TEXT_FOLDER = "text"  # in the run folder: the shards, where the recipe names text
 _OF_LABELLED = ("source", "settings", "length")  # all other settings are of text
@@ -102,8 +104,9 @@ def open_text(settings: DataSettings, folder: Path, console: Console) -> Prepare
     if Path(settings.source, SUMMARY_FILE).is_file():
         return open_prepared(settings.source)
     outer = folder.parent / RECIPE_FILE
-    if outer.is_file() and read_recipe(outer).data == settings:
-        folder = folder.parent
+    with suppress(ValueError):  # somebody's file, and not of a run
+        if outer.is_file() and read_saved_recipe(outer).data == settings:
+            folder = folder.parent
     prepare(
         settings.source,
         folder / TEXT_FOLDER,
