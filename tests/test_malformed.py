@@ -244,7 +244,7 @@ def a_prompt(data: Data, good: Path) -> None:
     for name in ("prompt", *(name for name in names if name != "prompt")):
         arguments.append(f"--{name}={data.draw(options[name], name)}")
     with a_copy(good, "run") as folder, ends_well(folder), one_line() as lines, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("midskip.runs.load_run", lambda _: loaded(good))
+        patch.setattr("midskip.runs.load_run", lambda *_: loaded(good))
         status = main(arguments)
         assert (status, len(lines)) in ((0, 0), (1, 1), (2, 1)), (status, lines)
 

@@ -125,8 +125,8 @@ def _prepare(folder: Path, settings: Mapping[str, Any], share: float, console: C
     for stream in streams:
         summary |= _write(stream, chosen, writers, limits, console)
     if len(streams) == 1 and not any(limits.values()):
-        training, validation = (summary[side]["num_documents"] for side in SIDES)
-        note(_uneven(training, validation, share), console)
+        num_training, num_held_out = (summary[side]["num_documents"] for side in SIDES)
+        note(_uneven(num_training, num_held_out, share), console)
     summary["versions"] = {"midskip": sys.modules["midskip"].__version__, "python": platform.python_version()}
     summary["versions"] |= {module.__name__: module.__version__ for module in (transformers, tokenizers)}
     part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
