@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from midskip.budget.calibration import Calibration
 from midskip.model.config import MidskipConfig
+from midskip.plugins import is_module_name
 
 CARD_FILE, REPORT_FILE, RECIPE_FILE = "README.md", "report.json", "recipe.yaml"
 MARK = "<!-- Written by midskip, which replaces this page as long as this line is in it. -->"
@@ -152,8 +153,8 @@ def _summary(config: MidskipConfig) -> str:
 
 def _loading(name: str, policy: str, labelled: bool) -> list[str]:
     module = policy.partition(":")[0]
-    is_ours = module == policy or module.startswith("midskip.")
-    options = "trust_remote_code=True" + ("" if is_ours else f", trust={json.dumps([module])}")
+    is_theirs = module != policy and is_module_name(module) and not module.startswith("midskip.")
+    options = "trust_remote_code=True" + (f", trust={json.dumps([module])}" if is_theirs else "")
     code = f"""import torch
 from transformers import AutoModelForCausalLM
 
@@ -169,7 +170,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 ids = tokenizer("The", return_tensors="pt")["input_ids"]
 print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))"""
     needed = "The package `midskip` has to be installed: it is the model's code."
-    if not is_ours:
+    if is_theirs:
         needed += " So has the module of its policy, which `trust` names: it is not part of `midskip`."
     return ["## How to load it", needed, _code(code, "python")]
 

@@ -65,13 +65,18 @@ def check_saved(path: object, kind: str, trust: Collection[str], where: str) -> 
     if is_free or path in {value for _, value in _offers(kind)}:
         return
     told = f"{where} names the {kind} {path!r}"
-    if not all(part.isidentifier() for part in module.split(".")):  # nothing to type after --trust
+    if not is_module_name(module):  # nothing to type after --trust
         raise ValueError(f"{told}, which is no import path; expected 'package.module:Class'")
     raise ValueError(
         f"{told}, and a saved folder imports only what is built in or what an installed package offers as an entry "
         f"point: if you trust the module {module!r}, add --trust {module} to the command, or trust=[{module!r}] to the "
         "call in Python"
     )
+
+
+def is_module_name(text: str) -> bool:
+    """Whether it can be the name of a module, "package.module"."""
+    return all(part.isidentifier() for part in text.split("."))
 
 
 def search_folder(folder: Path) -> None:
