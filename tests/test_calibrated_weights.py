@@ -41,8 +41,13 @@ def trained_on(model: MidskipForCausalLM, steps: int = 1) -> MidskipForCausalLM:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_word_embeddings": True}, {"policy_settings": {"gates": "hard"}}, {"policy": "independent"}],
-    ids=["soft", "tied", "hard", "independent"],
+    [
+        {"initializer_range": 1e-4},
+        {"tie_word_embeddings": True},
+        {"policy_settings": {"gates": "hard"}},
+        {"policy": "independent"},
+    ],
+    ids=["tiny weights", "tied", "hard", "independent"],
 )
 def test_saving_loading_and_casting_keep_a_calibration(make_model: Make, tmp_path: Path, changes: dict) -> None:
     model = bound(make_model("mixed", torch.float32, **changes))
