@@ -39,9 +39,11 @@ def locked(folder: Path) -> Iterator[None]:
         file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", encoding="utf-8")
         yield
     finally:
-        with suppress(OSError):
-            file.unlink()  # while it is locked: who has opened it by now sees that it is gone, and tries again
-        lock.release()
+        try:
+            with suppress(OSError):
+                file.unlink()  # while it is locked: who has opened it by now sees that it is gone, and tries again
+        finally:
+            lock.release()  # if interrupted too
         with suppress(OSError):
             for path in made:
                 path.rmdir()
