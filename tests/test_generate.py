@@ -85,7 +85,7 @@ def test_a_prompt_of_the_greatest_length_is_taken(
     message = r"the prompt has 63 tokens and 2 more .* at most 64 together: shorten the prompt or ask for at most 1"
     with pytest.raises(ValueError, match=message):
         generate(model, tokenizer, prompt, 2)
-    with pytest.raises(ValueError, match=r"the prompt has 70 tokens .* ask for at most 0"):
+    with pytest.raises(ValueError, match=r"the prompt has 70 tokens .* shorten the prompt to at most 63 tokens"):
         generate(model, tokenizer, "z" * 70, 1)
 
 

@@ -126,6 +126,13 @@ def test_a_run_that_is_not_finished_says_how_to_go_on(folder: Path) -> None:
         shutil.rmtree(folder / "checkpoint-2", ignore_errors=True)
 
 
+def test_a_recipe_that_is_none_does_not_hide_what_lacks(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text("data: text\nregularizer: none\n")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no finished run \(it lacks tokenizer\.json\)"):
+        load_run(folder)
+
+
 def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     train_tokenizer([*DOCUMENTS, "entirely other words in there"], 300).save_pretrained(folder)
     with pytest.raises(ValueError, match=r"has 300 tokens and its model 290: they do not belong together"):

@@ -84,7 +84,7 @@ def read_run(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any] 
             ) from error
     of_a_run = ({"validation", "training"}, {"data", "regularizer"})  # others, as the demo's report, are not shown
     report, recipe = (
-        values if isinstance(values, dict) and keys <= values.keys() else None
+        values if isinstance(values, dict) and all(isinstance(values.get(key), dict) for key in keys) else None
         for values, keys in zip(found, of_a_run, strict=True)
     )
     return report, recipe
