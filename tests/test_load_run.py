@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sample_text import DOCUMENTS
+from tiny_runs import QUIET
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from midskip import MidskipForCausalLM
 from midskip.cli import main
-from midskip.data import TokenWindows, encode_documents, token_bytes, train_tokenizer
+from midskip.data import TokenWindows, encode_documents, open_prepared, prepare, token_bytes, train_tokenizer
 from midskip.evaluate import evaluate
 from midskip.runs import load_run
 
@@ -56,6 +57,21 @@ def test_the_command_takes_any_text(
     longest = max(np.diff(np.append(np.flatnonzero(ids == tokenizer.eos_token_id), len(ids))))
     reached = [position for position, count in enumerate(expected["num_targets_by_position"]) if count]
     assert max(reached) < longest < 64, "documents are kept apart"
+
+
+def test_the_held_out_side_of_a_prepared_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("<|endoftext|>\n".join(DOCUMENTS * 3), encoding="utf-8")
+    for name, tokenizer in (("own", str(folder)), ("other", "bytes")):
+        prepare(str(text), tmp_path / name, tokenizer=tokenizer, validation_share=0.3, console=QUIET)
+    assert main(["evaluate", str(folder), "--data", str(tmp_path / "own"), "--json"]) == 0
+    read, tokenizer = load_run(folder)
+    expected = evaluate(read, open_prepared(tmp_path / "own").windows("validation", 64), token_bytes(tokenizer))
+    assert json.loads(capsys.readouterr().out) == {"text": str(tmp_path / "own"), **expected}
+    assert main(["evaluate", str(folder), "--data", str(tmp_path / "other")]) == 2
+    assert "was prepared with another tokenizer than that of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

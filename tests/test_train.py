@@ -51,6 +51,7 @@ def test_a_run_from_a_folder_of_text_writes_all_its_files(make_recipe: MakeRecip
     assert isinstance(model, MidskipForCausalLM) and model.config.num_hidden_layers == 4
     assert model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id
     assert tokenizer.decode(tokenizer("the cat sat")["input_ids"]) == "the cat sat"
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == recipe.data.length
     assert read_recipe(folder / "recipe.yaml") == recipe
     text = open_prepared(folder / "text")
     assert json.loads((folder / "start.json").read_text()) == {"num_processes": 1, "shards": text.check(QUIET)}

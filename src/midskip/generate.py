@@ -52,7 +52,7 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the prompt is not Unicode text: {error}") from error
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")
     room = model.config.max_position_embeddings

@@ -57,7 +57,8 @@ def add_text(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument("run", help="run folder")
     parser.add_argument(
         "--data",
-        help=f"text, as `midskip prepare` takes it, all of it used; by default the run's own held-out text{more}",
+        help="text, as `midskip prepare` takes it, all of it used, or the held-out text of a folder that it wrote; by "
+        f"default the run's own held-out text{more}",
     )
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows a pass (default: %(default)s)")
     add_trust(parser)
@@ -79,7 +80,8 @@ def text_of(
     options: argparse.Namespace, model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> TokenWindows:
     """The text that the options of `add_text` name."""
-    from midskip.data import TokenWindows, encode_source, end_of_text_id
+    from midskip.data import TokenWindows, encode_source, end_of_text_id, open_prepared
+    from midskip.data.prepared import SUMMARY_FILE
     from midskip.runs import RECIPE_FILE
     from midskip.train.recipe import DataSettings
     from midskip.train.saved import read_saved_recipe
@@ -91,9 +93,18 @@ def text_of(
     settings = read_saved_recipe(recipe_file).data if recipe_file.is_file() else DataSettings()
     if options.data is None:
         return cut_windows(open_text(settings, Path(options.run), console), settings)[1]
+    length = model.config.max_position_embeddings
+    if Path(options.data, SUMMARY_FILE).is_file():
+        prepared = open_prepared(options.data)
+        if prepared.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"{options.data!r} was prepared with another tokenizer than that of {options.run!r}: give the text "
+                f"itself, or prepare it with --tokenizer {options.run}"
+            )
+        return prepared.windows("validation", length, settings.separate_documents)
     ids = encode_source(tokenizer, options.data, console=console)
     end_of_text = end_of_text_id(tokenizer) if settings.separate_documents else None
-    return TokenWindows(ids, model.config.max_position_embeddings, drop_last=False, end_of_text=end_of_text)
+    return TokenWindows(ids, length, drop_last=False, end_of_text=end_of_text)
 
 
 def items_of(options: argparse.Namespace, console: Console) -> Items:

@@ -42,6 +42,7 @@ def open_windows(
     text = open_text(settings, folder, console)
     if Path(settings.source, SUMMARY_FILE).is_file():
         _check_prepared(settings, text.summary["settings"])
+    text.tokenizer.model_max_length = settings.length  # which the model takes at most
     return text, *cut_windows(text, settings)
 
 
