@@ -74,6 +74,17 @@ def test_the_held_out_side_of_a_prepared_folder(
     assert "was prepared with another tokenizer than that of" in capsys.readouterr().err
 
 
+def test_a_page_of_ones_own_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.txt").write_text("the cat <b>sat</b> 你好", encoding="utf-8")
+    page = tmp_path / "own.html"
+    assert main(["evaluate", str(folder), "--data", str(tmp_path / "own.txt"), "--page", str(page)]) == 0
+    assert f"\npage         {page}\n" in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert "passage 1" in text and "passage 2" not in text and "你" in text and "<b>" not in text
+    assert main(["evaluate", str(folder), "--data", str(tmp_path / "own.txt"), "--page", str(tmp_path / "no/p")]) == 2
+    assert "for the page: make it first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -13,7 +13,7 @@ from midskip.cli import main
     [
         (["--tasks", "piqa"], "tasks are those of lm_eval, which is not installed: pip install 'midskip[tasks]'"),
         (["--tasks", "piqa", "--include_path", "nowhere"], "there is no folder 'nowhere' of tasks"),
-        (["--tasks", "piqa", "--data", "text"], "--tasks bring their own text: leave --data and --picture out"),
+        (["--tasks", "piqa", "--data", "text"], "--tasks bring their own text: leave --data, --picture and --page out"),
     ],
 )
 def test_what_is_refused(

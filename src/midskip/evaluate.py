@@ -245,3 +245,16 @@ def depth_of_tokens(
         TokenDepth(text, blocks, loss, tuple(gates_L), part, num_parts)
         for (text, part, num_parts), blocks, gates_L, loss in zip(texts, blocks_T, gates_TL, found, strict=True)
     ]
+
+
+def passages(
+    model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase | None, windows: Items, most: int = 4
+) -> list[list[TokenDepth]]:
+    """`depth_of_tokens` of some windows, evenly spread."""
+    count, found = min(most, len(windows)), []
+    for number in range(count):
+        window = windows[number * len(windows) // count]
+        valid = window.get("attention_mask", torch.ones_like(window["input_ids"])).bool()
+        ids, positions = window["input_ids"][valid].tolist(), window.get("position_ids")
+        found.append(depth_of_tokens(model, tokenizer, ids, None if positions is None else positions[valid].tolist()))
+    return found

@@ -42,6 +42,7 @@ def run(arguments: list[str]) -> None:
         help="shares of blocks that may run on average, as 0.3,0.5,1: also loss at each, beside the calibration's",
     )
     parser.add_argument("--picture", type=Path, help="with --budgets: also draw loss against the share that ran (PNG)")
+    parser.add_argument("--page", type=Path, help="also write passages coloured by depth (HTML), at most four")
     parser.add_argument(
         "--tasks", type=words, help="tasks of lm_eval, as piqa,lambada_openai, instead of text; with --budgets at each"
     )
@@ -53,13 +54,15 @@ def run(arguments: list[str]) -> None:
         return
     if options.picture and not options.budgets:
         raise ValueError("--picture draws loss at several budgets: give --budgets too")
-    if options.picture and not options.picture.parent.is_dir():
-        raise ValueError(f"there is no folder {str(options.picture.parent)!r} to draw the picture into: make it first")
+    for name in ("picture", "page"):
+        file = getattr(options, name)
+        if file and not file.parent.is_dir():
+            raise ValueError(f"there is no folder {str(file.parent)!r} for the {name}: make it first")
     from midskip.budget.calibrate import beside_calibration, loss_by_budget, scales_for
     from midskip.data import DataError, token_bytes
     from midskip.distributed import joined_ranks
-    from midskip.evaluate import evaluate
-    from midskip.report import write_curves
+    from midskip.evaluate import evaluate, passages
+    from midskip.report import write_curves, write_page
     from midskip.runs import load_any_run
 
     with joined_ranks() as rank:
@@ -81,6 +84,10 @@ def run(arguments: list[str]) -> None:
         return
     text = options.data or (HELD_OUT if tokenizer else "held-out items of the run")
     result: dict[str, Any] = {"text": text, **result}
+    if options.page:
+        shown = [(f"passage {number}", tokens) for number, tokens in enumerate(passages(model, tokenizer, windows), 1)]
+        ran = {"block-tokens that ran": f"{result['executed_share']:.1%}", "loss": f"{result['loss']:.4f} nats a token"}
+        write_page(options.page, f"Depth by token: {text}", shown, model.config.num_skip_units, ran)
     _finish(options, result, lambda console: _print_summary(console, result, calibration, tokenizer is None))
     if calibration and options.picture:
         rows = [(row["executed_share"], row["loss"]) for row in (result["as_trained"], *result["budgets"])]
@@ -112,7 +119,8 @@ def _finish(options: argparse.Namespace, result: Any, summary: Callable[[Console
         return
     console = Console()
     summary(console)
-    print_paths(console, ({"picture": options.picture} if options.picture else {}) | {"all numbers": written})
+    named = {name: file for name in ("picture", "page") if (file := getattr(options, name))}
+    print_paths(console, named | {"all numbers": written})
 
 
 def _print_summary(console: Console, result: dict[str, Any], calibration: Calibration | None, labelled: bool) -> None:
@@ -127,8 +135,8 @@ def _print_summary(console: Console, result: dict[str, Any], calibration: Calibr
 
 
 def _run_tasks(options: argparse.Namespace) -> None:
-    if options.data or options.picture:
-        raise ValueError("--tasks bring their own text: leave --data and --picture out")
+    if options.data or options.picture or options.page:
+        raise ValueError("--tasks bring their own text: leave --data, --picture and --page out")
     from midskip.budget.calibrate import scales_for
     from midskip.runs import load_run
     from midskip.tasks import check_tasks, evaluate_tasks

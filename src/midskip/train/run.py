@@ -19,7 +19,7 @@ from midskip.card import source_name, write_card
 from midskip.data import DataError, LabelledData, token_bytes
 from midskip.data.labelled import Items
 from midskip.distributed import first_goes_first, num_launched
-from midskip.evaluate import depth_of_tokens, evaluate
+from midskip.evaluate import evaluate, passages
 from midskip.locks import locked, tidy
 from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
@@ -238,22 +238,15 @@ def write_pages(
     drawn = history[:: max(1, len(history) // 500)]
     shares = [(row["step"], row["share_by_layer"]) for row in drawn]
     write_picture(folder / PICTURE_FILE, metrics["share_by_layer"], shares, f"Share of tokens that ran: {folder.name}")
-    num_passages = min(4, len(validation))
-    passages = []
-    for number in range(num_passages):
-        window = validation[number * len(validation) // num_passages]
-        valid = window.get("attention_mask", torch.ones_like(window["input_ids"])).bool()
-        ids, positions = window["input_ids"][valid].tolist(), window.get("position_ids")
-        tokens = depth_of_tokens(model, tokenizer, ids, None if positions is None else positions[valid].tolist())
-        kind = "held-out text, passage" if tokenizer is not None else "held-out item"
-        passages.append((f"{kind} {number + 1}", tokens))
+    kind = "held-out text, passage" if tokenizer is not None else "held-out item"
+    shown = [(f"{kind} {number}", tokens) for number, tokens in enumerate(passages(model, tokenizer, validation), 1)]
     pattern = "{loss:.4f} nats a token, {flops_per_token:,.0f} FLOPs"
     summary = {"validation": pattern.format(**metrics), "block-tokens that ran": f"{metrics['executed_share']:.1%}"}
     summary |= {f"dense, {row['num_hidden_layers']} layers": pattern.format(**row) for row in report["dense"]}
     if not report["dense"] and model.config.policy != "dense":
         summary["dense model of fewer layers"] = "none was trained (dense_layers)"
     part = folder / f"{PAGE_FILE}.part"
-    write_page(part, f"Depth by token: {folder.name}", passages, model.config.num_skip_units, summary)
+    write_page(part, f"Depth by token: {folder.name}", shown, model.config.num_skip_units, summary)
     part.replace(folder / PAGE_FILE)  # whole or not there: it marks the run as finished
 
 
