@@ -241,13 +241,32 @@ def test_the_shape_of_a_model_never_changes(stopped: Path) -> None:
     assert everything(stopped) == before
 
 
-def test_a_finished_run_takes_no_other_recipe(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(max_steps=1)
+def test_a_finished_run_takes_more_steps_and_no_other_recipe(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(max_steps=2, save_steps=1, eval_steps=1, dense_layers=[2])
     train(recipe, console=QUIET)
-    longer = replace(recipe, training=replace(recipe.training, max_steps=2))
-    for accept_changes in (False, True):
-        with pytest.raises(ValueError, match=r"is finished, with another recipe \(training\.max_steps: 1 -> 2\): give"):
-            train(longer, True, accept_changes, console=QUIET)
+    folder, before = Path(recipe.output), everything(Path(recipe.output))
+
+    def other(**training: Any) -> Recipe:
+        return replace(recipe, training=replace(recipe.training, **training))
+
+    told = r"the run is finished, with another recipe \(training\."
+    for given, accept_changes, message in (
+        ({"max_steps": 4}, False, r"max_steps: 2 -> 4\): give another --output, or train it for longer with --accept"),
+        ({"max_steps": 4, "seed": 5}, True, r".*\): give another --output; --accept_changes allows more training.max"),
+        ({"max_steps": 1}, True, r"max_steps: 2 -> 1\): give another --output; --accept_changes allows more"),
+    ):
+        with pytest.raises(ValueError, match=told + message):
+            train(other(**given), True, accept_changes, console=QUIET)
+    assert everything(folder) == before
+    report = train(other(max_steps=4), True, True, console=QUIET)
+    assert [row["step"] for row in history(recipe)] == [1, 2, 3, 4] and report["training"]["steps"] == 4
+    assert (folder / "page.html").is_file() and len(report["dense"]) == 1
+    dense = [json.loads(line)["step"] for line in (folder / "dense-2" / "history.jsonl").read_text().splitlines()]
+    assert dense == [1, 2, 3, 4] and read_recipe(folder / "recipe.yaml").training.max_steps == 4
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match=r"max_steps: 4 -> 5\), and has no checkpoint to go on from"):
+        train(other(max_steps=5), True, True, console=QUIET)
     with pytest.raises(ValueError, match=r"run' already holds a run; go on with it by --resume, or give another"):
         train(recipe, console=QUIET)
 

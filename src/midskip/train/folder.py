@@ -34,13 +34,30 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool, accept_changes: boo
         raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
     if not resume:
         raise ValueError(f"{str(folder)!r} already holds a run; go on with it by --resume, or give another --output")
-    changed = changes(read_saved_recipe(folder / RECIPE_FILE), recipe)
+    changed = changes(before := read_saved_recipe(folder / RECIPE_FILE), recipe)
     if changed and (folder / PAGE_FILE).is_file():
-        raise ValueError(f"the run is finished, with another recipe ({'; '.join(changed)}): give another --output")
-    if changed and not accept_changes:
+        told = f"the run is finished, with another recipe ({'; '.join(changed)})"
+        if not is_extension(before, recipe):
+            raise ValueError(f"{told}: give another --output; --accept_changes allows more training.max_steps alone")
+        if not accept_changes:
+            raise ValueError(f"{told}: give another --output, or train it for longer with --accept_changes")
+        if not any(folder.glob("checkpoint-*")):
+            raise ValueError(f"{told}, and has no checkpoint to go on from: give another --output")
+    elif changed and not accept_changes:
         raise ValueError(f"the recipe is not the one this run began with ({'; '.join(changed)}): {OUTDATED}")
     if fixed := [change for change in changed if change.startswith("model.")]:
         raise ValueError(f"the shape of a model cannot change in a run ({'; '.join(fixed)}): give another --output")
+
+
+def is_extension(before: Recipe, recipe: Recipe) -> bool:
+    """Whether nothing but the number of steps differs, and rises."""
+    more = before.training.max_steps < recipe.training.max_steps
+    return more and len(changes(before, recipe)) == 1
+
+
+def is_finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run in a folder that was checked came to its recipe's end. The page is written last."""
+    return (folder / PAGE_FILE).is_file() and not is_extension(read_saved_recipe(folder / RECIPE_FILE), recipe)
 
 
 def check_start(folder: Path, start: dict[str, Any], accept_changes: bool) -> None:
@@ -99,7 +116,8 @@ def unless_refused(folder: Path) -> Iterator[None]:
 def begin(folder: Path, recipe: Recipe, text: Prepared | LabelledData, start: dict[str, Any]) -> None:
     """Write down what the run begins with."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(folder / RECIPE_FILE)  # first: it makes the folder that of a run
+    (folder / PAGE_FILE).unlink(missing_ok=True)  # of a shorter run; from now on this one is not finished
+    recipe.save(folder / RECIPE_FILE)  # first of all it writes: it makes the folder that of a run
     write_atomically(folder / START_FILE, json.dumps(start, indent=1))
     if text.tokenizer is not None:
         text.tokenizer.save_pretrained(folder)

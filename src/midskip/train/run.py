@@ -35,7 +35,7 @@ from midskip.train.checkpoints import (
     remove_old,
     step_of,
 )
-from midskip.train.folder import begin, check_folder, check_start, load_regularizer, unless_refused
+from midskip.train.folder import begin, check_folder, check_start, is_finished, load_regularizer, unless_refused
 from midskip.train.fsdp import check_fsdp, whole_state
 from midskip.train.health import Health
 from midskip.train.memory import check_memory
@@ -60,7 +60,8 @@ def train(
 
     Args:
         resume: go on from the newest complete checkpoint in the folder; a run that is finished stays as it is.
-        accept_changes: go on although the recipe, the text or the number of processes is not the one it began with.
+        accept_changes: go on although the recipe, the text or the number of processes is not the one it began with; a
+            finished run only if nothing but `max_steps` changed, to more.
         title: of the progress bar.
 
     Raises:
@@ -83,7 +84,7 @@ def train(
             if is_first:
                 for one in (recipe, *dense_recipes(recipe)):
                     check_folder(Path(one.output), one, resume, accept_changes)
-            if resume and (folder / PAGE_FILE).is_file():  # written last: the run is finished
+            if resume and is_finished(folder, recipe):
                 tidy(folder)
                 return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")) if is_first else {}
             if is_first:
