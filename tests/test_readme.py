@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 import midskip
 from midskip.cli import main
+from midskip.report import write_idea
 from midskip.train import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -234,7 +235,7 @@ def test_files_and_tests_named_are_there(page: Path) -> None:
 
 
 def test_the_picture_of_the_idea_is_the_one_we_draw(tmp_path: Path) -> None:
-    midskip.report.write_idea(tmp_path / "idea.svg")
+    write_idea(tmp_path / "idea.svg")
     assert (tmp_path / "idea.svg").read_bytes() == (ROOT / "docs" / "idea.svg").read_bytes()
 
 
