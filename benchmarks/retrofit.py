@@ -130,7 +130,7 @@ def random_rows(folder: Path) -> list[dict[str, Any]]:
     rows = []
     with everything_run(whole):
         losses = {name: evaluate(whole, windows)["loss"] for name, windows in texts.held_out.items()}
-    for share in settings.shares:
+    for share in settings.trained_shares(config.num_skip_units):
         random = {"policy": "random", "policy_settings": {"share": share, "outer": settings.outer}}
         values = {name: x for name, x in config.to_dict().items() if name not in ("architectures", "dtype", "auto_map")}
         values.pop("transformers_version", None)
