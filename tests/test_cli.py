@@ -4,12 +4,12 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 import torch
+from tags import Tags
 
 from midskip.cli import main
 from midskip.runs import load_run
@@ -54,27 +54,6 @@ def error(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return err.removeprefix("midskip: error: ").rstrip()
 
     return run
-
-
-class Tags(HTMLParser):
-    """The tags of a page, and its text outside of the cards."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.text, self.in_card = "", False
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.tags.add(tag)
-        self.in_card |= tag == "i"
-
-    def handle_endtag(self, tag: str) -> None:
-        self.in_card &= tag != "i"
-
-    def handle_data(self, data: str) -> None:
-        self.text += "" if self.in_card else data
 
 
 # What works

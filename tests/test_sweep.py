@@ -20,7 +20,6 @@ from midskip.sweep import FailedRunsError, listed, plan, read_sweep, run_sweep, 
 from midskip.sweep.plan import Run, Sweep
 from midskip.sweep.store import Store
 
-ROOT = Path(__file__).parent.parent
 TUNED = DENSE | {"learning_rates": [0.001, "2e-3", 0.004]}
 
 
@@ -348,18 +347,3 @@ def test_recipes_are_found_beside_the_file_or_in_the_current_folder(
     assert keys_of(read_sweep(path)) == keys_of(beside)
     (tmp_path / "sweeps" / "recipe.yaml").unlink()
     assert read_sweep(path).points[0].recipe.training.max_steps == 9
-
-
-def test_the_examples_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
-    (tmp_path / "SWEEP.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
-    monkeypatch.chdir(ROOT)
-    shown, depth = read_sweep(tmp_path / "SWEEP.yaml"), read_sweep("sweeps/pydocs-depth.yaml")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    assert len(read_sweep("sweeps/pointers.yaml").runs({})) == 3 * 43
-    assert len(read_sweep("sweeps/bytes.yaml").runs({})) == 3 * 24
-    assert sum(point.num_runs() for point in shown.points) == 5 * (3 + 2)
-    assert [run.label for run in depth.runs({})][:4] == [
-        *(f"dense num_hidden_layers={layers} seed=0" for layers in (2, 4, 8)), "gated seed=0",
-    ]  # fmt: skip
-    assert len(depth.runs({})) == 12
