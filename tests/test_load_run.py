@@ -160,6 +160,13 @@ def test_a_recipe_that_is_none_does_not_hide_what_lacks(folder: Path) -> None:
         load_run(folder)
 
 
+def test_a_tokenizer_whose_settings_make_no_sense_is_refused(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": ""}))
+    with pytest.raises(ValueError, match="cannot be read: '>' not supported"):
+        load_run(folder)
+
+
 def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     train_tokenizer([*DOCUMENTS, "entirely other words in there"], 300).save_pretrained(folder)
     with pytest.raises(ValueError, match=r"has 300 tokens and its model 290: they do not belong together"):

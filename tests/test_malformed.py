@@ -12,7 +12,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,8 @@ def a_recipe(data: Data, good: Path) -> None:
     raw = yaml.safe_dump(tree, allow_unicode=True).encode()
     if data.draw(st.sampled_from([False] * 4 + [True]), "not YAML"):
         raw = changed_bytes(data, raw)
+        with suppress(ValueError, yaml.YAMLError):  # what is left may still be a recipe
+            tree = yaml.safe_load(raw)
     resume = data.draw(st.booleans(), "resume")
     with a_copy(good, "run") as folder:
         shutil.rmtree(folder / "run")

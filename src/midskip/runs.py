@@ -80,6 +80,8 @@ def load_any_run(
         if wrong := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
             raise ValueError(f"model.safetensors lacks {', '.join(wrong)} of the shape in config.json")
         tokenizer = None if labelled else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if tokenizer is not None:
+            tokenizer("a")  # settings that make no sense are noticed when it is used
     except Exception as error:  # json, safetensors, transformers and tokenizers each raise their own kinds
         raise ValueError(f"the run in {str(folder)!r} cannot be read: {error}") from error
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
