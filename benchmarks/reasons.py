@@ -30,12 +30,11 @@ from torch import Tensor
 
 from midskip import MidskipForCausalLM
 from midskip.bench.results import machine
+from midskip.commands.parser import items_of, text_of
 from midskip.data.labelled import Items
 from midskip.evaluate import batch_of, evaluate
 from midskip.policies import Decision
-from midskip.runs import RECIPE_FILE, load_any_run, to_json, write_atomically
-from midskip.train import read_recipe
-from midskip.train.text import open_windows
+from midskip.runs import load_any_run, to_json, write_atomically
 
 WINDOWS = 8  # of a pass
 MOST = 0.1  # of the tokens of a pass, that are exchanged
@@ -96,17 +95,15 @@ def gradients(model: MidskipForCausalLM, windows: Items) -> list[dict[str, float
     gates: dict[int, tuple[Tensor, Tensor]] = {}
 
     def watch(layer: int, decision: Decision) -> Decision:
-        like = decision.output_gate_N
-        device = model.device
-        size = len(decision.keep_N) if decision.keep_N is not None else sizes[0]
-        gate_N = (torch.ones(size, device=device) if like is None else like.detach()).requires_grad_()
-        kept_N = torch.ones(size, dtype=torch.bool, device=device) if decision.keep_N is None else decision.keep_N
+        ones_N = torch.ones(num_tokens, device=model.device)  # windows have no pads
+        kept_N = ones_N.bool() if decision.keep_N is None else decision.keep_N
+        gate_N = (ones_N if decision.output_gate_N is None else decision.output_gate_N.detach()).requires_grad_()
         gates[layer] = gate_N, kept_N
         return replace(decision, output_gate_N=gate_N)
 
     batch = batch_of(windows, range(min(WINDOWS, len(windows))), model.device)
     batch.pop("group", None)
-    sizes = [batch["input_ids"].numel()]  # windows have no pads
+    num_tokens = batch["input_ids"].numel()
     with changed(model, watch):
         output = model(**batch, num_items_in_batch=1, use_cache=False)
     output.loss.backward()
@@ -151,9 +148,9 @@ def constancy_and_norms(model: MidskipForCausalLM, windows: Items) -> dict[str, 
 
 def reasons(run: Path, num_windows: int) -> dict[str, Any]:
     """All of it, of one run."""
-    model, _ = load_any_run(run)
-    recipe = read_recipe(run / RECIPE_FILE)
-    windows: Items = open_windows(recipe.data, run, Console(stderr=True))[2]
+    model, tokenizer = load_any_run(run)
+    given, console = argparse.Namespace(run=str(run), data=None, trust=[]), Console(stderr=True)
+    windows: Items = items_of(given, console) if tokenizer is None else text_of(given, model, tokenizer, console)
     windows = [windows[row] for row in range(min(num_windows, len(windows) - 1))]
     plain = evaluate(model, windows, batch_size=WINDOWS)
     layers = []
