@@ -230,6 +230,22 @@ def test_random_skips_have_their_share_and_shape(kind: str) -> None:
         assert torch.equal(kept_LN, kept(policy.eval(), torch.zeros(8, 6000, 8), batch))
 
 
+def test_random_skips_by_pair_are_those_of_the_pair_wherever_it_stands() -> None:
+    policy = make("random", num_layers=8, share=0.5, outer=1, redraw=False, by="pair").train()
+    batch = PackedBatch.from_rectangle(torch.ones(1, 6000, dtype=torch.bool))
+    batch.token_N = torch.randint(50, (6000,))
+    batch.previous_token_N = batch.token_N.roll(1)
+    kept_LN = kept(policy, torch.zeros(8, 6000, 8), batch)
+    policy.absorb()
+    assert torch.equal(kept_LN, kept(policy, torch.zeros(8, 6000, 8), batch)), "not drawn anew"
+    assert kept_LN.float().mean() == pytest.approx(0.5, abs=0.03)
+    pair_N = batch.token_N * 50 + batch.previous_token_N
+    for layer in range(1, 7):  # each layer runs for all tokens of a pair or none, and layers differ
+        counts = torch.zeros(2500).index_add(0, pair_N, kept_LN[layer].float())
+        assert ((counts == 0) | (counts == pair_N.bincount(minlength=2500))).all()
+        assert not torch.equal(kept_LN[layer], kept_LN[layer % 6 + 1])
+
+
 def test_static_runs_its_layers() -> None:
     for settings, expected in (({"share": 0.5}, [0, 1, 5]), ({"layers": [1, 4], "share": None}, [1, 4])):
         policy = make("static", **settings)
@@ -258,6 +274,7 @@ def test_a_router_counts_its_flops_and_stays_in_float32(kind: str) -> None:
         ("static", {"share": None, "layers": 0.5}, r"layers is 0.5; expected some of 0 to 5"),
         ("static", {"share": None, "layers": [[1]]}, r"layers is \[\[1\]\]; expected some of 0 to 5"),
         ("random", {"redraw": "no"}, "redraw is 'no'; expected true or false"),
+        ("random", {"by": "token"}, "by is 'token'; expected one of 'position', 'pair'"),
         ("random", {"kind": "middle"}, "kind is 'middle'; expected one of 'independent'"),
         ("random", {"share": 0.1, "outer": 2}, "share is 0.1 and outer 2, whose layers alone are more"),
         ("independent", {"outer": 3}, "outer is 3 of 6 layers, which leaves none to skip"),

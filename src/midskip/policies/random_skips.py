@@ -14,11 +14,12 @@ from midskip.policies.middle_out import nested
 from midskip.policies.scored import uniform
 
 KINDS = ("independent", "early_exit", "middle_out")
+DRAWN_BY = ("position", "pair")
 FIXED_SEED = 1  # of one draw for good; those of steps come after it
 
 
 class RandomSkips(Policy):
-    """Each token skips layers by a draw from its id, the one before it and its position.
+    """Each token skips layers by a draw from its id, the one before it and, unless `by` is `"pair"`, its position.
 
     Args:
         share: of block-tokens that run on average, in (0, 1].
@@ -26,11 +27,13 @@ class RandomSkips(Policy):
             layer. Depths of the last two are drawn evenly around their mean.
         outer: layers at the beginning (and their mirrors, but for `early_exit`) that run for every token.
         redraw: draw anew in every training step. In evaluation the draw is always the same.
+        by: `"position"`, or `"pair"`: then a token after the same token always runs the same layers, which it can learn
+            to use if it is not drawn anew; each layer serves other pairs.
     """
 
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, share: float = 0.5,
-        kind: str = "independent", outer: int = 0, redraw: bool = True,
+        kind: str = "independent", outer: int = 0, redraw: bool = True, by: str = "position",
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
         if kind not in KINDS:
@@ -41,7 +44,9 @@ class RandomSkips(Policy):
             raise ValueError(f"outer is {outer!r}; expected a whole number from 0 to {num_layers // 2}")
         if not isinstance(redraw, bool):
             raise ValueError(f"redraw is {redraw!r}; expected true or false")
-        self.kind, self.redraw = kind, redraw
+        if by not in DRAWN_BY:
+            raise ValueError(f"by is {by!r}; expected one of {', '.join(map(repr, DRAWN_BY))}")
+        self.kind, self.redraw, self.by_position = kind, redraw, by == "position"
         profile = {
             "independent": [None if min(n, num_layers - 1 - n) < outer else 0.0 for n in range(num_layers)],
             "early_exit": [None if n < outer else float(n) for n in range(num_layers)],
@@ -67,7 +72,8 @@ class RandomSkips(Policy):
         if layer == 0:
             seed = FIXED_SEED + (1 + int(self.num_steps) if self.training and self.redraw else 0)
             layers = range(self.num_layers)
-            draws = [uniform(batch, seed * self.num_layers + n * (self.kind == "independent")) for n in layers]
+            seeds = [seed * self.num_layers + n * (self.kind == "independent") for n in layers]
+            draws = [uniform(batch, seed, self.by_position) for seed in seeds]
             keeps = [None if share == 1 else draw_N < share for draw_N, share in zip(draws, self.present, strict=True)]
             state["decisions"] = [Decision(keep_N) for keep_N in keeps]
             batch.count(keeps)

@@ -25,8 +25,9 @@ from midskip.train.recipe import (
     read_recipe,
 )
 
-FILE_KEYS = ("output", "seeds", "arms", "settings", "tune_seed", "keep_runs")
-ARM_KEYS = ("name", "recipe", "settings", "grid", "learning_rates")
+OF_ALL_ARMS = ("recipe", "learning_rates")  # may stand above the arms, for those that do not have their own
+FILE_KEYS = ("output", "seeds", "arms", "settings", "tune_seed", "keep_runs", *OF_ALL_ARMS)
+ARM_KEYS = ("name", "settings", "grid", *OF_ALL_ARMS)
 GROUPS = {
     "data": DataSettings,
     "model": ModelSettings,
@@ -79,7 +80,7 @@ def _sweep(path: Path, given: Any) -> Sweep:
     points: list[Point] = []
     names: dict[str, int] = {}  # and how many learning rates each tries
     for number, arm in enumerate(arms, 1):
-        arm = _mapping(f"arm {number}", arm)
+        arm = {key: given[key] for key in OF_ALL_ARMS if key in given} | _mapping(f"arm {number}", arm)
         name = arm.get("name")
         if not isinstance(name, str) or not name:
             raise ValueError(f"the name of arm {number} is {name!r}; expected words")
