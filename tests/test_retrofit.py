@@ -91,8 +91,13 @@ def settings_of(dense: Path, **changes: Any) -> RetrofitSettings:
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_stages_follow_each_other_and_are_not_run_twice(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_follow_each_other_and_are_not_run_twice(
+    dense: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("midskip.data.progress.LINE_S", 0.0)
     fitted = retrofit(settings_of(dense), QUIET)
+    told = capsys.readouterr().err
+    assert "Leaving out layers: 3 of 3" in told and "Calibrating" in told, "a line now and then off a terminal"
     folder = dense.parent / "out"
     model = MidskipForCausalLM.from_pretrained(folder)
     assert list(fitted["stages"]) == ["fit"] and model.config.calibration is not None

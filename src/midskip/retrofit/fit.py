@@ -89,7 +89,7 @@ def fit(
         refits: passes over the states of the model that skips.
         num_cost_windows: of `windows`, on which the loss without each layer is measured.
         batch_size: windows of a forward pass.
-        progress: show bars in a terminal.
+        progress: show bars in a terminal, and a line now and then elsewhere.
 
     Raises:
         ValueError: no window; another policy, kind of skip path, choice or order; a share out of range.

@@ -147,8 +147,7 @@ def _fit(model: MidskipForCausalLM, texts: Texts, settings: RetrofitSettings, co
     started = time.perf_counter()
     found = fit(
         model, texts.fitting, choice="layers" if settings.choice == "layers" else "tokens", order=settings.order,
-        outer=settings.outer, share=settings.share,
-        progress=console.is_terminal,
+        outer=settings.outer, share=settings.share, progress=True,
     )  # fmt: skip
     return {"seconds": time.perf_counter() - started, "layers": asdict(found)}
 
@@ -185,7 +184,7 @@ def _finish(
         whole = report["stages"]["fit"]["prices"][0]["texts"]
         original = {name: whole[name]["loss"] for name in texts.held_out}
     lowest = min(settings.trained_shares(model.config.num_skip_units))
-    rows = calibrated_prices(model, texts.calibration, texts.held_out, first, original, lowest, 8, console.is_terminal)
+    rows = calibrated_prices(model, texts.calibration, texts.held_out, first, original, lowest, 8)
     for place in (folder / stage, folder):
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
