@@ -22,7 +22,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "huggingface.md").read_text(enco
 
 def test_every_block_is_code_that_is_run() -> None:
     kinds = re.findall(r"^```(\S+)", PAGE, re.MULTILINE)
-    assert kinds.count("sh") == 1 and set(kinds) == {"python", "sh"}
+    assert kinds.count("sh") == 2 and set(kinds) == {"python", "sh"}
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -225,7 +225,9 @@ def test_the_command_names_texts(
     shutil.copy("text/0.txt", "a=b/v.txt")
     assert main([*command, *given]) == 0
     report = json.loads(Path("out/retrofit.json").read_text())
-    assert list(report["stages"]["fit"]["prices"][0]["texts"]) == ["text 1", "budget"]
+    assert list(report["stages"]["fit"]["prices"][0]["texts"]) == ["text 1", "budget"] and not report["from_hub"]
+    card = Path("out/README.md").read_text()
+    assert "| budget | 0.75 |" in card and "budget (a=b/v.txt)" in card and "## A budget at run time" in card
 
 
 @pytest.mark.usefixtures("on_the_cpu")

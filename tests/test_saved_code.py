@@ -322,7 +322,7 @@ def test_an_installed_package_offers_by_name_and_by_path(run: Path, place: Path,
 
 
 def test_a_card_says_how_to_consent(place: Path) -> None:
-    code = "AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True{})\n"
+    code = "MidskipForCausalLM.from_pretrained(name{})\n"
     for policy, consent in (("planted.policies:Evil", ', trust=["planted.policies"]'), ("evil", ""), ("dense", "")):
         assert code.format(consent) in model_card("name", MidskipConfig(policy=policy), 1)
     assert not ran(place)

@@ -1,4 +1,4 @@
-"""The command line: midskip demo | prepare | train | sweep | evaluate | calibrate | generate | frontier | bench."""
+"""The command line: `midskip COMMAND ...`; commands are in commands/."""
 
 from __future__ import annotations
 

@@ -67,11 +67,11 @@ def run(arguments: list[str]) -> None:
 
 
 def _save(folder: str | Path, model: MidskipForCausalLM, calibration: Calibration) -> None:
-    """Into the configuration, and onto the model card, if it is that of a run."""
+    """Into the configuration, and onto the model card, if it is that of a run or a retrofit."""
     from midskip.budget.calibrate import save_calibration
-    from midskip.card import REPORT_FILE, write_card
+    from midskip.card import MEASURED_FILES, write_card
 
     save_calibration(folder, calibration)
-    if Path(folder, REPORT_FILE).is_file():
+    if any(Path(folder, name).is_file() for name in MEASURED_FILES):
         model.config.calibration = calibration.to_dict()
         write_card(folder, model.config, model.num_parameters())

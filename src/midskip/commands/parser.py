@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": "train a grid of recipes, settings and seeds, and go on where it was left",
     "evaluate": "loss and work of a trained model on text",
     "calibrate": "measure what a budget at run time costs, and save it with the model",
+    "card": "write the model card of a run or a retrofit, from all that was measured of it",
     "generate": "go on with a prompt, coloured by the depth each token used",
     "frontier": "hold the models of a sweep to the dense ones of the same cost",
     "bench": "time prefill, decode and training against Llama of the same shape, with the work that really ran",

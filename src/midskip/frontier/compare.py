@@ -23,16 +23,14 @@ def frontier(folder: str | Path) -> dict[str, Any]:
     those of another point are over the seeds that it shares with them.
 
     Returns:
-        - confidence: of the intervals; seeds: those that all dense models have; costs: the names that were measured;
-        - envelopes: by cost, of the means (`mean`) and by seed: `knots` [[cost, loss], ...], `cheapest`, `dearest`;
-        - points: for each that has a result: arm, settings, dense, trials, learning_rate; seeds that its means are
-          over; loss, losses by seed, in nats; costs and costs_by_seed; measures; remarks, in words; and `against_dense`
-          by cost, None for a dense point: distance in nats (below 0 is better than dense), distances by seed,
-          interval [low, high], cost_percent (of cost at equal loss, below 0 is cheaper), verdict. A dense point has
-          `on_envelope` by cost instead;
-        - missing: arm, settings, seed and key of results that are not there, and why the run failed, if it did; notes:
-          what else limits the numbers, in words.
-        A number that is not known is None.
+        `confidence` of the intervals; `seeds` that all dense models have; `costs`, the names that were measured;
+        `envelopes`, by cost, of the means (`mean`) and by seed: `knots` [[cost, loss], ...], `cheapest`, `dearest`;
+        `points`, for each that has a result: arm, settings, dense, trials, learning_rate; seeds that its means are
+        over; loss, losses by seed, in nats; costs and costs_by_seed; measures; remarks, in words; and `against_dense`
+        by cost, None for a dense point: distance in nats (below 0 is better than dense), distances by seed, interval
+        [low, high], cost_percent (of cost at equal loss, below 0 is cheaper), verdict. A dense point has `on_envelope`
+        by cost instead; `missing`: arm, settings, seed and key of results that are not there, and why the run failed,
+        if it did; `notes`: what else limits the numbers, in words. A number that is not known is None.
 
     Raises:
         ValueError: no folder, no result, no dense model, or no seed that all dense models have.

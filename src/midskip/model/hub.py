@@ -4,7 +4,8 @@ what a folder from there may do when it is loaded."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import check_peft_version
 
-from midskip.card import CARD_FILE, MARK, model_card, read_run
+from midskip.card import CARD_FILE, MARK, Measured, header_of, model_card, read_measured
 
 TEMPLATE = "This model card has been automatically generated."  # in the card transformers makes where there is none
 
@@ -22,8 +23,9 @@ TEMPLATE = "This model card has been automatically generated."  # in the card tr
 class CardedModel(PreTrainedModel):
     """A model whose `push_to_hub`, and `save_pretrained(..., push_to_hub=True)`, upload a card of its own.
 
-    If the model was loaded from a run folder, and has its weights, the card has the numbers of that run; otherwise it
-    says what the model is and how to load it. A card that somebody wrote, and that is in the repository already, stays.
+    If the model was loaded from the folder of a run or a retrofit, and has its weights, the card has what was measured
+    of it; otherwise it says what the model is and how to load it. A card that somebody wrote, and that is in the
+    repository already, stays.
     """
 
     @classmethod
@@ -50,25 +52,28 @@ class CardedModel(PreTrainedModel):
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         if not text or MARK in text or TEMPLATE in text:
             tags = ModelCard(text).data.get("tags") if text else None
-            card.write_text(self.model_card(repo_id, tags or ()), encoding="utf-8", newline="\n")
+            card.write_text(self.model_card(repo_id, tags or (), header_of(text)), encoding="utf-8", newline="\n")
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
-    def model_card(self, name: str, tags: Any = ()) -> str:
+    def model_card(self, name: str, tags: Any = (), header: Mapping[str, Any] | None = None) -> str:
         """The model card as `push_to_hub` writes it, in Markdown.
 
         Args:
             name: of the repository, as `from_pretrained` takes it.
             tags: for the hub, beside our own.
+            header: what the card in the repository says of license, language and base model; what the card in the
+                folder of the model says of them comes first.
         """
         config: Any = self.config
-        report = recipe = None
+        measured = Measured()
         if self.name_or_path:
             if self._is_as_in(Path(self.name_or_path)):
-                report, recipe = read_run(self.name_or_path)
+                measured = read_measured(self.name_or_path)
             else:  # trained further, or loaded from elsewhere: what was measured was another model
                 config = copy.deepcopy(config)
                 config.calibration = None
-        return model_card(name, config, self.num_parameters(), report, recipe, tags)
+        measured = replace(measured, header={**(header or {}), **measured.header})
+        return model_card(name, config, self.num_parameters(), measured, tags)
 
     def _is_as_in(self, folder: Path) -> bool:
         """Whether the weights are, bit for bit, those in the folder's files."""

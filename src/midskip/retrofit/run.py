@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from midskip.budget.calibration import Calibration
+from midskip.card import write_card
 from midskip.data import TokenWindows, encode_source
 from midskip.distributed import num_launched
 from midskip.locks import LOCK_FILE, locked
@@ -35,8 +36,8 @@ def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict
     """Run the stages that are not done yet; what budgets cost after each is printed.
 
     Returns:
-        What is in `retrofit.json`: `settings`; and in `stages`, by name of those that are done, `seconds` and what
-        budgets cost after it (`prices`).
+        What is in `retrofit.json`: `settings`; `from_hub`, whether the model has its name from there; and in `stages`,
+        by name of those that are done, `seconds` and what budgets cost after it (`prices`).
 
     Raises:
         ValueError: a model, text or setting that does not fit; an output that holds something else, or a retrofit with
@@ -67,6 +68,7 @@ def _run(settings: RetrofitSettings, report: dict[str, Any], console: Console) -
     settings.check_layers(model.config.num_skip_units)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType, reportCallIssue]
     texts = Texts(settings, tokenizer, model.config.max_position_embeddings, console)
+    report.setdefault("from_hub", not Path(settings.model).exists())
     write_atomically(folder / REPORT, to_json(report) + "\n")
     for stage in settings.stages():
         if stage in report["stages"]:
@@ -190,6 +192,7 @@ def _finish(
         tokenizer.save_pretrained(place)
     report["stages"][stage] = more | {"prices": rows}
     write_atomically(folder / REPORT, to_json(report) + "\n")
+    write_card(folder, model.config, model.num_parameters())
     console.print(price_table(rows, stage))
 
 

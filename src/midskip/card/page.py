@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,11 +12,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from midskip.budget.calibration import Calibration
+from midskip.card.costs import calibrated, evaluated, limits, retrofitted, speed
+from midskip.card.folder import CARD_FILE, MARK, Measured, read_measured
+from midskip.card.markdown import code, decimal, plain, source_name, table
 from midskip.model.config import MidskipConfig
 from midskip.plugins import is_module_name
 
-CARD_FILE, REPORT_FILE, RECIPE_FILE = "README.md", "report.json", "recipe.yaml"
-MARK = "<!-- Written by midskip, which replaces this page as long as this line is in it. -->"
 PAPER = "[Learning to Skip the Middle Layers of Transformers](https://arxiv.org/abs/2506.21103)"
 METRICS = {
     "loss": "Loss, nats a token",
@@ -28,109 +28,117 @@ METRICS = {
 
 
 def model_card(
-    name: str,
-    config: MidskipConfig,
-    num_parameters: int,
-    report: Mapping[str, Any] | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    tags: Sequence[str] = (),
+    name: str, config: MidskipConfig, num_parameters: int, measured: Measured | None = None, tags: Sequence[str] = ()
 ) -> str:
     """The page, in Markdown with a header in YAML that the hub reads. Whatever a user has named is shown as plain text.
 
     Args:
         name: of the repository or folder, as `from_pretrained` takes it.
         config: of the model; its calibration is shown if there is one.
-        report: what `midskip train` writes into report.json; without it nothing is said of quality.
-        recipe: of the run, as a dictionary.
+        measured: of this model; without it nothing is said of quality.
         tags: for the hub, beside those every model of this package has.
+
+    Raises:
+        ValueError: what was measured has another form than midskip writes.
     """
-    parts = [f"---\n{_header(name, config, report, recipe, tags)}\n---\n{MARK}", f"# {plain(name)}", _summary(config)]
+    try:
+        return _model_card(name, config, num_parameters, measured or Measured(), tags)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"the model card of {name!r} cannot be made of what lies beside the model ({type(error).__name__}: "
+            f"{error}): expected report.json, retrofit.json, evaluated.json and bench.json as midskip writes them; "
+            "remove the one that is not"
+        ) from error
+
+
+def _model_card(name: str, config: MidskipConfig, num_parameters: int, measured: Measured, tags: Sequence[str]) -> str:
+    report, recipe, curve = measured.report, measured.recipe, config.calibration
+    parts = [f"---\n{_header(name, config, measured, tags)}\n---\n{MARK}", f"# {plain(name)}", _summary(config)]
     parts += _loading(name, config.policy, _is_labelled(report))
     if report is not None:
         parts += _measured(config, num_parameters, report, recipe)
-    if config.calibration is not None:
-        parts += _calibrated(Calibration.from_dict(config.calibration))
+    if measured.retrofit is not None and measured.retrofit["stages"]:
+        parts += retrofitted(measured.retrofit)
+    if curve is not None:
+        parts += calibrated(Calibration.from_dict(curve))
+        parts += [] if measured.evaluated is None else evaluated(measured.evaluated)
+    parts += [] if measured.bench is None else speed(measured.bench, config)
     parts += _architecture(config, num_parameters)
     if report is not None:
         parts += _training(report, recipe)
+    parts += limits(config, report is not None or measured.retrofit is not None, curve is not None)
     return "\n\n".join(parts) + "\n"
 
 
-def write_card(folder: str | Path, config: MidskipConfig, num_parameters: int) -> None:
-    """Writes the page into a run folder, from its report and its recipe. One that lacks our mark is left as it is."""
+def write_card(folder: str | Path, config: MidskipConfig, num_parameters: int, name: str | None = None) -> Path | None:
+    """Writes the page into the folder of a model, from what was measured and lies beside it.
+
+    Args:
+        name: of the repository it will lie in; by default the folder's.
+
+    Returns:
+        The file; None where there is one that lacks our mark: it is left as it is.
+
+    Raises:
+        ValueError: a file in the folder that cannot be read or shown.
+    """
     file = Path(folder, CARD_FILE)
     if file.is_file() and MARK not in file.read_text(encoding="utf-8"):
-        return
-    text = model_card(Path(folder).resolve().name, config, num_parameters, *read_run(folder))
+        return None
+    text = model_card(name or Path(folder).resolve().name, config, num_parameters, read_measured(folder))
     part = file.with_name(f"{CARD_FILE}.part")
     part.write_text(text, encoding="utf-8", newline="\n")
     part.replace(file)  # whole or not there: half a page may lack our mark
-
-
-def read_run(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Report and recipe of a run folder; None for what it has not.
-
-    Raises:
-        ValueError: a report or a recipe that cannot be read.
-    """
-    found: list[Any] = []
-    for name, read in ((REPORT_FILE, json.loads), (RECIPE_FILE, yaml.safe_load)):
-        file = Path(folder, name)
-        try:
-            found.append(read(file.read_text(encoding="utf-8")) if file.is_file() else None)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(
-                f"{str(file)!r} cannot be read: {error}; it is shown in the model card: remove it"
-            ) from error
-    of_a_run = ({"validation", "training"}, {"data", "regularizer"})  # others, as the demo's report, are not shown
-    report, recipe = (
-        values if isinstance(values, dict) and all(isinstance(values.get(key), dict) for key in keys) else None
-        for values, keys in zip(found, of_a_run, strict=True)
-    )
-    return report, recipe
-
-
-def plain(text: object) -> str:
-    """Text in which Markdown and HTML find nothing to format, in one line."""
-    shown = "".join(c if c.isprintable() else " " for c in str(text))
-    return re.sub(r"([\\`*_\[\]{}|~$])", r"\\\1", html.escape(shown, quote=False))
-
-
-def source_name(source: str) -> str:
-    """What a text or a tokenizer is called: of a path that begins at the root or at home, its last part alone."""
-    prefix = "hub:" if source.startswith("hub:") else ""
-    path = source.removeprefix(prefix)
-    return prefix + (Path(path).name if path.startswith(("/", "~", "..")) else path)
+    return file
 
 
 # ---- the parts
 
 
-def _header(
-    name: str, config: MidskipConfig, report: Mapping[str, Any] | None, recipe: Mapping[str, Any] | None,
-    tags: Sequence[str],
-) -> str:  # fmt: skip
+def _header(name: str, config: MidskipConfig, measured: Measured, tags: Sequence[str]) -> str:
+    report, recipe, retrofit = measured.report, measured.recipe, measured.retrofit
     skipping = [] if config.policy == "dense" else ["layer-skipping", "adaptive-computation"]
     data: dict[str, Any] = {
         "library_name": "transformers",
         **({} if _is_labelled(report) else {"pipeline_tag": "text-generation"}),
         "tags": ["midskip", *skipping, *tags],
     }
-    source = "" if recipe is None else str(recipe["data"]["source"])
+    source = str(recipe["data"]["source"] if recipe else retrofit["settings"]["data"] if retrofit else "")
     if found := re.match(r"hub:([\w.-]+/[\w.-]+)(:|$)", source):
         data["datasets"] = [found[1]]
+    base = str(retrofit["settings"]["model"]) if retrofit and retrofit.get("from_hub") else ""
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+        data["base_model"] = base
+    results: list[EvalResult] = []
     if report is not None and not _is_labelled(report):
+        where = (f"{_text_name(report, recipe)}, held out", found[1] if found else "text")
+        results = [_result(*where, metric, report["validation"][metric]) for metric in METRICS
+                   if metric in report["validation"]]  # fmt: skip
+    elif retrofit and retrofit["stages"]:
+        results = _prices(retrofit)
+    if results:
         data["model_name"] = name
-        data["eval_results"] = [
-            EvalResult(
-                task_type="text-generation", task_name="Language modelling", dataset_type=found[1] if found else "text",
-                dataset_name=f"{_text_name(report, recipe)}, held out", metric_type=metric, metric_name=title,
-                metric_value=report["validation"][metric],
-            )
-            for metric, title in METRICS.items()
-            if metric in report["validation"]
-        ]  # fmt: skip
-    return ModelCardData(**data).to_yaml().strip()
+        data["eval_results"] = results
+    return ModelCardData(**data | dict(measured.header)).to_yaml().strip()
+
+
+def _result(text: str, kind: str, metric: str, value: float, budget: float | None = None) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation", task_name="Language modelling", dataset_type=kind, dataset_name=text,
+        metric_type=metric, metric_name=METRICS[metric] + ("" if budget is None else f", at a budget of {budget:g}"),
+        metric_value=value, metric_args=None if budget is None else {"budget": budget},
+    )  # fmt: skip
+
+
+def _prices(retrofit: Mapping[str, Any]) -> list[EvalResult]:
+    """Of the last stage, at each budget."""
+    prices = list(retrofit["stages"].values())[-1]["prices"]
+    return [
+        _result(f"{name}, held out", "text", metric, row["texts"][name][metric], row["budget"])
+        for name in prices[0]["texts"]
+        for row in prices
+        for metric in ("loss", "executed_share")
+    ]
 
 
 def _is_labelled(report: Mapping[str, Any] | None) -> bool:
@@ -145,34 +153,39 @@ def _text_name(report: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> s
 def _summary(config: MidskipConfig) -> str:
     if config.policy == "dense":
         return "A causal language model of the package midskip. Its policy is `dense`: every token runs every layer."
+    cached = "and has no entry in that layer's KV cache" if config.skipped_kv == "drop" else "but for its key and value"
     return (
         "A causal language model whose tokens skip layers, made with the package midskip after "
-        f"{PAPER}. A token that skips a layer is not computed there and has no entry in that layer's KV cache."
+        f"{PAPER}. A token that skips a layer is not computed there, {cached}."
     )
 
 
 def _loading(name: str, policy: str, labelled: bool) -> list[str]:
     module = policy.partition(":")[0]
     is_theirs = module != policy and is_module_name(module) and not module.startswith("midskip.")
-    options = "trust_remote_code=True" + (f", trust={json.dumps([module])}" if is_theirs else "")
-    code = f"""import torch
-from transformers import AutoModelForCausalLM
+    trust = f", trust={json.dumps([module])}" if is_theirs else ""
+    load = f"""name = {json.dumps(name)}  # this repository, or the folder it lies in
+model = MidskipForCausalLM.from_pretrained(name{trust})"""
+    example = f"""import torch
+from midskip import MidskipForCausalLM
 
-name = {json.dumps(name)}  # this repository, or the folder it lies in
-model = AutoModelForCausalLM.from_pretrained(name, {options})
+{load}
 print(model(torch.tensor([[0, 1, 2]])).logits.shape)"""
     if not labelled:
-        code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+        example = f"""from midskip import MidskipForCausalLM
+from transformers import AutoTokenizer
 
-name = {json.dumps(name)}  # this repository, or the folder it lies in
-model = AutoModelForCausalLM.from_pretrained(name, {options})
+{load}
 tokenizer = AutoTokenizer.from_pretrained(name)
 ids = tokenizer("The", return_tensors="pt")["input_ids"]
 print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))"""
-    needed = "The package `midskip` has to be installed: it is the model's code."
+    needed = (
+        "The package `midskip` has to be installed: it is the model's code. No code of this repository runs. After "
+        "`import midskip`, transformers' `AutoModelForCausalLM` and `pipeline` know the model too."
+    )
     if is_theirs:
         needed += " So has the module of its policy, which `trust` names: it is not part of `midskip`."
-    return ["## How to load it", needed, _code(code, "python")]
+    return ["## How to load it", needed, code(example, "python")]
 
 
 def _measured(
@@ -186,9 +199,9 @@ def _measured(
         (f"dense, {row['num_hidden_layers']} layers", row["num_parameters"], row, 1.0)
         for row in report.get("dense", ())
     ]
-    table = [
+    cells = [
         (
-            name, f"{count:,}", f"{row['loss']:.4f}", _decimal(row.get("bits_per_byte")),
+            name, f"{count:,}", f"{row['loss']:.4f}", decimal(row.get("bits_per_byte")),
             f"{row['flops_per_token']:,.0f}", f"{share:.1%}",
         )
         for name, count, row, share in rows
@@ -206,23 +219,7 @@ def _measured(
     intro = f"On the held-out {what} of {plain(text)}: {found['num_targets']:,} predictions. One run, one seed."
     if _is_labelled(report):
         intro += f" {found['accuracy']:.1%} of the labels have the largest logit."
-    return ["## Measured", intro, _table(columns, table), notes]
-
-
-def _calibrated(calibration: Calibration) -> list[str]:
-    rows = [
-        (f"{share:.3f}", f"{loss:.4f}", f"{score_scale:.4g}")
-        for share, loss, score_scale in zip(calibration.share, calibration.loss, calibration.score_scale, strict=True)
-    ]
-    intro = (
-        "`model.set_budget(0.5)` lets the model run at most half of its block-tokens on average, by this curve, "
-        f"measured on {calibration.num_tokens:,} tokens of {plain(source_name(calibration.text))}."
-    )
-    return [
-        "## A budget at run time",
-        intro,
-        _table(("share that ran", "loss, nats a token", "scale of the scores"), rows),
-    ]
+    return ["## Measured", intro, table(columns, cells), notes]
 
 
 def _architecture(config: MidskipConfig, num_parameters: int) -> list[str]:
@@ -239,7 +236,7 @@ def _architecture(config: MidskipConfig, num_parameters: int) -> list[str]:
         ("keys and values of a token that skips (skipped_kv)", config.skipped_kv),
         ("policy: who skips", policy),
     ]  # fmt: skip
-    return ["## Architecture", _table(("", ""), [(plain(left), plain(right)) for left, right in rows])]
+    return ["## Architecture", table(("", ""), [(plain(left), plain(right)) for left, right in rows])]
 
 
 def _training(report: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> list[str]:
@@ -254,21 +251,5 @@ def _training(report: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> li
         shown = {key: value for key, value in recipe.items() if key != "output"}
         places = {key: recipe["data"].get(key) for key in ("source", "validation", "tokenizer")}
         shown["data"] = recipe["data"] | {key: source_name(place) for key, place in places.items() if place}
-        parts += ["The recipe:", _code(yaml.safe_dump(shown, sort_keys=False).strip(), "yaml")]
+        parts += ["The recipe:", code(yaml.safe_dump(shown, sort_keys=False).strip(), "yaml")]
     return ["## Training", *parts]
-
-
-def _decimal(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _code(text: str, language: str) -> str:
-    """A block that no backticks in the text can end."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
