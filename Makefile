@@ -4,7 +4,7 @@ RUN := .venv/bin
 # as many as there are cores, but no more than 4: each takes about 1 GB
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
-.PHONY: demo test check slow mutants format clean
+.PHONY: demo test check slow docs mutants format clean
 
 demo: .venv/installed
 	$(RUN)/midskip demo
@@ -14,6 +14,11 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(RUN)/python -m pytest -m slow
+
+# the site of the docs, into site/; open site/index.html
+docs: .venv/installed
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet --strict
 
 # where code may be changed and no test fails: hours; stopped and called again, it goes on. ONLY='midskip.cost*' for a part
 mutants: .venv/installed
@@ -31,7 +36,7 @@ format: .venv/installed
 	$(RUN)/ruff format .
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
