@@ -51,6 +51,28 @@ def test_it_writes_numbers_and_pictures_and_prints_a_table(tmp_path: Path, capsy
     assert (tmp_path / "out" / "frontier.svg").is_file() and not (folder / "frontier.json").exists()
 
 
+def test_one_file_stands_for_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_sweep(tmp_path / "sweep", DENSE | {"a|b": [point(LOSSES, 2e6), point([2.6, None], 2e6)]})
+    failed = folder / "failed" / "run-1-1-1.txt"
+    failed.parent.mkdir()
+    failed.write_text("no memory", encoding="utf-8")
+    file = tmp_path / "saved.json"
+    assert main(["frontier", str(folder), "--save", str(file)]) == 0
+    (tmp_path / "alone").mkdir()
+    file = file.rename(tmp_path / "alone" / "saved.json")
+    assert main(["frontier", str(file)]) == 0, "pictures and numbers lie beside it"
+    told = capsys.readouterr().out
+    for name in ("frontier.json", "frontier.md"):
+        assert (file.parent / name).read_bytes() == (folder / name).read_bytes()
+    assert told[: len(told) // 2] == told[len(told) // 2 :]
+    lines = (folder / "frontier.md").read_text(encoding="utf-8").splitlines()
+    assert any(line.startswith("| a\\|b<br>size=0 | 2 M |") and "| better<br>" in line for line in lines)
+    assert json.loads(file.read_text(encoding="utf-8"))["failed"] == {"run-1-1-1": "no memory"}
+    file.write_text('{"sweep": {}}', encoding="utf-8")
+    assert main(["frontier", str(file)]) == 2
+    assert "is no file that `midskip frontier --save` writes" in capsys.readouterr().err
+
+
 def test_no_name_of_an_arm_becomes_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_sweep(tmp_path / "sweep", DENSE | {name: [point(LOSSES, 2e6)] for name in HOSTILE})
     assert main(["frontier", str(folder), "--cost", "training_flops"]) == 0

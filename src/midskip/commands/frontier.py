@@ -14,15 +14,17 @@ WIDTH = 160  # of the table where there is no terminal
 
 
 def run(arguments: list[str]) -> None:
-    from midskip.frontier import COSTS, frontier, frontier_table, write_frontier
+    from midskip.frontier import COSTS, frontier, frontier_markdown, frontier_table, save_results, write_frontier
 
     parser = Parser(
         "frontier",
-        epilog="Writes frontier.json (all costs), frontier.png and frontier.svg, and prints a table for one cost. "
+        epilog="Writes frontier.json and frontier.md (all costs), frontier.png and frontier.svg, and prints a table for "
+        "one cost. "
         "docs/frontier.md says how the numbers are found.",
     )
-    parser.add_argument("folder", help="folder that `midskip sweep` wrote")
-    parser.add_argument("--output", type=Path, help="folder for numbers and pictures (default: FOLDER)")
+    parser.add_argument("folder", help="folder that `midskip sweep` wrote, or a file of --save")
+    parser.add_argument("--output", type=Path, help="folder for numbers and pictures (default: that folder)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="also write all results into this one file of JSON")
     parser.add_argument("--cost", choices=list(COSTS), default="flops", help="of the table (default: %(default)s)")
     options = parser.parse_args(arguments)
     from midskip.report import visible
@@ -30,9 +32,14 @@ def run(arguments: list[str]) -> None:
 
     result = frontier(options.folder)
     table = frontier_table(result, options.cost)  # first, since it refuses a cost that was not measured
-    output = options.output or Path(options.folder)
+    source = Path(options.folder)
+    output = options.output or (source.parent if source.is_file() else source)
     output.mkdir(parents=True, exist_ok=True)
+    if options.save:
+        save_results(source, options.save)
     write_atomically(output / "frontier.json", to_json(result) + "\n")
+    pages = (f"## {COSTS[cost].words}\n\n{frontier_markdown(result, cost)}\n" for cost in result["costs"])
+    write_atomically(output / "frontier.md", "\n".join(pages))
     for ending in ("png", "svg"):
         write_frontier(output / f"frontier.{ending}", result)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)

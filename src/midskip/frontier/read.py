@@ -2,19 +2,25 @@
 
 sweep.json         {"arms": [{"name", "points": [{"settings", "seeds": {SEED: KEY}, "trials", "learning_rate"}]}]}
 results/KEY.json   {"recipe", "seed", "report", "training_flops", "seconds", "machine"}
+failed/KEY.txt     why a run failed
+
+Or one file with all of that, as `save_results` writes it: {"sweep": ..., "results": {KEY: ...}, "failed": {KEY: ...}}.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from midskip.runs import to_json, write_atomically
+
 SWEEP_FILE, RESULTS_FOLDER, FAILED_FOLDER = "sweep.json", "results", "failed"
 OF_CODE = ("commit", "midskip")  # in what a result says of its machine
+BY_POSITION = ("loss_by_position", "num_targets_by_position")  # of what was measured on held-out text
 
 
 class Cost(NamedTuple):
@@ -73,59 +79,109 @@ class Point:
         return any(run.dense for run in self.runs.values())
 
 
-def read_points(folder: str | Path) -> list[Point]:
+class Results(NamedTuple):
+    """What a sweep left: its `sweep.json`, and by key what a run gave and why it failed, None where it did not."""
+
+    place: str
+    sweep: dict[str, Any]
+    result: Callable[[str], dict[str, Any] | None]
+    failure: Callable[[str], str | None]
+
+
+def read_results(place: str | Path) -> Results:
+    """Of the folder of a sweep, or of a file that `save_results` wrote.
+
+    Raises:
+        ValueError: neither, or a file that cannot be read.
+    """
+    place = Path(place)
+    if place.is_file():
+        saved = _json(place)
+        parts = [saved.get(name) for name in ("sweep", "results", "failed")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError(f"{str(place)!r} is no file that `midskip frontier --save` writes")
+        return Results(str(place), parts[0], parts[1].get, parts[2].get)
+    if not place.is_dir():
+        raise ValueError(f"there is no folder {str(place)!r}; expected one that `midskip sweep` writes")
+    file = place / SWEEP_FILE
+    if not file.is_file():
+        raise ValueError(f"{str(place)!r} has no {SWEEP_FILE}; expected a folder that `midskip sweep` writes")
+
+    def in_folder(folder: str, key: str, ending: str) -> Path | None:
+        if Path(key).name != key:
+            raise ValueError(f"the key {key!r} in {str(file)!r} is no name of a file in {RESULTS_FOLDER}")
+        found = place / folder / f"{key}.{ending}"
+        return found if found.is_file() else None
+
+    def result(key: str) -> dict[str, Any] | None:
+        return None if (found := in_folder(RESULTS_FOLDER, key, "json")) is None else _json(found)
+
+    def failure(key: str) -> str | None:
+        found = in_folder(FAILED_FOLDER, key, "txt")
+        return None if found is None else found.read_text(encoding="utf-8", errors="replace").strip()
+
+    return Results(str(file), _json(file), result, failure)
+
+
+def save_results(place: str | Path, file: str | Path) -> None:
+    """Write into one file of JSON what `frontier` reads of a sweep, without losses by position.
+
+    Raises:
+        ValueError: as `read_points`.
+    """
+    read_points(place)
+    found = read_results(place)
+    arms = found.sweep["arms"]
+    keys = sorted({key for arm in arms for row in arm["points"] for key in row["seeds"].values()})
+    results = {key: result for key in keys if (result := found.result(key)) is not None}
+    for result in results.values():
+        for name in BY_POSITION:
+            result["report"]["validation"].pop(name, None)
+    failed = {key: why for key in keys if key not in results and (why := found.failure(key)) is not None}
+    write_atomically(Path(file), to_json({"sweep": {"arms": arms}, "results": results, "failed": failed}) + "\n")
+
+
+def read_points(place: str | Path) -> list[Point]:
     """All points, those without any result too.
 
     Raises:
         ValueError: no such folder, no sweep or no result in it, or a file that has not what it should.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {str(folder)!r}; expected one that `midskip sweep` writes")
-    if not (folder / SWEEP_FILE).is_file():
-        raise ValueError(f"{str(folder)!r} has no {SWEEP_FILE}; expected a folder that `midskip sweep` writes")
-    sweep = _json(folder / SWEEP_FILE)
+    found = read_results(place)
     points = []
     try:
-        for arm in sweep["arms"]:
+        for arm in found.sweep["arms"]:
             for row in arm["points"]:
                 rate = row.get("learning_rate")
                 trials = row.get("trials")
                 point = Point(str(arm["name"]), dict(row["settings"]), trials if trials is None else int(trials), rate)
                 for seed, key in sorted(row["seeds"].items(), key=lambda item: (len(item[0]), item[0])):
-                    _read_result(folder, point, seed, key)
+                    _take_result(found, point, seed, key)
                 points.append(point)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(folder / SWEEP_FILE)!r} is no list of arms and points: {error!r}") from error
+        raise ValueError(f"{found.place!r} is no list of arms and points: {error!r}") from error
     if not any(point.runs for point in points):
-        where = str(folder / RESULTS_FOLDER)
-        raise ValueError(f"{where!r} has none of the results that {SWEEP_FILE} names: let `midskip sweep` finish a run")
+        raise ValueError(f"none of the results that {found.place!r} names is there: let `midskip sweep` finish a run")
     return points
 
 
-def _read_result(folder: Path, point: Point, seed: str, key: str) -> None:
+def _take_result(found: Results, point: Point, seed: str, key: str) -> None:
     if not seed.isdecimal():
-        raise ValueError(f"{str(folder / SWEEP_FILE)!r} has a seed {seed!r}; expected a whole number")
-    if Path(key).name != key:
-        raise ValueError(f"the key {key!r} in {str(folder / SWEEP_FILE)!r} is no name of a file in {RESULTS_FOLDER}")
-    file = folder / RESULTS_FOLDER / f"{key}.json"
-    if not file.is_file():
+        raise ValueError(f"{found.place!r} has a seed {seed!r}; expected a whole number")
+    result, what = found.result(key), f"{key!r} of {found.place!r}"
+    if result is None:
         point.missing[seed] = key
-        failure = folder / FAILED_FOLDER / f"{key}.txt"
-        if failure.is_file():
-            point.failed[seed] = failure.read_text(encoding="utf-8", errors="replace").strip()
+        if (why := found.failure(key)) is not None:
+            point.failed[seed] = why
         return
-    result = _json(file)
     try:
         run = _run(result)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{str(file)!r} is no result of a run: {error!r}") from error
+        raise ValueError(f"{what} is no result of a run: {error!r}") from error
     if str(result.get("seed", seed)) != seed:
-        raise ValueError(f"{str(file)!r} is of seed {result['seed']}; {SWEEP_FILE} names it for seed {seed}")
+        raise ValueError(f"{what} is of seed {result['seed']}, and is named for seed {seed}")
     if any(other.dense != run.dense for other in point.runs.values()):
-        raise ValueError(
-            f"{str(file)!r} and another seed of its point in {SWEEP_FILE} differ in whether they are dense"
-        )
+        raise ValueError(f"{what} and another seed of its point differ in whether they are dense")
     point.runs[seed] = run
 
 

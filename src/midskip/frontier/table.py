@@ -1,8 +1,10 @@
-"""A frontier at one cost as a table for a terminal."""
+"""A frontier at one cost as a table, for a terminal and in Markdown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 from rich.box import SIMPLE
@@ -11,6 +13,7 @@ from rich.text import Text
 
 from midskip.frontier.labels import NAME_LENGTH, SETTINGS_LENGTH, amount, settings_label, short_names, shortened
 from midskip.frontier.read import COSTS
+from midskip.report import visible
 
 
 def frontier_table(result: Mapping[str, Any], cost: str = "flops") -> Table:
@@ -20,9 +23,7 @@ def frontier_table(result: Mapping[str, Any], cost: str = "flops") -> Table:
 
     Raises ValueError for a cost that is not among the measured ones.
     """
-    if cost not in result["costs"]:
-        measured = ", ".join(result["costs"]) or "none"
-        raise ValueError(f"the dense models have no {cost!r} that was measured; expected one of: {measured}")
+    _check(result, cost)
     title = f"Held-out loss against {COSTS[cost].words}; means of seeds {', '.join(result['seeds'])}"
     table = Table(title=Text(title), title_justify="left", box=SIMPLE)
     interval = f"{result['confidence']:.0%} interval"
@@ -32,10 +33,41 @@ def frontier_table(result: Mapping[str, Any], cost: str = "flops") -> Table:
     ):  # fmt: skip
         table.add_column(heading, justify="right", overflow="fold")
     table.add_column("verdict", overflow="fold")
+    rows = _rows(result, cost)
+    for number, (point, cells) in enumerate(rows, 1):
+        is_last_dense = point["dense"] and (number == len(rows) or not rows[number][0]["dense"])
+        table.add_row(*map(Text, cells), end_section=is_last_dense)
+    return table
+
+
+def frontier_markdown(result: Mapping[str, Any], cost: str = "flops") -> str:
+    """The same in Markdown, a line a point."""
+    _check(result, cost)
+    columns = (
+        "arm, settings", COSTS[cost].heading, "share run", "loss, nats, and by seed",
+        f"from dense, nats, {result['confidence']:.0%} interval", "cost at equal loss", "verdict",
+    )  # fmt: skip
+    rows = [[_plain(cell.strip()).replace("\n", "<br>") for cell in cells] for _, cells in _rows(result, cost)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown and HTML leave as it is."""
+    return re.sub(r"([\\`*_\[\]{}|~$])", r"\\\1", escape(visible(text), quote=False))
+
+
+def _check(result: Mapping[str, Any], cost: str) -> None:
+    if cost not in result["costs"]:
+        measured = ", ".join(result["costs"]) or "none"
+        raise ValueError(f"the dense models have no {cost!r} that was measured; expected one of: {measured}")
+
+
+def _rows(result: Mapping[str, Any], cost: str) -> list[tuple[Mapping[str, Any], tuple[str, ...]]]:
+    """Each point and its cells."""
     names = short_names(result["points"])
     dense = sorted((point for point in result["points"] if point["dense"]), key=lambda point: _cost(point, cost))
-    others = [point for point in result["points"] if not point["dense"]]
-    for number, point in enumerate((*dense, *others)):
+    rows = []
+    for point in (*dense, *(point for point in result["points"] if not point["dense"])):
         settings = shortened(settings_label(point["settings"], names), SETTINGS_LENGTH)
         seeds = dict.fromkeys((*result["seeds"], *point["losses"]))
         by_seed = [_loss(point["losses"][seed]) if seed in point["losses"] else "-" for seed in seeds]
@@ -46,8 +78,8 @@ def frontier_table(result: Mapping[str, Any], cost: str = "flops") -> Table:
             f"{_loss(point['loss'])}\n{' '.join(by_seed)}",
             *_comparison(point, cost),
         )
-        table.add_row(*map(Text, cells), end_section=number == len(dense) - 1)
-    return table
+        rows.append((point, cells))
+    return rows
 
 
 def _comparison(point: Mapping[str, Any], cost: str) -> tuple[str, str, str]:
