@@ -97,8 +97,8 @@ def read_results(place: str | Path) -> Results:
     place = Path(place)
     if place.is_file():
         saved = _json(place)
-        parts = [saved.get(name) for name in ("sweep", "results", "failed")]
-        if not all(isinstance(part, dict) for part in parts):
+        parts = [part for name in ("sweep", "results", "failed") if isinstance(part := saved.get(name), dict)]
+        if len(parts) < 3:
             raise ValueError(f"{str(place)!r} is no file that `midskip frontier --save` writes")
         return Results(str(place), parts[0], parts[1].get, parts[2].get)
     if not place.is_dir():
