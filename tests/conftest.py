@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from killing import Program
 from sample_text import DOCUMENTS, sample_documents
 from tiny_curve import CURVE
 from torch import Tensor
@@ -48,7 +49,7 @@ def _quick() -> None:
 # parts of the names of tests that take longest, or share what does; of tests that have one in common, all run together
 TOGETHER = (
     "test_train_ranks.py", "test_ranks.py", "test_bench.py", "test_checkpoints.py", "test_cli.py", "test_compile.py",
-    "test_kill.py", "test_the_readmes_commands_run", "_pydocs", "test_demo.py",
+    "test_kill", "test_the_readmes_commands_run", "_pydocs", "test_demo.py",
 )  # fmt: skip
 
 
@@ -82,6 +83,14 @@ def _seeded_and_quiet() -> Iterator[None]:
     yield
     logging.enable_progress_bar()
     logging.set_verbosity(level)  # which commands change
+
+
+@pytest.fixture(scope="session")
+def killer() -> Iterator[Program]:
+    """The program whose processes are killed."""
+    program = Program()
+    yield program
+    program.end()
 
 
 @pytest.fixture

@@ -1,238 +1,199 @@
-"""A run that is killed at once, wherever it is, and resumed until it ends, ends bit for bit where a quiet one does.
+"""Each long command that is killed at once, wherever it is, and called again until it ends, ends bit for bit where an
+undisturbed one does, also where the clock is set back meanwhile and files are as old as chance has it."""
 
-This file as a program does the runs. It imports everything once, and forks a process for each attempt.
-"""
-
-import gc
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-import traceback
-from collections import Counter
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from killing import Attempt, Program, Say, die_after, mix_times, set_clock_back
 from tiny_runs import everything, tiny_recipe, write_documents
+from tiny_sweep import write_sweep
 
-from midskip.train import Recipe, run, train, trainer
+from midskip import MidskipConfig, MidskipForCausalLM
+from midskip.bench import run as bench
+from midskip.budget import calibrate
+from midskip.cli import main
+from midskip.data import load_tokenizer
+from midskip.train import run
 
-AGAIN = ("steps", "checkpoint", "marker")  # phases of which a run has many
-# where a run can be; a kill is aimed at each in turn, and falls at a random moment from its beginning on
-PHASES = ["begin", "text", "steps", *["checkpoint"] * 2, "marker", "best", "checkpoint", "evaluation", "end", "pages"]
+TEXT = ["--data=text", "--validation=held_out=text"]
 
 
-def recipe_of(folder: Path) -> Recipe:
-    """Two and a half epochs, a checkpoint every step, a growing regularizer that moves the model's bias."""
-    return tiny_recipe(
-        write_documents(folder.parent.parent / "text", 50), folder, "target_share",
-        {"target_share": 0.4, "ramp_steps": 8}, model={"policy_settings": {"start": "spread"}},
-        data={"vocab_size": 300, "length": 64, "validation_share": 0.2},
-        max_steps=10, per_device_train_batch_size=4, save_steps=1, eval_steps=3, logging_steps=2,
+def nothing(given: Path) -> None:
+    pass
+
+
+def recipe(given: Path) -> None:
+    """A checkpoint every step."""
+    tiny_recipe(
+        "text", "out", "target_share", {"target_share": 0.5}, data={"tokenizer": "bytes", "length": 64},
+        model={"policy_settings": {"start": "spread"}},
+        max_steps=4, save_steps=1, eval_steps=2,
+    ).save(given / "recipe.yaml")  # fmt: skip
+
+
+def gated(given: Path) -> None:
+    """A run with a best model that is not its last."""
+    recipe(given)
+    assert main(["train", str(given / "recipe.yaml"), "--output=found/out"]) == 0
+
+
+def dense(given: Path) -> None:
+    """A model to retrofit."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer("bytes")
+    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = MidskipConfig(
+        **shape, num_hidden_layers=4, vocab_size=257, max_position_embeddings=64, policy="dense", norms="pre",
+        initializer_range=0.3,
     )  # fmt: skip
+    MidskipForCausalLM(config).save_pretrained(given / "dense")
+    tokenizer.save_pretrained(given / "dense")
 
 
-# ---- the program
+def grid(given: Path) -> None:
+    write_sweep(given, output="out", seeds=[0, 1])
 
 
-def announce(say: Callable[[str], None]) -> None:
-    """Have a run say where it is, whenever it goes from one phase to another."""
-    phases = ["begin"]
+@dataclass(frozen=True)
+class Command:
+    """One that is killed.
 
-    def phase(owner: Any, function: str, name: str) -> None:
-        original = getattr(owner, function)
-
-        def announced(*args: Any, **kwargs: Any) -> Any:
-            phases.append(name)
-            say(name)
-            result = original(*args, **kwargs)
-            phases.pop()
-            if name == "steps":
-                phases[0] = "end"
-            say(phases[-1])
-            return result
-
-        setattr(owner, function, announced)
-
-    phase(run, "open_windows", "text")
-    phase(trainer.MidskipTrainer, "train", "steps")
-    phase(trainer.MidskipTrainer, "_save_checkpoint", "checkpoint")
-    phase(trainer._AroundStep, "on_save", "marker")
-    phase(trainer.MidskipTrainer, "evaluate", "evaluation")
-    phase(trainer.MidskipTrainer, "keep_best", "best")
-    phase(run, "write_pages", "pages")
-
-
-def die_at_file(folder: Path, number: int) -> None:
-    """Have this process killed when it changes the folder for that time, a file it would write being half written."""
-    num_changes = 0
-
-    def look(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal num_changes
-        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            return
-        path, flags = args[0], args[2] if event == "open" else 0
-        if not str(path).startswith(str(folder)) or (event == "os.mkdir" and os.path.isdir(path)):
-            return
-        if event == "open" and not flags & (os.O_WRONLY | os.O_RDWR):
-            return
-        num_changes += 1
-        if num_changes == number:
-            if event == "open":
-                os.write(os.open(path, flags, 0o600), b'{"half')
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(look)
-
-
-def die_in_phase(phase: str, number: int, after_s: float) -> Callable[[str], None]:
-    """Have this process killed so long after that phase begins for that time; to be told of each that begins.
-
-    By an alarm that nobody handles, which the system answers as it answers a kill with -9.
+    Args:
+        first: its arguments, in a folder with `text`, beside the folder `given`; it writes to `out`.
+        make: makes `given`, and in the working directory `found`, what is in the folder of the command before.
+        more: arguments when it is called again.
+        always: files of `out` that are whole whenever they are there.
     """
-    num_begun = 0
 
-    def begun(name: str) -> None:
-        nonlocal num_begun
-        num_begun += name == phase
-        if num_begun == number:
-            signal.setitimer(signal.ITIMER_REAL, max(after_s, 1e-6))
-
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    return begun
+    first: list[str]
+    make: Callable[[Path], None] = nothing
+    more: tuple[str, ...] = ()
+    always: tuple[str, ...] = ()
 
 
-class Attempt:
-    """A process that goes on with a run, to its end or to where it is killed."""
-
-    def __init__(self, recipe: Recipe, die_at_change: int = 0, die_in: tuple[str, int, float] | None = None):
-        output, pipe = os.pipe()
-        self.process = os.fork()
-        if not self.process:
-            os.close(output)
-            if die_at_change:
-                die_at_file(Path(recipe.output), die_at_change)
-            begun = die_in_phase(*die_in) if die_in else lambda phase: None
-
-            def say(phase: str) -> None:
-                os.write(pipe, f"{time.perf_counter()} {phase}\n".encode())
-                begun(phase)
-
-            self._work(recipe, say)
-        os.close(pipe)
-        with open(output) as lines:  # until the process ends
-            self.phases = [(float(moment_s), phase) for moment_s, phase in map(str.split, lines)]
-        status = os.waitpid(self.process, 0)[1]
-        self.was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGALRM)
-        if status and not self.was_killed:
-            raise RuntimeError(f"an attempt failed with status {status}, after {self.phases}")
-
-    @staticmethod
-    def _work(recipe: Recipe, say: Callable[[str], None]) -> None:
-        status = 1
-        try:
-            say("begin")
-            announce(say)
-            train(recipe, resume=True)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        os._exit(status)
+COMMANDS = {
+    "prepare": Command(["prepare", "text", "--output=out", "--vocab_size=300", "--shard_tokens=500"], always=("prepared.json",)),
+    "train": Command(["train", "../given/recipe.yaml"], recipe, ("--resume",), ("start.json", "checkpoint-*/complete.json")),
+    "calibrate": Command(["calibrate", "out", "--data=text", "--max_tokens=2500"], gated, always=("config.json", "best/config.json")),
+    "retrofit": Command(
+        ["retrofit", "../given/dense", *TEXT, "--output=out", "--length=64", "--fit_tokens=512", "--price_tokens=2048",
+         "--batch_size=2", "--distil_steps=3", "--finetune_steps=2", "--save_steps=1"],
+        dense,
+        always=("retrofit.json",),
+    ),
+    "sweep": Command(["sweep", "../given/sweep.yaml"], grid, always=("sweep.json", "results/*.json")),
+    "bench": Command(
+        ["bench", "--shape=tiny", "--dtypes=float32", "--gates=fractional", "--shares=0.5", "--repeats=1",
+         "--num_hidden_layers=2", "--tasks=prefill,decode", "--batch_sizes=1", "--prompt_tokens=8",
+         "--context_tokens=8", "--new_tokens=2", "--device=cpu", "--output=out"],
+        always=("bench.json",),
+    ),
+}  # fmt: skip
 
 
-def durations(phases: list[tuple[float, str]]) -> dict[str, float]:
-    """Mean seconds of each phase."""
-    found: dict[str, list[float]] = {}
-    for (begin_s, name), (end_s, _) in pairwise(phases):
-        found.setdefault(name, []).append(end_s - begin_s)
-    return {name: sum(seconds) / len(seconds) for name, seconds in found.items()}
+# ---- what is called in the program
 
 
-def killed_in(recipe: Recipe, aim: str, typical_s: dict[str, float], moments: random.Random) -> str | None:
-    """Go on with the run, and kill it there, at a random moment; the phase it was in, None if it ended before."""
-    number, share = moments.randint(1, 3 if aim in AGAIN else 1), moments.random()
-    attempt = Attempt(recipe, die_in=(aim, number, share * typical_s[aim]))
-    return attempt.phases[-1][1] if attempt.was_killed else None
+def quick() -> None:
+    """What takes long and is not looked at here is left out."""
+    run.write_picture = bench.write_speed_picture = lambda path, *args: Path(path).write_bytes(b"slow to draw")
+    calibrate.MOST_POINTS = 5
 
 
-def kill_at_every_file(folder: Path) -> None:
-    """Writes `whole/run`, `killed-0/run`, ..., and `kills.json`: for each of these, the phase it was killed in."""
-    run.write_picture = lambda path, *args: Path(path).write_bytes(b"slow to draw")
+def kill(name: str, place: str, num_kills: int, seed: int) -> dict[str, Any]:
+    """Makes `whole`, `killed-0`, `killed-1`, ...: each killed up to three times, and then called until it ends.
 
-    def recipe(name: str) -> Recipe:
-        made = recipe_of(folder / name / "run")
-        return replace(made, training=replace(made.training, max_steps=2, eval_steps=1, save_total_limit=1))
+    Returns:
+        The number of those, and of kills at a change of the folder and at a moment.
+    """
+    command, folder, moments = COMMANDS[name], Path(place), random.Random(f"{name} {seed}")
+    given = folder / "given"
+    write_documents(folder / "text", 150)
 
-    Attempt(recipe("whole"))
-    kills = []
-    while (broken := Attempt(recipe(f"killed-{len(kills)}"), die_at_change=len(kills) + 1)).was_killed:
-        kills.append([broken.phases[-1][1]])
-        Attempt(recipe(f"killed-{len(kills) - 1}"))
-    (folder / "kills.json").write_text(json.dumps(kills))
+    def attempt(where: Path, more: tuple[str, ...] = (), **how: Any) -> Attempt:
+        return Attempt(where, lambda say: main([*command.first, *more]), **how)
 
+    def make(say: Say) -> None:
+        quick()
+        given.mkdir()
+        command.make(given)
 
-def kill_at_random(folder: Path) -> None:
-    """Writes `whole/run`, `killed-0/run`, ..., and `kills.json`: for each of these, the phases it was killed in."""
-    random_moments = random.Random(0)
-    typical_s = durations(Attempt(recipe_of(folder / "whole" / "run")).phases)
-    kills: list[list[str]] = []
-    aims = iter(PHASES)
-    for aim in aims:
-        recipe = recipe_of(folder / f"killed-{len(kills)}" / "run")
-        kills.append([])
-        while aim and (phase := killed_in(recipe, aim, typical_s, random_moments)):
-            kills[-1].append(phase)
-            aim = next(aims, None)
-        Attempt(recipe)  # which does nothing where the run has ended
-    (folder / "kills.json").write_text(json.dumps(kills))
+    def begin(where: str) -> Path:
+        if (given / "found").is_dir():
+            shutil.copytree(given / "found", folder / where)
+        (folder / where).mkdir(exist_ok=True)
+        (folder / where / "text").symlink_to(folder / "text")
+        return folder / where
+
+    begin("making")
+    Attempt(folder / "making", make)
+    if (folder / "making" / "found").is_dir():
+        (folder / "making" / "found").rename(given / "found")
+    whole = attempt(begin("whole"), before=quick)
+    num_trials, fell = 0, {"change": 0, "moment": 0}
+    while sum(fell.values()) < num_kills:
+        where, more = begin(f"killed-{num_trials}"), ()
+        num_trials += 1
+        for _ in range(moments.randint(1, 3)):
+            kind, clock = moments.choice(list(fell)), random.Random(moments.random())
+            after_s, number = moments.uniform(0, whole.seconds), moments.randint(1, whole.num_changes)
+
+            def before(is_moment: bool = kind == "moment", after_s: float = after_s, clock: Any = clock) -> None:
+                quick()
+                set_clock_back(clock)
+                if is_moment:
+                    die_after(after_s)
+
+            if not attempt(where, more, before=before, die_at_change=number if kind == "change" else 0).was_killed:
+                break
+            fell[kind] += 1
+            more = command.more
+            for file in (file for pattern in command.always for file in (where / "out").glob(pattern)):
+                json.loads(file.read_text())
+            mix_times(where / "out", moments)
+        else:
+            attempt(where, more, before=quick)
+    return {
+        "num_trials": num_trials,
+        "fell": fell,
+        "seconds": whole.seconds,
+        "cpu_s": whole.cpu_s,
+        "num_changes": whole.num_changes,
+    }
 
 
 # ---- the tests
 
 
-def kills_of(program: str, folder: Path) -> list[list[str]]:
-    """Run the program, and compare each run it killed with the quiet one; the phases that each was killed in."""
-    paths = os.pathsep.join(sys.path)
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, program, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    kills = json.loads((folder / "kills.json").read_text())
-    whole = everything(folder / "whole" / "run")
-    for number, phases in enumerate(kills):
-        found = everything(folder / f"killed-{number}" / "run")
-        assert found.keys() == whole.keys(), f"run {number}, killed in {phases}"
-        assert [name for name in whole if found[name] != whole[name]] == [], f"run {number}, killed in {phases}"
-    assert {"best/model.safetensors", "history.jsonl", "page.html"} < set(whole)
-    last = f"checkpoint-{len(whole['history.jsonl'])}"
-    parts = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "regularizer.json")
-    assert {f"{last}/{part}" for part in parts} < set(whole)
-    return kills
+def left(folder: Path) -> dict[str, Any]:
+    """What a command left, as far as it must be the same; of times, that they are there."""
+    found = everything(folder)
+    if "bench.json" in found:
+        result = json.loads(found["bench.json"])
+        assert all(row.pop("time_s") > 0 for row in result["rows"])
+        named = ("task", "side", "num_columns", "work")
+        found["bench.json"] = result["complete"], [[row[name] for name in named] for row in result["rows"]]
+    return found
 
 
-def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(tmp_path: Path) -> None:
-    fell = Counter(phase for phases in kills_of("random", tmp_path) for phase in phases)
-    print("the kills fell in", dict(fell))
-    assert fell.total() >= len(PHASES) - 2
-    assert fell["checkpoint"] + fell["marker"] >= 1 and len(fell) >= 4, "else the test tests little"
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_file_ends_like_one_that_was_not(tmp_path: Path) -> None:
-    fell = Counter(phase for phases in kills_of("every_file", tmp_path) for phase in phases)
-    print("the kills fell in", dict(fell))
-    assert {"begin", "text", "steps", "checkpoint", "marker", "best", "end", "pages"} <= set(fell)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()  # what is imported stays as it is, in every process
-    {"random": kill_at_random, "every_file": kill_at_every_file}[sys.argv[1]](Path(sys.argv[2]))
+@pytest.mark.parametrize("num_kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_killed_command_ends_like_one_that_was_not(
+    name: str, num_kills: int, tmp_path: Path, killer: Program
+) -> None:
+    killed = killer.call(Path(__file__).stem, "kill", name, str(tmp_path), num_kills, 0)
+    print(name, killed)
+    whole = left(tmp_path / "whole" / "out")
+    assert len(whole) > 1
+    for number in range(killed["num_trials"]):
+        found = left(tmp_path / f"killed-{number}" / "out")
+        assert found.keys() == whole.keys(), f"{name}, folder {number}"
+        assert [file for file in whole if found[file] != whole[file]] == [], f"{name}, folder {number}"

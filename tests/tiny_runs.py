@@ -19,7 +19,7 @@ from midskip.train import Recipe
 from midskip.train.recipe import DataSettings, ModelSettings, RegularizerSettings, TrainingSettings
 from midskip.train.text import cut_windows, open_text
 
-TIMES = {"seconds", "step_seconds", "tokens_per_s", "utilisation"}  # what no two runs share
+TIMES = {"seconds", "step_seconds", "tokens_per_s", "utilisation", "finished"}  # what no two runs share
 QUIET = Console(file=StringIO())
 
 
@@ -91,6 +91,12 @@ def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _timeless(part) for name, part in value.items() if name not in TIMES}
+    return [_timeless(part) for part in value] if isinstance(value, list) else value
+
+
 def weights(recipe: Recipe, folder: str = "") -> dict[str, Tensor]:
     return load_file(Path(recipe.output, folder, "model.safetensors"))
 
@@ -129,11 +135,10 @@ def everything(folder: Path) -> dict[str, Any]:
             continue
         if file.suffix in (".pt", ".pth"):
             found[name] = state_of(file)
-        elif name == "history.jsonl":
-            found[name] = timeless([json.loads(line) for line in file.read_text().splitlines()])
-        elif name == "report.json":
-            report = json.loads(file.read_text())
-            found[name] = report | {"training": timeless([report["training"]])}
+        elif file.suffix == ".jsonl":
+            found[name] = _timeless([json.loads(line) for line in file.read_text().splitlines()])
+        elif file.name in ("report.json", "retrofit.json") or file.parent.name == "results":
+            found[name] = _timeless(json.loads(file.read_text()))
         elif name == "recipe.yaml":
             found[name] = file.read_text().replace(str(folder), "")
         elif file.name == "complete.json":  # the size of what holds paths

@@ -36,7 +36,7 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
 from midskip.report.page import visible
 from midskip.report.speed import write_speed_picture
-from midskip.runs import to_json
+from midskip.runs import to_json, write_atomically
 
 BENCH_FILE, BENCH_PICTURE_FILE = "bench.json", "bench.png"
 ENERGY_ROUNDS = 3
@@ -62,7 +62,8 @@ def bench(settings: BenchSettings, output: str | Path = "runs/bench", console: C
 
     Returns:
         what `bench.json` holds: machine, settings, agreement (each comparison with the reference implementation),
-        energy (counters, or why there are none), and a row for each side of each case.
+        energy (counters, or why there are none), a row for each side of each case, and whether these are all cases
+        (`complete`), as the file says from case to case.
 
     Raises:
         ValueError: the output cannot be written, or the models do not fit in memory.
@@ -179,7 +180,7 @@ class _Bench:
         self.dtypes_seen: set[str] = set()
         self.result: dict[str, Any] = {
             "machine": machine(settings.device), "settings": settings.as_dict(), "energy": {}, "agreement": [],
-            "rows": [],
+            "rows": [], "complete": False,
         }  # fmt: skip
 
     def run(self, groups: Iterator[_Group], groups_a_dtype: int, tokens: Tokens) -> dict[str, Any]:
@@ -282,7 +283,9 @@ class _Bench:
             self.messages.print(what, markup=False, highlight=False)
 
     def _write(self) -> None:
-        (self.folder / BENCH_FILE).write_text(to_json(self.result) + "\n", encoding="utf-8")
+        """What there is so far, whole or not at all. A picture that an earlier call left does not show it."""
+        (self.folder / BENCH_PICTURE_FILE).unlink(missing_ok=True)
+        write_atomically(self.folder / BENCH_FILE, to_json(self.result) + "\n")
 
     def _finish(self) -> None:
         lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -293,7 +296,11 @@ class _Bench:
                 case = lines.setdefault(row["task"], {}).setdefault(", ".join(words) + batch, [])
                 case.append((row["ratios"]["llama"]["work"], row["ratios"]["llama"]["time"]))
         where = self.result["machine"]
-        write_speed_picture(self.folder / BENCH_PICTURE_FILE, lines, where.get("gpu", where["cpu"]))
+        self.result["complete"] = True
+        self._write()
+        part = self.folder / f"{BENCH_PICTURE_FILE}.part"
+        write_speed_picture(part, lines, where.get("gpu", where["cpu"]))
+        part.replace(self.folder / BENCH_PICTURE_FILE)
         energy = self.energy
         if energy.unavailable:
             words = f"energy: unavailable: {energy.unavailable}"

@@ -249,8 +249,9 @@ def _check_folder(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a preparation left that did not end."""
-    for path in folder.glob("*"):
+    """Remove what a preparation left that did not end; what marks it as one last, so that it can be killed here too."""
+    marker = f"{SUMMARY_FILE}.part"
+    for path in sorted(folder.glob("*"), key=lambda path: path.name == marker):
         if path.name != LOCK_FILE:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
