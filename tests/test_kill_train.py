@@ -1,4 +1,4 @@
-"""A run that is killed at once, in any phase of it, and resumed until it ends, ends bit for bit where a quiet one does."""
+"""A run that is killed in any phase, and resumed until it ends, ends bit for bit where a quiet one does."""
 
 import random
 from collections import Counter

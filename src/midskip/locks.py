@@ -1,6 +1,7 @@
-"""An output folder is written by one command at a time."""
+"""An output folder is written by one command at a time, and what hinders it is an error of the system."""
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process has it.
+        OSError: what is written in here finds no room, or the like, whatever library writes it.
     """
     made = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +39,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", encoding="utf-8")
-        yield
+        with errors_of_the_system(folder):
+            yield
     finally:
         try:
             with suppress(OSError):
@@ -54,6 +57,27 @@ def tidy(folder: Path) -> None:
     if (folder / LOCK_FILE).exists():
         with suppress(ValueError, OSError), locked(folder):
             pass
+
+
+@contextmanager
+def errors_of_the_system(folder: Path) -> Iterator[None]:
+    """A write that fails is an OSError with a path, also from safetensors, tokenizers and torch, which have other kinds
+    for it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(folder)) from error
+    except Exception as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+        if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+            raise OSError(
+                f"a file in {str(folder)!r} could not be written to its end, probably for lack of room: make room on "
+                f"its disk, and give the same command again ({error})"
+            ) from error
+        raise
 
 
 def _holder(file: Path) -> str:

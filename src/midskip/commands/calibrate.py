@@ -70,8 +70,10 @@ def _save(folder: str | Path, model: MidskipForCausalLM, calibration: Calibratio
     """Into the configuration, and onto the model card, if it is that of a run or a retrofit."""
     from midskip.budget.calibrate import save_calibration
     from midskip.card import MEASURED_FILES, write_card
+    from midskip.locks import errors_of_the_system
 
-    save_calibration(folder, calibration)
-    if any(Path(folder, name).is_file() for name in MEASURED_FILES):
-        model.config.calibration = calibration.to_dict()
-        write_card(folder, model.config, model.num_parameters())
+    with errors_of_the_system(Path(folder)):
+        save_calibration(folder, calibration)
+        if any(Path(folder, name).is_file() for name in MEASURED_FILES):
+            model.config.calibration = calibration.to_dict()
+            write_card(folder, model.config, model.num_parameters())

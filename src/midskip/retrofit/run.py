@@ -88,7 +88,8 @@ def _begun(folder: Path, settings: RetrofitSettings) -> dict[str, Any]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {str(folder)!r}, which is a file; expected a folder")
     if not file.is_file():
-        if folder.exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
+        left = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if left - {LOCK_FILE, f"{REPORT}.part"}:  # of one that did not come to its first stage
             raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
         return {"settings": asdict(settings), "stages": {}}
     begun = [stage for stage in OF_STAGE if (folder / CHECKPOINTS / stage).exists()]
