@@ -10,7 +10,7 @@ import pytest
 import torch
 from sample_text import sample_documents
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from midskip.data import (
     END_OF_TEXT,
@@ -63,6 +63,35 @@ def test_a_saved_tokenizer_is_the_same(lossless: PreTrainedTokenizerFast, tmp_pa
             assert loaded.decode(loaded.encode(text)) == text
         assert torch.equal(token_bytes(loaded), token_bytes(lossless))
         assert np.array_equal(encode_documents(loaded, ODD_TEXTS), encode_documents(lossless, ODD_TEXTS))
+
+
+@pytest.mark.parametrize("name, vocab_size", [("bpe", 300), ("bytes", None)])
+def test_a_pad_token_of_its_own_leaves_the_end_of_text_to_be_learnt(
+    name: str, vocab_size: int | None, tmp_path: Path
+) -> None:
+    plain = load_tokenizer(name, sample_documents(), vocab_size)
+    padded = load_tokenizer(name, sample_documents(), vocab_size, pad_token="<|pad|>")
+    padded.save_pretrained(tmp_path)
+    for one in (padded, load_tokenizer(str(tmp_path))):
+        assert len(one) == vocabulary_size(one) == (vocab_size or 258)
+        assert one.pad_token_id == len(one) - 1 and one.eos_token_id == plain.eos_token_id
+        assert token_bytes(one)[-1] == 0
+        for text in [*ODD_TEXTS, "spelt <|pad|> in a text"]:
+            assert one.decode(one.encode(text)) == text and one.pad_token_id not in one.encode(text)
+        ids = [[one.eos_token_id, *one.encode(text), one.eos_token_id] for text in ("a", "longer than that")]
+        rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
+        batch = DataCollatorForLanguageModeling(one, mlm=False)(rows)
+        assert ((batch["labels"] == one.eos_token_id).sum(1) == 2).all()
+        assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
+        assert (batch["attention_mask"] == 0).any()
+    if name == "bytes":
+        assert [padded.encode(text) for text in ODD_TEXTS] == [plain.encode(text) for text in ODD_TEXTS]
+
+
+@pytest.mark.parametrize("pad_token, vocab_size", [("a", 300), ("", 300), (END_OF_TEXT, 300), ("<|pad|>", 257)])
+def test_a_pad_token_that_stands_for_something_else_is_refused(pad_token: str, vocab_size: int) -> None:
+    with pytest.raises(DataError, match=r"pad_token"):
+        load_tokenizer("bpe", sample_documents(), vocab_size, pad_token=pad_token)
 
 
 def test_plain_bytes_are_their_own_ids() -> None:

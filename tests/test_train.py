@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,19 @@ quick = pytest.mark.usefixtures("no_pictures")
 
 
 # ---- what a run writes
+
+
+@quick
+def test_a_run_with_a_pad_token_of_its_own(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    data = {"vocab_size": 300, "validation_share": 0.2, "pad_token": "<|pad|>"}
+    recipe = make_recipe(source=write_documents(tmp_path / "text"), data=data, max_steps=1)
+    train(recipe, console=QUIET)
+    model, tokenizer = load_run(recipe.output)
+    assert model.config.vocab_size == len(tokenizer) == 300
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 299 and model.config.eos_token_id == 0
+    prepared = replace(recipe.data, source=f"{recipe.output}/text", pad_token="<|other|>")
+    with pytest.raises(ValueError, match=r"is '<\|other\|>', and the folder was prepared with '<\|pad\|>'"):
+        train(replace(recipe, output=str(tmp_path / "again"), data=prepared), console=QUIET)
 
 
 def test_a_run_from_a_folder_of_text_writes_all_its_files(make_recipe: MakeRecipe, tmp_path: Path) -> None:

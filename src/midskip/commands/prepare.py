@@ -21,6 +21,7 @@ def run(arguments: list[str]) -> None:
         help="bpe (byte-level, trained on the text), bytes, or a Hugging Face one by folder or name (default: bpe)",
     )
     parser.add_argument("--vocab_size", type=at_least_one, help="tokens of bpe (default: 2048)")
+    parser.add_argument("--pad_token", help="a special token for padding, as '<|pad|>' (default: the end of text)")
     parser.add_argument("--validation", help="held-out text, as SOURCE (default: a share of SOURCE's documents)")
     parser.add_argument("--validation_share", type=float, help="that share (default: 0.05)")
     parser.add_argument("--max_tokens", type=at_least_one, help="stop after so many training tokens (default: all)")

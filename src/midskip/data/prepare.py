@@ -40,6 +40,7 @@ def prepare(
     *,
     tokenizer: str = "bpe",
     vocab_size: int | None = None,
+    pad_token: str | None = None,
     validation: str | None = None,
     validation_share: float | None = None,
     max_tokens: int | None = None,
@@ -59,6 +60,7 @@ def prepare(
         output: the folder.
         tokenizer: see `load_tokenizer`; `"bpe"` is trained on the training text.
         vocab_size: of `"bpe"`, 2048 if None.
+        pad_token: a special token for padding; the end of text if None. See `load_tokenizer`.
         validation: a source of its own for the validation text.
         validation_share: else the share of the documents of `source` to hold out, 0.05 if None; see `split_stream`.
         max_tokens: stop after the document with which so many training tokens are reached (and there is some
@@ -86,6 +88,7 @@ def prepare(
         "source": source,
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
+        "pad_token": pad_token,
         "validation": validation,
         "validation_share": share if validation is None else None,
         "max_tokens": max_tokens,
@@ -110,7 +113,9 @@ def _prepare(folder: Path, settings: Mapping[str, Any], share: float, console: C
     for stream in streams:
         note(stream.source.left_out, console)
     with console.status("preparing the tokenizer"):
-        chosen = load_tokenizer(settings["tokenizer"], streams[0].training_text(), settings["vocab_size"])
+        chosen = load_tokenizer(
+            settings["tokenizer"], streams[0].training_text(), settings["vocab_size"], settings["pad_token"]
+        )
     num_ids = vocabulary_size(chosen)
     size = settings["shard_tokens"]
     writers = {side: ShardWriter(folder, name, num_ids, size) for side, name in _SHARD_NAMES.items()}

@@ -68,18 +68,29 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     return _wrap(tokenizer)
 
 
-def load_tokenizer(name: str, documents: Iterable[str] = (), vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, documents: Iterable[str] = (), vocab_size: int | None = None, pad_token: str | None = None
+) -> PreTrainedTokenizerBase:
     """A tokenizer by name, with an end-of-text token.
 
     `name` is `"bpe"`, for one that is trained on `documents` (on the first 50 million characters of them) with
     `vocab_size` tokens, 2048 if that is None; `"bytes"`, for plain bytes; else a Hugging Face tokenizer by folder or
     by its name on the hub. A folder may also hold no more than GPT-2's `vocab.json` and `merges.txt`.
 
+    Padding is done with the end of text by default. `pad_token`, as `"<|pad|>"`, is a special token of its own for it,
+    the last of the vocabulary; one of the tokens of `"bpe"`, one more of others.
+
     Raises `DataError` if there is no such tokenizer, it has no end-of-text (eos) token, `vocab_size` is given for one
-    that is not trained here, or for what `train_tokenizer` refuses.
+    that is not trained here, `pad_token` is a token of text, or for what `train_tokenizer` refuses.
     """
     if name == "bpe":
-        return train_tokenizer(_sample(documents), DEFAULT_VOCABULARY if vocab_size is None else vocab_size)
+        size = DEFAULT_VOCABULARY if vocab_size is None else vocab_size
+        if pad_token is not None and size == _SMALLEST_VOCABULARY:
+            raise DataError(
+                f"vocab_size is {size}, and there is a pad_token. Expected {_SMALLEST_VOCABULARY + 1} or more, for the "
+                "256 bytes, the end of text and the padding; 4096 suits a small corpus."
+            )
+        return _padded(train_tokenizer(_sample(documents), size - (pad_token is not None)), pad_token)
     if vocab_size is not None:
         raise DataError(
             f"vocab_size is {vocab_size}, and the tokenizer {name!r} has its own size. Expected vocab_size with 'bpe' "
@@ -87,7 +98,7 @@ def load_tokenizer(name: str, documents: Iterable[str] = (), vocab_size: int | N
         )
     tokenizer = bytes_tokenizer() if name == "bytes" else _load_pretrained(name)
     end_of_text_id(tokenizer)
-    return tokenizer
+    return _padded(tokenizer, pad_token)
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -187,6 +198,21 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
     )
+
+
+def _padded(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> PreTrainedTokenizerBase:
+    """With that special token for padding, which is added if it is not there."""
+    if pad_token is None:
+        return tokenizer
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    is_text = pad_token in tokenizer.get_vocab() and pad_token not in added
+    if not pad_token.strip() or pad_token == tokenizer.eos_token or is_text:
+        raise DataError(
+            f"pad_token is {pad_token!r}, which is empty or a token for something else. Expected a special token, as "
+            "'<|pad|>'; leave it out to pad with the end of text."
+        )
+    tokenizer.add_special_tokens({"pad_token": pad_token})
+    return tokenizer
 
 
 def _sample(documents: Iterable[str]) -> Iterator[str]:

@@ -32,6 +32,7 @@ class DataSettings:
         validation_share: that share; null for 0.05.
         tokenizer: "bpe" (byte-level, trained on the text), "bytes", or a Hugging Face one by folder or name.
         vocab_size: tokens of the "bpe" tokenizer; null for 2048.
+        pad_token: a special token for padding, as "<|pad|>", one of `vocab_size`; null to pad with the end of text.
         length: tokens of a training window, and the longest input of the model; items may be shorter.
         separate_documents: keep attention within documents; false lets those that share a window see each other.
         max_tokens: stop reading `source` after so many training tokens; null for all.
@@ -45,6 +46,7 @@ class DataSettings:
     validation_share: float | None = None
     tokenizer: str = "bpe"
     vocab_size: int | None = None
+    pad_token: str | None = None
     length: int = 256
     separate_documents: bool = True
     max_tokens: int | None = None
@@ -215,8 +217,9 @@ class Recipe:
         if (multiple := self.model.pad_vocab_to_multiple_of) < 1:
             raise ValueError(f"model.pad_vocab_to_multiple_of is {multiple}; expected at least 1")
 
-    def build_config(self, vocab_size: int, end_of_text: int | None = None) -> "MidskipConfig":
-        """The model's configuration, for a tokenizer of `vocab_size` tokens. Raises ValueError as it does."""
+    def build_config(self, vocab_size: int, end_of_text: int | None = None, pad: int | None = None) -> "MidskipConfig":
+        """The model's configuration, for a tokenizer of `vocab_size` tokens that pads with the end of text, or with
+        `pad`. Raises ValueError as it does."""
         from midskip.model.config import MidskipConfig
 
         model = asdict(self.model)
@@ -228,7 +231,7 @@ class Recipe:
             max_position_embeddings=self.data.length,
             rope_parameters=rope,
             eos_token_id=end_of_text,
-            pad_token_id=end_of_text,
+            pad_token_id=end_of_text if pad is None else pad,
         )
 
     def build_regularizer(self) -> "Regularizer":

@@ -124,7 +124,8 @@ def _train(
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     trained = checkpoint is not None and first_step >= settings.max_steps
     set_seed(settings.seed)
-    config = recipe.build_config(text.vocab_size, text.end_of_text)  # and not the one in the folder
+    pad = None if text.tokenizer is None else text.tokenizer.pad_token_id
+    config = recipe.build_config(text.vocab_size, text.end_of_text, pad)  # and not the one in the folder
     model = MidskipForCausalLM.from_pretrained(checkpoint, config=config) if trained else MidskipForCausalLM(config)
     regularizer.steer(model.model.policy)
     if settings.gradient_checkpointing:

@@ -50,6 +50,7 @@ def _check_prepared(settings: DataSettings, made: dict[str, Any]) -> None:
     """`DataError` for settings that say otherwise than the folder `source` was prepared with; defaults say nothing."""
     usual = asdict(DataSettings())
     given = {name: value for name, value in asdict(settings).items() if name != "source" and value != usual[name]}
+    made = {"pad_token": None} | made  # which earlier versions did not write
     if made.get("tokenizer") == "bpe":
         made = made | {"vocab_size": made.get("vocab_size") or DEFAULT_VOCABULARY}
     else:  # `vocab_size` is of "bpe", which recipes have for text of their own
@@ -101,6 +102,11 @@ def open_text(settings: DataSettings, folder: Path, console: Console) -> Prepare
                 f"data.source is {settings.source!r}, shards of tokens, and there is no data.validation. Expected "
                 "shards of held-out tokens too; give --data.validation=....bin"
             )
+        if settings.pad_token is not None:
+            raise DataError(
+                f"data.pad_token is {settings.pad_token!r}, and shards have the tokenizer that they were made with. "
+                "Expected none; leave it out."
+            )
         return open_shards(settings.source, settings.validation, settings.tokenizer)
     if Path(settings.source, SUMMARY_FILE).is_file():
         return open_prepared(settings.source)
@@ -113,6 +119,7 @@ def open_text(settings: DataSettings, folder: Path, console: Console) -> Prepare
         folder / TEXT_FOLDER,
         tokenizer=settings.tokenizer,
         vocab_size=settings.vocab_size,
+        pad_token=settings.pad_token,
         validation=settings.validation,
         validation_share=settings.validation_share,
         max_tokens=settings.max_tokens,
