@@ -101,10 +101,11 @@ def load_regularizer(checkpoint: Path | None, recipe: Recipe, regularizer: Regul
 
 
 @contextmanager
-def unless_refused(folder: Path) -> Iterator[None]:
-    """Text that was prepared into the folder of a run, for what is then refused, goes again."""
+def unless_refused(folder: Path, recipe: Recipe) -> Iterator[None]:
+    """Text that was prepared into the folder of a run, for what is then refused, goes again; of a new run only if it
+    may be of another tokenizer than the weights that it starts from."""
     text = folder / TEXT_FOLDER
-    is_new = (folder / RECIPE_FILE).is_file() and not text.exists()
+    is_new = not text.exists() and ((folder / RECIPE_FILE).is_file() or recipe.model.init_from is not None)
     try:
         yield
     except ValueError:
@@ -128,6 +129,8 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     if earlier["num_processes"] != now["num_processes"]:
         found.append(f"{earlier['num_processes']} processes and now {now['num_processes']}")
+    if "init_from" in now and earlier.get("init_from") != now["init_from"]:  # they may be gone, and are not needed then
+        found.append("other weights in model.init_from")
     for side in now["shards"]:
         before, after = ({shard["name"]: shard for shard in start["shards"][side]} for start in (earlier, now))
         if other := [name for name in {**before, **after} if before.get(name) != after.get(name)]:

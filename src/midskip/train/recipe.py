@@ -74,6 +74,8 @@ class ModelSettings:
         tie_word_embeddings: one matrix for the embedding and the head.
         pad_vocab_to_multiple_of: rows of embedding and head, the tokenizer's tokens rounded up to a multiple of this;
             8 or more makes the matrix products of the head several times faster on a GPU in half precision.
+        init_from: the folder of a run, or of a saved midskip model of this shape and of the text's tokenizer, whose
+            weights training starts from; null for random ones.
         initializer_range: standard deviation of the weights at the start.
         rope_theta: base of the rotary embedding.
     """
@@ -92,6 +94,7 @@ class ModelSettings:
     policy_settings: dict[str, Any] = field(default_factory=dict)
     tie_word_embeddings: bool = False
     pad_vocab_to_multiple_of: int = 1
+    init_from: str | None = None
     initializer_range: float = 0.02
     rope_theta: float = 10000.0
 
@@ -225,6 +228,7 @@ class Recipe:
         model = asdict(self.model)
         rope = {"rope_type": "default", "rope_theta": model.pop("rope_theta")}
         multiple = model.pop("pad_vocab_to_multiple_of")
+        del model["init_from"]
         return MidskipConfig(
             **model,
             vocab_size=-(-vocab_size // multiple) * multiple,

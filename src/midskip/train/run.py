@@ -38,6 +38,7 @@ from midskip.train.checkpoints import (
 from midskip.train.folder import begin, check_folder, check_start, is_finished, load_regularizer, unless_refused
 from midskip.train.fsdp import check_fsdp, whole_state
 from midskip.train.health import Health
+from midskip.train.initial import initial_weights, start_of
 from midskip.train.memory import check_memory
 from midskip.train.optimizer import num_warmup_steps
 from midskip.train.peak import peak_flops
@@ -99,17 +100,20 @@ def _train(
     """The same, in a folder that is checked and locked."""
     folder, settings = Path(recipe.output), recipe.training
     is_first = arguments.process_index == 0
-    with first_goes_first(), unless_refused(folder):
+    with first_goes_first(), unless_refused(folder, recipe):
+        checkpoint, broken = find_checkpoint(folder) if resume else (None, {})
+        initial = initial_weights(recipe, checkpoint)
         text, training, validation = open_windows(recipe.data, folder, console)
+        if initial is not None:
+            initial.check(recipe, text)
         per_device = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         training.require(per_device * arguments.world_size)
-        checkpoint, broken = find_checkpoint(folder) if resume else (None, {})
         load_regularizer(checkpoint, recipe, regularizer, text.vocab_size)
         if is_first:  # all that can be refused, of the dense models too, comes before anything is written
             start = {"num_processes": arguments.world_size, "shards": text.check(console)}
             for one in (recipe, *dense_recipes(recipe)):
                 check_memory(one, text.vocab_size)
-                check_start(Path(one.output), start, accept_changes)
+                check_start(Path(one.output), start | start_of(initial if one is recipe else None), accept_changes)
             for dense in dense_recipes(recipe):
                 found, _ = find_checkpoint(Path(dense.output))
                 load_regularizer(found, dense, dense.build_regularizer(), text.vocab_size)
@@ -119,14 +123,17 @@ def _train(
             put_aside(broken, partial(console.print, markup=False, highlight=False, soft_wrap=True))
             if checkpoint is not None:
                 remove_old(folder, settings.save_total_limit)  # one that was half removed
-            begin(folder, recipe, text, start)
+            begin(folder, recipe, text, start | start_of(initial))
     dense = train_dense(recipe, resume, accept_changes, console)
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     trained = checkpoint is not None and first_step >= settings.max_steps
     set_seed(settings.seed)
     pad = None if text.tokenizer is None else text.tokenizer.pad_token_id
     config = recipe.build_config(text.vocab_size, text.end_of_text, pad)  # and not the one in the folder
-    model = MidskipForCausalLM.from_pretrained(checkpoint, config=config) if trained else MidskipForCausalLM(config)
+    if checkpoint is None and initial is not None:
+        model = initial.load(config)
+    else:
+        model = MidskipForCausalLM.from_pretrained(checkpoint, config=config) if trained else MidskipForCausalLM(config)
     regularizer.steer(model.model.policy)
     if settings.gradient_checkpointing:
         # transformers 5.23 renamed it and warns of the old name
@@ -191,6 +198,7 @@ def dense_recipes(recipe: Recipe) -> list[Recipe]:
                 skip_unit="block",
                 skip_path="none",
                 skip_path_rank=None,
+                init_from=None,
                 num_hidden_layers=num_layers,
             ),
             training=recipe.training,
