@@ -21,7 +21,7 @@ from killing import Attempt, Program, Say, changed_path
 
 from midskip.cli import main
 
-COMMANDS = ("prepare", "train", "calibrate", "retrofit", "sweep")
+LIGHT, HEAVY = ("prepare", "train", "calibrate"), ("retrofit", "sweep")
 
 
 def full_from(folder: Path, number: int) -> None:
@@ -85,8 +85,10 @@ def break_off(name: str, folder: str, num_faults: int, seed: int) -> dict[str, A
     return trials.took() | {"ends": sorted(set(ends))}
 
 
-@pytest.mark.parametrize("num_faults", [3, pytest.param(40, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name, num_faults",
+    [*((name, 3) for name in LIGHT), *(pytest.param(name, 40, marks=pytest.mark.slow) for name in LIGHT + HEAVY)],
+)
 def test_a_full_disk_is_told_and_the_same_command_goes_on(
     name: str, num_faults: int, tmp_path: Path, killer: Program
 ) -> None:

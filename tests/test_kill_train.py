@@ -157,6 +157,7 @@ def kills_of(killer: Program, function: str, folder: Path) -> list[list[str]]:
     return kills
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(tmp_path: Path, killer: Program) -> None:
     fell = Counter(phase for phases in kills_of(killer, "kill_at_random", tmp_path) for phase in phases)
     print("the kills fell in", dict(fell))

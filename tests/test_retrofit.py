@@ -19,6 +19,7 @@ from midskip.evaluate import everything_run
 from midskip.retrofit import RetrofitSettings, retrofit
 from midskip.retrofit.distil import Distiller
 from midskip.retrofit.learning import TRAINABLE, learning
+from midskip.retrofit.run import _begun
 from midskip.retrofit.shares import DrawnShares
 
 Make = Callable[..., MidskipForCausalLM]
@@ -88,6 +89,17 @@ def settings_of(dense: Path, **changes: Any) -> RetrofitSettings:
         "batch_size": 2,
     }
     return RetrofitSettings(**{"model": str(dense), "data": text, "validation": {"text": text}} | given | changes)
+
+
+def test_a_folder_that_one_was_killed_in_as_it_wrote_its_first_file_is_not_somebody_elses(dense: Path) -> None:
+    settings = settings_of(dense)
+    folder = Path(settings.output)
+    folder.mkdir()
+    (folder / "retrofit.json.part").write_text('{"half')
+    assert _begun(folder, settings)["stages"] == {}
+    (folder / "mine.txt").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        _begun(folder, settings)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
