@@ -49,7 +49,7 @@ def _quick() -> None:
 # parts of the names of tests that take longest, or share what does; of tests that have one in common, all run together
 TOGETHER = (
     "test_train_ranks.py", "test_ranks.py", "test_bench.py", "test_checkpoints.py", "test_cli.py", "test_compile.py",
-    "test_kill", "test_disk_full.py", "test_the_readmes_commands_run", "_pydocs", "test_demo.py",
+    "test_kill", "test_disk_full.py", "page_runs[README.md]", "_pydocs", "test_demo.py",
 )  # fmt: skip
 
 

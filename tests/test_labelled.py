@@ -1,14 +1,12 @@
 """Training on data that is no text: a class that a recipe names, from its items to the run folder."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from test_checkpoints import stop_at_step
 from tiny_runs import QUIET, Stop, assert_same_weights, differences, history, tiny_recipe, weights
 from torch import Tensor
@@ -25,7 +23,6 @@ from midskip.train import Recipe, train
 from midskip.train.recipe import DataSettings
 from midskip.train.trainer import MidskipTrainer
 
-PAGE = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 SETTINGS = {"length": 17, "num_training": 20, "num_validation": 6}
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 
@@ -108,18 +105,6 @@ def test_the_model_is_given_the_items_in_the_order_of_windows_without_groups(
         assert history(other)[0] != history(recipe)[0]
     with pytest.raises(AssertionError):
         assert_same_weights(weights(recipe), weights(other))
-
-
-def test_an_outsiders_data_as_the_docs_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (module,) = re.findall(r"^```python\n(# my_data\.py\n.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    (settings,) = re.findall(r"^```yaml\n(data:.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    (tmp_path / "my_data.py").write_text(module, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    data = yaml.safe_load(settings)["data"]
-    recipe = recipe_of(tmp_path, source=data.pop("source"), data=data)
-    report = train(recipe, console=QUIET)
-    assert report["text"] == "my_data:Recall" and report["validation"]["num_targets"] == 200 * (32 - 5)
-    assert "accuracy" in report["validation"] and "accuracy_by_group" not in report["validation"]
 
 
 # ---- what is refused

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -157,22 +155,6 @@ def test_tokenizer_is_copied_with_its_chat_template(
     chat = [{"role": "user", "content": "Which names?"}]
     assert copied.apply_chat_template(chat, tokenize=False) == "<user> Which names?"
     assert copied("The function returns")["input_ids"] == tokenizer("The function returns")["input_ids"]
-
-
-def test_the_code_of_the_page_runs_as_printed(
-    smollm2: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer.save_pretrained(smollm2)
-    monkeypatch.setattr(load, "snapshot_download", lambda name, **others: str(smollm2))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    page = (Path(__file__).parent.parent / "docs" / "retrofit.md").read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
-    loading = page.partition("## Having it skip")[0]
-    for block in re.findall(r"^```python\n(.*?)^```$", loading, re.MULTILINE | re.DOTALL):
-        exec(compile(block, "retrofit.md", "exec"), names)
-    assert type(names["plain"]) is LlamaForCausalLM and Path("smollm2", "tokenizer_config.json").is_file()
-    assert (names["gated"](torch.ones(1, 3, dtype=torch.long)).gates == 1).all()
 
 
 LONG: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 8.0, "original_max_position_embeddings": 512}
