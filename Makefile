@@ -4,7 +4,7 @@ RUN := .venv/bin
 # as many as there are cores, but no more than 4: each takes about 1 GB
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
-.PHONY: demo test check slow docs mutants format clean
+.PHONY: demo test check slow extras docs mutants format clean
 
 demo: .venv/installed
 	$(RUN)/midskip demo
@@ -19,6 +19,11 @@ slow: .venv/installed
 docs: .venv/installed
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet --strict
+
+# tests that need the optional packages
+extras: .venv/installed
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serving]'
+	$(RUN)/python -m pytest -m extras
 
 # where code may be changed and no test fails: hours; stopped and called again, it goes on. ONLY='midskip.cost*' for a part
 mutants: .venv/installed

@@ -31,7 +31,7 @@ ORDER = (
     ("model.modeling",),
     ("reference", "cost", "data", "convert", "report", "runs"),
     ("testing", "groups"),
-    ("evaluate", "budget.calibrate", "generate"),
+    ("evaluate", "budget.calibrate", "generate", "serving"),
     ("tasks",),
     ("train",),  # a run ends with its own evaluation and report
     ("bench", "demo", "frontier", "retrofit"),

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "train a gated model, and a dense one of its FLOPs, in minutes, and compare them",
     "prepare": "turn text into shards of tokens",
     "train": "train a model from a recipe",
+    "serve": "answer completions and chat over HTTP, by the server of transformers, under budgets",
     "retrofit": "have a pretrained model skip, without training or with a little, its price measured at every budget",
     "sweep": "train a grid of recipes, settings and seeds, and go on where it was left",
     "evaluate": "loss and work of a trained model on text",

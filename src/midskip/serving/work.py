@@ -1,0 +1,78 @@
+"""What is known of a request beside its body: what it may spend, what it spent, and whether anybody still waits.
+
+The server sets `REQUEST` before transformers' handlers see a request; all tasks of one request see the same object.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria
+
+from midskip.model.modeling import MidskipForCausalLM
+
+
+@dataclass
+class Work:
+    """Of one request.
+
+    Attributes:
+        score_scale, max_layers: the limits of its budget, as `Policy.set_limits` takes them.
+        seed: of sampling; None: whatever comes.
+        gone: set once nobody waits for the answer any more.
+        failure: what broke generation off.
+        num_tokens: that were run.
+        share_of_tokens: the share of layers that ran, summed over them.
+    """
+
+    score_scale: float = 1.0
+    max_layers: int | None = None
+    seed: int | None = None
+    gone: threading.Event = field(default_factory=threading.Event)
+    failure: Exception | None = None
+    num_tokens: int = 0
+    share_of_tokens: float = 0.0
+
+    @property
+    def executed_share(self) -> float | None:
+        """Share of block-tokens that ran, of prompt and new tokens; None of a model that does not say."""
+        return round(self.share_of_tokens / self.num_tokens, 4) if self.num_tokens else None
+
+
+REQUEST: ContextVar[Work] = ContextVar("midskip_request")
+
+
+class NobodyWaits(StoppingCriteria):
+    """Ends generation after the token at hand, once a client is gone."""
+
+    def __init__(self, work: Work):
+        self.work = work
+
+    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Any:
+        return torch.full((len(input_ids),), self.work.gone.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def counted(model: nn.Module, work: Work) -> Iterator[None]:
+    """Adds up what ran in passes over one sequence without pads."""
+
+    def add(_: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
+        ids_BT = named["input_ids"] if "input_ids" in named else arguments[0]
+        work.num_tokens += ids_BT.numel()
+        work.share_of_tokens += output.executed_share * ids_BT.numel()
+
+    if not isinstance(model, MidskipForCausalLM):
+        yield
+        return
+    hook = model.register_forward_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
