@@ -62,7 +62,7 @@ def test_a_completion_is_what_generate_gives(server: Running) -> None:
     text, share = expected(server, PROMPT, 12)
     answer = complete(server)
     assert answer.choices[0].text == text and answer.choices[0].finish_reason == "length"
-    assert answer.usage.completion_tokens == 12
+    assert answer.model == "tiny" and answer.usage.completion_tokens == 12
     assert answer.usage.executed_share == pytest.approx(share, abs=1e-4) and 0 < share < 1
     parts = list(complete(server, stream=True))
     assert "".join(part.choices[0].text for part in parts) == whole(text)
@@ -102,6 +102,14 @@ def test_max_layers_of_a_request(server: Running) -> None:
     answer = complete(server, extra_body={"max_layers": 2})
     assert answer.usage.executed_share <= 0.5
     assert complete(server).usage.executed_share == pytest.approx(expected(server, PROMPT, 12)[1], abs=1e-4)
+
+
+def test_an_answer_ends_with_a_stop_text(server: Running) -> None:
+    text, _ = expected(server, PROMPT, 12)
+    stop = whole(text)[3:5]
+    answer = complete(server, stop=stop, temperature=0)
+    assert answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens < 12
+    assert text.startswith(answer.choices[0].text) and stop in answer.choices[0].text
 
 
 def test_sampling_goes_by_its_seed(server: Running) -> None:

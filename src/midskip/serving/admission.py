@@ -61,6 +61,7 @@ class Admission:
         if body is None:
             return
         work, given, gone = Work(), [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
+        del body  # an answer may take long
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":

@@ -87,9 +87,8 @@ def check_body(body: dict[str, Any], name: str, tokenizer: Any, is_chat: bool) -
     Raises:
         ApiError: the field, what it was, and what was expected.
     """
-    model = body.get("model", name)
-    if model != name:
-        shown = _shown(model)
+    if body.get("model") not in (None, name):
+        shown = _shown(body["model"])
         raise ApiError(404, f"there is no model {shown}: this server has {name!r}", "model", "model_not_found")
     if is_chat and not tokenizer.chat_template:
         raise ApiError(

@@ -30,6 +30,11 @@ class OneModel(ModelManager):
     def _load_model(self, *others: Any, **named: Any) -> Any:
         return self._model
 
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """As it is: transformers would have answers name a revision, which a folder does not have."""
+        return model_id
+
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As `/v1/models` tells; transformers' own looks through the cache of the hub."""
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "midskip"}]
