@@ -150,6 +150,13 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         cuts = statistics.quantiles(values, n=100)
         return {f"p{q}": round(cuts[q - 1], 2) for q in (50, 95, 99)} | {"count": len(values)}
 
+    by_round = {
+        "first_token_p50_ms": [round(1000 * statistics.median(found["first"]), 1) for found in rounds],
+        "between_tokens_p50_ms": [round(1000 * statistics.median(found["between"]), 2) for found in rounds],
+        "tokens_per_s": [
+            round((len(found["first"]) + len(found["between"])) / found["seconds"], 1) for found in rounds
+        ],
+    }
     ends = [statistics.median(found["megabytes"][-10:]) for found in rounds]
     tokens = sum(len(found["first"]) + len(found["between"]) for found in rounds)
     return {
@@ -157,6 +164,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "between_tokens_ms": quantiles("between"),
         "tokens_per_s": round(tokens / sum(found["seconds"] for found in rounds), 1),
         **{name: sum(found[name] for found in rounds) for name in ("whole", "left", "failed")},
+        "by_round": by_round,
         "megabytes_at_round_ends": [round(end, 1) for end in ends],
         "memory_growth_after_first_round": round(ends[-1] / ends[0] - 1, 4),
     }

@@ -6,6 +6,7 @@ begun, is cut off. Clients of OpenAI's API try again in the first case, by thems
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def served_on_ray(settings: ServeSettings, host: str, port: int, replicas: int) 
             search_folder(Path(here))
         return load_app(settings)
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -71,8 +73,8 @@ def served_on_ray(settings: ServeSettings, host: str, port: int, replicas: int) 
 def serve_on_ray(settings: ServeSettings, host: str, port: int, replicas: int) -> None:
     """As `served_on_ray`, until the process is told to stop."""
     stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     with served_on_ray(settings, host, port, replicas):
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # here: Ray sets one of its own as it starts
         print(f"serving {settings.model_name!r} at http://{host}:{port}/v1, {replicas} replicas", flush=True)
         while not stopped.wait(1):
             pass
