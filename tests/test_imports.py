@@ -30,7 +30,7 @@ ORDER = (
     ("model.inputs",),
     ("model.modeling",),
     ("reference", "cost", "data", "convert", "report", "runs"),
-    ("testing", "groups"),
+    ("testing", "groups", "look"),
     ("evaluate", "budget.calibrate", "generate", "serving"),
     ("tasks",),
     ("train",),  # a run ends with its own evaluation and report

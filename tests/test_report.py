@@ -169,6 +169,15 @@ def test_a_character_of_several_tokens_is_shown_once(tmp_path: Path) -> None:
         depth_text([TokenDepth("中", 1, part=3, num_parts=3)], 4)
 
 
+def test_a_card_has_what_the_token_gave_and_what_it_cost(tmp_path: Path) -> None:
+    known = {"scores": (0.5, 1.5, 0.999, 1.0), "next_loss_nats": 2.5, "next_rank": 17, "flops": 12345.0}
+    page = page_of(tmp_path, [TokenDepth("x", 2, 1.0, (1.0, 0.0, 0.0, 1.0), **known)])  # pyright: ignore[reportArgumentType]
+    assert "predicts the next with 2.50 nats, rank 17\n12,345 FLOPs" in page.cards[0]
+    # below the middle, of 9 levels, where the layer runs, and above it where it is skipped
+    assert '<path d="M0 9V7h1V2h1V5h1V4h1V9z"/>' in page.source
+    assert page.source.count("<em><svg>") == 2 and 'em+em::after{content:"score by layer' in page.style
+
+
 def test_page_stays_small(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     gates = generator.random((5000, 12)).round(2)

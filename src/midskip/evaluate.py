@@ -20,9 +20,9 @@ from midskip.budget.monitor import not_live
 from midskip.cost import Meter
 from midskip.data.labelled import Items
 from midskip.data.progress import progress_bar
-from midskip.data.token_text import TokenText, token_texts
 from midskip.distributed import rank_and_world_size, sum_over_ranks
 from midskip.groups import add_groups, group_sizes, results_by_group
+from midskip.look import look
 from midskip.model.loss import IGNORED, cross_entropy
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import TokenDepth
@@ -222,29 +222,18 @@ class _Sums:
         return result | (results_by_group(sums) if "tokens_by_group" in sums else {})
 
 
-@torch.no_grad()
 def depth_of_tokens(
     model: MidskipForCausalLM,
     tokenizer: PreTrainedTokenizerBase | None,
     ids: Sequence[int],
     positions: Sequence[int] | None = None,
 ) -> list[TokenDepth]:
-    """Text, blocks run, gates and loss (of predicting it, in nats) of every token of one sequence, or of the documents
+    """Text, blocks run, gates, scores, FLOPs, and losses in nats of every token of one sequence, or of the documents
     that `positions` tell apart. A monitor of live prompts does not see it. Without a tokenizer the text is the id, and
     no loss is given: the ids are not what is to be predicted. Where a character spans several tokens, each has the text
     of all of them (`token_texts`)."""
-    ids_1T = torch.tensor([list(ids)], device=model.device)
-    position_1T = None if positions is None else torch.tensor([list(positions)], device=model.device)
     with limits_kept(model):
-        output = model(ids_1T, position_ids=position_1T, use_cache=False)
-    losses = -output.logits[0, :-1].float().log_softmax(-1).gather(1, ids_1T[0, 1:, None]).squeeze(1)
-    found = [None] * len(ids) if tokenizer is None else [None, *losses.tolist()]
-    blocks_T, gates_TL = output.executed[:, 0].sum(0).tolist(), output.gates[:, 0].T.tolist()
-    texts = [TokenText(f"{token} ") for token in ids] if tokenizer is None else token_texts(tokenizer, ids)
-    return [
-        TokenDepth(text, blocks, loss, tuple(gates_L), part, num_parts)
-        for (text, part, num_parts), blocks, gates_L, loss in zip(texts, blocks_T, gates_TL, found, strict=True)
-    ]
+        return look(model, tokenizer, ids, positions).tokens
 
 
 def passages(

@@ -34,8 +34,8 @@ from midskip.budget.monitor import not_live
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
-from midskip.report.page import visible
 from midskip.report.speed import write_speed_picture
+from midskip.report.tokens import visible
 from midskip.runs import to_json, write_atomically
 
 BENCH_FILE, BENCH_PICTURE_FILE = "bench.json", "bench.png"

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from midskip.report.page import visible
+from midskip.report.tokens import visible
 
 TIMES = {
     "prefill": "time to first token, ms", "decode": "time a token, ms", "training": "time a step, ms",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from midskip.report.page import visible
+from midskip.report.tokens import visible
 
 NAME_LENGTH, SETTINGS_LENGTH = 40, 60  # characters of an arm's name and of its settings
 

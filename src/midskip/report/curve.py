@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from midskip.budget.calibration import Calibration
-from midskip.report.page import ANCHORS, visible
 from midskip.report.terminal import comparison_table
+from midskip.report.tokens import ANCHORS, visible
 
 
 def write_curves(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from midskip.report.page import ANCHORS, palette, visible
+from midskip.report.tokens import ANCHORS, palette, visible
 
 # The example of `write_idea`: each token with how many layers of the first half it runs before it leaves.
 IDEA_LAYERS = 8

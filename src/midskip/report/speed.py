@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 
-from midskip.report.page import visible
+from midskip.report.tokens import visible
 
 # for each task: what its time should follow
 WORK = {"decode": "bytes read"}  # others: FLOPs run

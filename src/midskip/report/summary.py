@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from midskip.report.page import visible
 from midskip.report.terminal import comparison_table
+from midskip.report.tokens import visible
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from midskip.report.page import TokenDepth, check_tokens, palette, visible
+from midskip.report.tokens import TokenDepth, check_tokens, palette, visible
 
 
 def depth_text(tokens: Sequence[TokenDepth], num_layers: int) -> Text:
