@@ -20,9 +20,8 @@ docs: .venv/installed
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet --strict
 
-# tests that need the optional packages
-extras: .venv/installed
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,serving]'
+# tests that need the optional packages; those of a browser also need chromium
+extras: .venv/extras-installed
 	$(RUN)/python -m pytest -m extras
 
 # where code may be changed and no test fails: hours; stopped and called again, it goes on. ONLY='midskip.cost*' for a part
@@ -48,4 +47,8 @@ clean:
 		echo "midskip needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/extras-installed: .venv/installed
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,app,serving]' playwright
 	@touch $@

@@ -34,7 +34,7 @@ ORDER = (
     ("evaluate", "budget.calibrate", "generate", "serving"),
     ("tasks",),
     ("train",),  # a run ends with its own evaluation and report
-    ("bench", "demo", "frontier", "retrofit"),
+    ("bench", "demo", "frontier", "retrofit", "app"),
     ("sweep",),
     ("commands",),
     ("cli", "__main__"),

@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": "measure what a budget at run time costs, and save it with the model",
     "card": "write the model card of a run or a retrofit, from all that was measured of it",
     "generate": "go on with a prompt, coloured by the depth each token used",
+    "app": "see in the browser where a model spends its depth, on any text, as it is typed",
     "frontier": "hold the models of a sweep to the dense ones of the same cost",
     "bench": "time prefill, decode and training against Llama of the same shape, with the work that really ran",
 }
