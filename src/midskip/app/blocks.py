@@ -69,14 +69,14 @@ def build(session: Session, text: str = EXAMPLE) -> Any:
             _connect(session, pane, box)
         redraw_right = {"fn": _seer(session), "inputs": [box, *right.settings], "outputs": right.shown}
         gr.on(
-            [page.load, box.input], _seer(session), [box, *left.settings], left.shown,
+            [page.load, box.change], _seer(session), [box, *left.settings], left.shown,
             trigger_mode="always_last", show_progress="hidden",
         )  # fmt: skip
 
         def if_shown(shown: bool, *given: Any) -> Any:
             return _seer(session)(*given) if shown else (gr.skip(),) * 4
 
-        box.input(
+        box.change(
             if_shown, [both, box, *right.settings], right.shown, trigger_mode="always_last", show_progress="hidden"
         )
         both.change(lambda shown: gr.Column(visible=shown), both, right.column).then(**redraw_right)
@@ -87,7 +87,6 @@ def build(session: Session, text: str = EXAMPLE) -> Any:
         writing = go_on.click(
             write, [box, *left.settings, count, temperature, seed], [box, *left.shown], show_progress="hidden"
         )
-        writing.then(if_shown, [both, box, *right.settings], right.shown)
         stop.click(None, cancels=[writing]).then(_seer(session), [box, *left.settings], left.shown)
     return page
 

@@ -27,7 +27,7 @@ color:var(--ms-soft);border-top:1px dashed;margin-top:.5rem}
 .ms b{font-weight:400;padding:.12em 0;border-radius:3px;box-shadow:inset 0 0 0 .5px var(--background-fill-primary);
 -webkit-box-decoration-break:clone;box-decoration-break:clone;cursor:pointer}
 .ms b:hover,.ms b:focus,.ms b.ms-on{outline:2px solid var(--body-text-color);outline-offset:1px}
-.ms u,.ms s{text-decoration:none;opacity:.6}
+.ms u,.ms s{text-decoration:none;opacity:.6;color:inherit!important}
 .ms u::before{content:"↵"}
 .ms s::before{content:"·"}
 .ms h4,.ms-picked h4{margin:1rem 0 .3rem;font-weight:600}
@@ -152,7 +152,12 @@ element.addEventListener('pointermove', (event) => {
 });
 element.addEventListener('pointerleave', hide);
 element.addEventListener('mouseleave', hide);
-document.addEventListener('scroll', hide, true);
+document.addEventListener('scroll', () => {
+  if (!card) return;
+  const held = element.querySelector('.ms-text b:focus, .ms-text b:hover');
+  if (held) point(held);
+  else hide();
+}, true);
 element.addEventListener('click', (event) => {
   const found = at(event);
   if (!found || !look()) return;
