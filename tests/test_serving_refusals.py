@@ -163,12 +163,19 @@ def begin(server: Running, is_stream: bool) -> socket.socket:
     return client
 
 
+def wait_for(lengths: list[int]) -> None:
+    """Until a pass has run."""
+    deadline = time.monotonic() + 30
+    while not lengths:
+        assert time.monotonic() < deadline, "nothing runs"
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_a_client_that_goes_stops_its_generation(server: Running, is_stream: bool) -> None:
     with server.passes() as lengths:
         first = begin(server, is_stream)
-        while not lengths:
-            time.sleep(0.01)
+        wait_for(lengths)
         waiting = [begin(server, is_stream) for _ in range(3)]
         time.sleep(0.2)
         for client in waiting:
@@ -187,8 +194,7 @@ def test_a_client_that_goes_stops_its_generation(server: Running, is_stream: boo
 def test_too_many_requests_are_told_to_come_again(server: Running) -> None:
     with server.passes() as lengths:
         clients = [begin(server, False) for _ in range(8)]
-        while not lengths:
-            time.sleep(0.01)
+        wait_for(lengths)
         time.sleep(0.3)
         status, answer = ask(server, "/v1/completions", BODY)
         for client in clients:
