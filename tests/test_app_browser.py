@@ -118,8 +118,8 @@ def test_text_is_coloured_as_it_is_typed(page: Any) -> None:
 
 def test_hostile_text_is_shown_and_does_nothing(page: Any) -> None:
     write(page, HOSTILE)
-    wait_for(page, "<script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>")
-    assert "**b** [a](javascript:b)" in text_of(page) and "\u202e" not in text_of(page)
+    wait_for(page, "<script>alert(1)</script><img src=http://example.org/x")
+    assert "**b** [a](javascript:b)" in text_of(page) and "onerror" in text_of(page) and "\u202e" not in text_of(page)
     assert page.locator("#ms-view-a img, #ms-view-a script, #ms-view-a a").count() == 0
     page.locator("#ms-view-a b").nth(3).click()
     page.wait_for_selector("#ms-picked-a table")
