@@ -43,7 +43,8 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
             "generate",
             ["--prompt", "--temperature", "--seed", "--budget", "--max_layers", "--on_drift", "--draft_budget"],
         ),
-        ("serve", ["--budget", "--max_layers", "--host", "127.0.0.1", "--replicas", "--trust"]),
+    tested = "demo prepare train sweep retrofit calibrate evaluate card generate serve app frontier bench"
+    assert set(cli.COMMANDS) == set(tested.split()), "else a command is not tested"
         ("frontier", ["--output", "--cost", "kv_bytes"]),
         ("bench", ["--tasks", "--batch_sizes", "--shares", "--dtypes", "--gates", "--run", "--shape", "--output"]),
     ],
@@ -55,7 +56,7 @@ def test_every_command_has_help(command: str, words: list[str], capsys: pytest.C
         assert end.code == 0
     out = capsys.readouterr().out
     assert f"midskip {command}" in out and [word for word in words if word not in out] == []
-    tested = "demo prepare train sweep retrofit calibrate evaluate card generate serve frontier bench"
+    tested = "demo prepare train sweep retrofit calibrate evaluate card generate serve app frontier bench"
     assert set(cli.COMMANDS) == set(tested.split()), "else a command is not tested"
 
 
