@@ -131,6 +131,12 @@ def test_stages_follow_each_other_and_are_not_run_twice(
         assert row["texts"]["text"]["executed_share"] <= row["budget"] + 0.05
     monkeypatch.setattr("midskip.retrofit.run.load_to_skip", lambda *_, **__: pytest.fail("everything is done"))
     assert retrofit(settings_of(dense, distil_steps=30, learning_rate=3e-3, save_steps=10), QUIET) == both
+    for stage in ("distil", "finetune"):  # of one killed at its very end, and of a stage that is not asked for here
+        (folder / "checkpoints" / stage / "checkpoint-1").mkdir(parents=True)
+    (folder / ".midskip.lock").touch()
+    assert retrofit(settings_of(dense, distil_steps=30, learning_rate=3e-3, save_steps=10), QUIET) == both
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["finetune"]
+    assert not (folder / ".midskip.lock").exists()
     with pytest.raises(ValueError, match=r"holds a retrofit with other settings \(outer: 1 -> 2; "):
         retrofit(settings_of(dense, outer=2), QUIET)
 

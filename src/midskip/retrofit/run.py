@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree as remove_folder
@@ -51,6 +52,11 @@ def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict
     for stage in report["stages"]:
         console.print(price_table(report["stages"][stage]["prices"], stage))
     if all(stage in report["stages"] for stage in settings.stages()):
+        if (folder / CHECKPOINTS).exists() or (folder / LOCK_FILE).exists():  # of one that was killed at its very end
+            with suppress(ValueError, OSError), locked(folder):
+                for stage in report["stages"]:
+                    remove_folder(folder / CHECKPOINTS / stage, ignore_errors=True)
+                (folder / CHECKPOINTS).rmdir()  # unless a further stage has begun
         return report
     with locked(folder):
         return _run(settings, _begun(folder, settings), console)

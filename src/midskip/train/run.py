@@ -128,7 +128,7 @@ def _train(
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     trained = checkpoint is not None and first_step >= settings.max_steps
     set_seed(settings.seed)
-    pad = None if text.tokenizer is None else text.tokenizer.pad_token_id
+    pad: Any = None if text.tokenizer is None else text.tokenizer.pad_token_id
     config = recipe.build_config(text.vocab_size, text.end_of_text, pad)  # and not the one in the folder
     if checkpoint is None and initial is not None:
         model = initial.load(config)
