@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "midskip"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 # what other tests run: all of a page, or lines that begin so
-ELSEWHERE = {"lm_eval": "test_hf_lm_eval.py"}
+ELSEWHERE = {"lm_eval": "test_hf_lm_eval.py", "midskip app": "test_app_browser.py", "serving.md": "test_serving.py"}
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
 SHORT = {"max_steps": 2, "per_device_train_batch_size": 2, "peak_flops": 1e12, "report_to": []}
 TINY = {  # what is added to a command, so that it takes a moment

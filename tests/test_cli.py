@@ -11,7 +11,7 @@ import pytest
 import torch
 from tags import Tags
 
-from midskip.cli import main
+from midskip.cli import COMMANDS, main
 from midskip.runs import load_run
 
 # Documents that try to be markup, and to steer a terminal.
@@ -223,8 +223,7 @@ def test_an_error_is_one_line_of_harmless_text(error: Callable[..., str], tmp_pa
 
 
 def test_commands_and_options_that_are_none(error: Callable[..., str], place: Path) -> None:
-    expected = "expected one of demo, prepare, train, retrofit, sweep, evaluate, calibrate, generate, frontier, bench"
-    assert error("trian") == f"there is no command 'trian'; {expected}"
+    assert error("trian") == f"there is no command 'trian'; expected one of {', '.join(COMMANDS)}"
     for command, *arguments in (
         ("demo", "--step", "3"),
         ("demo", "--steps", "0"),

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.extras
 openai: Any = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
+from doc_code import ROOT, blocks_of  # noqa: E402
 from tiny_server import Running, running, write_served  # noqa: E402
 
 from midskip.cli import main  # noqa: E402
@@ -67,6 +68,13 @@ def test_a_completion_is_what_generate_gives(server: Running) -> None:
     parts = list(complete(server, stream=True))
     assert "".join(part.choices[0].text for part in parts) == whole(text)
     assert parts[-1].usage == answer.usage, "the share is in the last part of a stream too"
+
+
+def test_the_code_of_the_page_runs(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = (block.text for block in blocks_of(ROOT / "docs" / "serving.md") if block.language == "python")
+    exec(code.replace("http://127.0.0.1:8000/v1", server.url).replace('"mine"', '"tiny"'), names := {})
+    text, _ = expected(server, "The function returns", 20)
+    assert capsys.readouterr().out.endswith(whole(text)) and 0 < names["answer"].usage.executed_share < 1
 
 
 def test_chat_goes_by_the_template(server: Running) -> None:

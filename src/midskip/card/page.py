@@ -70,11 +70,15 @@ def _model_card(name: str, config: MidskipConfig, num_parameters: int, measured:
     return "\n\n".join(parts) + "\n"
 
 
-def write_card(folder: str | Path, config: MidskipConfig, num_parameters: int, name: str | None = None) -> Path | None:
-    """Writes the page into the folder of a model, from what was measured and lies beside it.
+def write_card(
+    folder: str | Path, config: MidskipConfig, num_parameters: int, name: str | None = None,
+    measured: Measured | None = None,
+) -> Path | None:  # fmt: skip
+    """Writes the page into the folder of a model, from what was measured of it.
 
     Args:
         name: of the repository it will lie in; by default the folder's.
+        measured: by default what lies in the folder.
 
     Returns:
         The file; None where there is one that lacks our mark: it is left as it is.
@@ -85,7 +89,7 @@ def write_card(folder: str | Path, config: MidskipConfig, num_parameters: int, n
     file = Path(folder, CARD_FILE)
     if file.is_file() and MARK not in file.read_text(encoding="utf-8"):
         return None
-    text = model_card(name or Path(folder).resolve().name, config, num_parameters, read_measured(folder))
+    text = model_card(name or Path(folder).resolve().name, config, num_parameters, measured or read_measured(folder))
     part = file.with_name(f"{CARD_FILE}.part")
     part.write_text(text, encoding="utf-8", newline="\n")
     part.replace(file)  # whole or not there: half a page may lack our mark
@@ -223,7 +227,7 @@ def _measured(
 
 
 def _architecture(config: MidskipConfig, num_parameters: int) -> list[str]:
-    settings = ", ".join(f"{key}: {value}" for key, value in config.policy_settings.items())
+    settings = ", ".join(f"{key}: {value}" for key, value in sorted(config.policy_settings.items()))
     policy = f"{config.policy} ({settings})" if settings else config.policy
     rows = [
         ("parameters", f"{num_parameters:,}"),

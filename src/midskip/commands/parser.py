@@ -18,7 +18,6 @@ COMMANDS = {
     "demo": "train a gated model, and a dense one of its FLOPs, in minutes, and compare them",
     "prepare": "turn text into shards of tokens",
     "train": "train a model from a recipe",
-    "serve": "answer completions and chat over HTTP, by the server of transformers, under budgets",
     "retrofit": "have a pretrained model skip, without training or with a little, its price measured at every budget",
     "sweep": "train a grid of recipes, settings and seeds, and go on where it was left",
     "evaluate": "loss and work of a trained model on text",
@@ -26,6 +25,7 @@ COMMANDS = {
     "card": "write the model card of a run or a retrofit, from all that was measured of it",
     "generate": "go on with a prompt, coloured by the depth each token used",
     "app": "see in the browser where a model spends its depth, on any text, as it is typed",
+    "serve": "answer completions and chat over HTTP, by the server of transformers, under budgets",
     "frontier": "hold the models of a sweep to the dense ones of the same cost",
     "bench": "time prefill, decode and training against Llama of the same shape, with the work that really ran",
 }

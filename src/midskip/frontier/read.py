@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from midskip.runs import to_json, write_atomically
-
 SWEEP_FILE, RESULTS_FOLDER, FAILED_FOLDER = "sweep.json", "results", "failed"
 OF_CODE = ("commit", "midskip")  # in what a result says of its machine
 BY_POSITION = ("loss_by_position", "num_targets_by_position")  # of what was measured on held-out text
@@ -129,6 +127,8 @@ def save_results(place: str | Path, file: str | Path) -> None:
     Raises:
         ValueError: as `read_points`.
     """
+    from midskip.runs import to_json, write_atomically  # which imports torch
+
     read_points(place)
     found = read_results(place)
     arms = found.sweep["arms"]

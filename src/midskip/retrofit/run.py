@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import rmtree as remove_folder
 from typing import Any
@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from midskip.budget.calibration import Calibration
-from midskip.card import write_card
+from midskip.card import read_measured, write_card
 from midskip.data import TokenWindows, encode_source
 from midskip.distributed import num_launched
 from midskip.locks import LOCK_FILE, locked
@@ -198,8 +198,9 @@ def _finish(
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
     report["stages"][stage] = more | {"prices": rows}
-    write_atomically(folder / REPORT, to_json(report) + "\n")
-    write_card(folder, model.config, model.num_parameters())
+    measured = replace(read_measured(folder), retrofit=report)
+    write_card(folder, model.config, model.num_parameters(), measured=measured)
+    write_atomically(folder / REPORT, to_json(report) + "\n")  # last: then the stage is done
     console.print(price_table(rows, stage))
 
 
