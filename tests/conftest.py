@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import EntryNotFoundError
 from killing import Program
 from sample_text import DOCUMENTS, sample_documents
 from tiny_curve import CURVE
@@ -303,3 +305,25 @@ def smollm2(tmp_path: Path) -> Path:
 
     build(CONFIGS["smollm2"]).save_pretrained(tmp_path / "smollm2")
     return tmp_path / "smollm2"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What was uploaded, by file name, as text; `hub["card"]`, if set, is a card that the repository has already."""
+    seen: dict[str, Any] = {"card": None, "files": {}}
+
+    def create_commit(self: HfApi, repo_id: str, operations: list[CommitOperationAdd], **others: Any) -> str:
+        for operation in operations:
+            with operation.as_file() as file:
+                seen["files"][operation.path_in_repo] = file.read()
+        return "the commit"
+
+    def load(repo_id: str, **others: Any) -> ModelCard:
+        if seen["card"] is None:
+            raise EntryNotFoundError("no card")
+        return ModelCard(seen["card"])
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **others: RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(ModelCard, "load", load)
+    return seen

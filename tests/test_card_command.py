@@ -1,0 +1,103 @@
+"""`midskip card`: all that was measured of a model, on its card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from tiny_cards import evaluated, pushed_card, retrofitted, timed
+from tiny_curve import CURVE
+
+from midskip import MidskipConfig, MidskipForCausalLM
+from midskip.budget.weights import hashes_of
+from midskip.card import MARK, Measured, model_card
+from midskip.cli import main
+
+
+@pytest.fixture
+def whole(saved_model: Path, tmp_path: Path) -> Path:
+    """A folder of a model with all that can have been measured of it."""
+    folder = shutil.copytree(saved_model, tmp_path / "my_model")
+    for name, found in (("retrofit", retrofitted()), ("evaluated", evaluated()), ("bench", timed())):
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"calibration": CURVE}))
+    return folder
+
+
+def test_the_command_shows_all_that_was_measured(whole: Path, hub: dict[str, Any]) -> None:
+    assert main(["card", str(whole), "--name", "somebody/skipper"]) == 0
+    text = (whole / "README.md").read_text()
+    for row in (
+        "| stories | 1.00 | 50.0% | 100.0% | 3.2500 | +0.0000 |",
+        "| stories | 0.50 | 50.0% | 50.0% | 3.5000 | +0.2500 |",
+        "| as trained | 49.0% | 2.7500 |",
+        "| 0.50 | 49.0% | 2.8750 |",
+        "| prefill | 1 | 512 | trained | 52.50 | 0.750 | 0.625 | 50.0% |",
+        f"| {CURVE['share'][0]:.3f} | {CURVE['loss'][0]:.4f} |",
+    ):
+        assert f"\n{row}" in text
+    assert "on 64,000 tokens" in text and "22,000 tokens of stories" in text and "one prompt may run more" in text
+    results = ModelCard(text).data.eval_results
+    losses = {result.metric_args["budget"]: result.metric_value for result in results if result.metric_type == "loss"}
+    assert losses == {1.0: 3.25, 0.5: 3.5} and len(results) == 4
+    MidskipForCausalLM.from_pretrained(whole).push_to_hub("somebody/skipper")
+    assert pushed_card(hub) == text, "the same card"
+
+
+def test_times_of_another_shape_are_not_shown(whole: Path) -> None:
+    (whole / "bench.json").write_text(json.dumps(timed() | {"settings": {"run": "a", "shape": {"hidden_size": 8}}}))
+    assert main(["card", str(whole)]) == 0
+    assert "## Speed" not in (whole / "README.md").read_text()
+
+
+def test_the_command_refuses_what_it_cannot_show(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (whole / "evaluated.json").write_text('{"as_trained": {}, "budgets": []}')
+    assert main(["card", str(whole)]) == 2 and not (whole / "README.md").exists()
+    assert "cannot be made of what lies beside the model (KeyError: 'executed_share')" in capsys.readouterr().err
+    (whole / "evaluated.json").unlink()
+    (whole / "README.md").write_text("My own words.")
+    assert main(["card", str(whole)]) == 2 and (whole / "README.md").read_text() == "My own words."
+    assert "has a README.md that midskip did not write, or that is yours now" in capsys.readouterr().err
+
+
+def test_the_command_refuses_numbers_of_other_weights(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = MidskipForCausalLM.from_pretrained(whole)
+    model.config.calibration = CURVE | {"weights": hashes_of(model)}
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(1)
+    model.save_pretrained(whole)
+    assert main(["card", str(whole)]) == 2 and not (whole / "README.md").exists()
+    assert "was measured on other weights than it has now" in capsys.readouterr().err
+
+
+def test_license_and_language_of_a_user_stay(whole: Path, hub: dict[str, Any]) -> None:
+    assert main(["card", str(whole)]) == 0
+    card = ModelCard((whole / "README.md").read_text())
+    card.data.license, card.data.language, card.data.base_model = "mit", ["en", "de"], "somebody/dense"
+    (whole / "README.md").write_text(str(card))
+    assert main(["card", str(whole)]) == 0
+    hub["card"] = f"---\nlicense: bsd-3-clause\nlicense_link: https://a.example/b\n---\n{MARK}\n# An earlier one"
+    MidskipForCausalLM.from_pretrained(whole).push_to_hub("somebody/skipper")
+    for text in ((whole / "README.md").read_text(), pushed_card(hub)):
+        data = ModelCard(text).data
+        assert (data.license, data.language, data.base_model) == ("mit", ["en", "de"], "somebody/dense")
+    assert ModelCard(pushed_card(hub)).data.license_link == "https://a.example/b"
+
+
+@pytest.mark.parametrize(
+    ("model", "from_hub", "base"),
+    [("org/Small-1.5B", True, "org/Small-1.5B"), ("runs/whole", False, None), ("../x/y", True, None)],
+)
+def test_the_original_of_a_retrofit_is_its_base_model(model: str, from_hub: bool, base: str | None) -> None:
+    found = retrofitted() | {"from_hub": from_hub}
+    found["settings"]["model"] = model
+    assert ModelCard(model_card("mine", MidskipConfig(), 7, Measured(retrofit=found))).data.get("base_model") == base
+
+
+# of https://github.com/huggingface/hub-docs/blob/main/modelcard.md, the keys of a card's header, and of what is in it
