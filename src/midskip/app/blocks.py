@@ -209,7 +209,7 @@ def _write(
 def serve(session: Session, text: str, host: str, port: int | None, in_browser: bool) -> tuple[Any, str]:
     """Start to listen, and return the page and its address. Nothing is asked for from anywhere else."""
     font = ["sans-serif"]
-    theme = gr.themes.Default(font=font, font_mono=["monospace"])  # system fonts
+    theme = gr.themes.Default(font=font, font_mono=["monospace"])  # system fonts  # pyright: ignore[reportPrivateImportUsage]
     page = build(session, text)
     _, address, _ = page.launch(
         server_name=host, server_port=port, inbrowser=in_browser, share=False, prevent_thread_lock=True, quiet=True,
