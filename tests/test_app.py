@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -101,6 +102,9 @@ def test_no_text_becomes_markup(session: Session) -> None:
 
 def test_the_card_has_every_number(session: Session) -> None:
     seen = session.see("the cat sat on the mat", LIMITS)
+    assert session.is_seen(seen, "the cat sat on the mat", LIMITS)
+    assert not session.is_seen(seen, "the cat sat on the hat", LIMITS) and not session.is_seen(None, "the cat", LIMITS)
+    assert not session.is_seen(seen, "the cat sat on the mat", replace(LIMITS, max_layers=1))
     assert seen
     data, tokens = Tags(view_html(seen)).data, seen.look.tokens
     assert data and {len(values) for values in data.values() if isinstance(values, list)} == {len(tokens)}

@@ -160,8 +160,14 @@ def _connect(session: Session, pane: Pane, box: Any) -> None:
     pane.budget.input(
         budget_moved, [box, pane.run, pane.budget, pane.ceiling], [pane.trained, *pane.shown], **quick
     )  # fmt: skip
-    for moved in (pane.ceiling.input, pane.trained.input):
-        moved(see, [box, *pane.settings], pane.shown, **quick)
+
+    def moved(before: Seen | None, text: str, *settings: Any) -> tuple[Any, ...]:
+        if session.is_seen(before, text or "", _limits(session, *settings)):
+            return (gr.skip(),) * 4  # nothing was changed: what is picked stays
+        return see(text, *settings)
+
+    for change in (pane.ceiling.input, pane.trained.input):
+        change(moved, [pane.seen, box, *pane.settings], pane.shown, **quick)
 
     def run_changed(run: str) -> tuple[Any, ...]:
         choices = session.choices[run]
@@ -169,8 +175,9 @@ def _connect(session: Session, pane: Pane, box: Any) -> None:
         trained = gr.Checkbox(True, **_of_trained(choices))
         return trained, gr.Slider(**_of_budget(choices)), gr.Slider(**_of_ceiling(choices)), why
 
-    pane.run.input(run_changed, pane.run, [pane.trained, pane.budget, pane.ceiling, pane.why]).then(
-        see, [box, *pane.settings], pane.shown
+    # not `input`, which comes whenever the keyboard leaves the list too
+    pane.run.change(run_changed, pane.run, [pane.trained, pane.budget, pane.ceiling, pane.why]).then(
+        moved, [pane.seen, box, *pane.settings], pane.shown
     )
 
     def pick(seen: Seen | None, event: gr.SelectData) -> str:

@@ -83,6 +83,11 @@ class Session:
             seen = look(model, tokenizer, ids[:MOST_TOKENS])
         return Seen(limits, seen, model.config.vocab_size, max(0, len(ids) - MOST_TOKENS))
 
+    def is_seen(self, seen: Seen | None, text: str, limits: Limits) -> bool:
+        """Whether `see` would give the same again."""
+        ids = ids_of(self.runs[limits.run][1], text)
+        return seen is not None and seen.limits == limits and list(seen.look.ids) == list(ids[:MOST_TOKENS])
+
     def what_if(self, seen: Seen, token: int) -> dict[str, Outcome]:
         """`look.what_if` of one of the tokens seen, in its window."""
         ids, window = seen.look.ids, seen.look.window
