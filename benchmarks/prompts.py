@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from midskip import MidskipForCausalLM
 from midskip.bench.results import machine
-from midskip.evaluate import limits_kept
+from midskip.budget.monitor import limits_kept
 from midskip.generate import blocks_counted, generate
 from midskip.runs import to_json
 

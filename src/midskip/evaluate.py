@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from midskip.budget.monitor import not_live
+from midskip.budget.monitor import limits_kept
 from midskip.cost import Meter
 from midskip.data.labelled import Items
 from midskip.data.progress import progress_bar
@@ -26,18 +26,6 @@ from midskip.look import look
 from midskip.model.loss import IGNORED, cross_entropy
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import TokenDepth
-
-
-@contextmanager
-def limits_kept(model: MidskipForCausalLM) -> Iterator[None]:
-    """What is run within is not live: no monitor looks at it, and afterwards the limits are those of before."""
-    policy = model.model.policy
-    before = policy.score_scale, policy.max_layers
-    try:
-        with not_live():
-            yield
-    finally:
-        policy.set_limits(*before)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from midskip.budget.monitor import limits_kept
 from midskip.cost import meter
-from midskip.evaluate import everything_run, limits_kept
+from midskip.evaluate import everything_run
 from midskip.model.modeling import MidskipForCausalLM
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from midskip.budget.calibration import GAP, NUM_BUCKETS, RULES, Calibration, bucket_of
+from midskip.budget.monitor import limits_kept
 from midskip.budget.weights import calibration_of, hashes_of
 from midskip.data import TokenWindows
 from midskip.data.labelled import Items
 from midskip.distributed import rank_and_world_size
-from midskip.evaluate import evaluate, limits_kept
+from midskip.evaluate import evaluate
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.runs import write_atomically
 

@@ -39,6 +39,18 @@ def not_live() -> Iterator[None]:
         _is_live.reset(token)
 
 
+@contextmanager
+def limits_kept(model: Any) -> Iterator[None]:
+    """What is run within is not live: no monitor looks at it, and afterwards the limits are those of before."""
+    policy = model.model.policy
+    before = policy.score_scale, policy.max_layers
+    try:
+        with not_live():
+            yield
+    finally:
+        policy.set_limits(*before)
+
+
 class DriftMonitor:
     """Compares the prompts that a model is given with its calibration, and acts when they leave the band of that.
 

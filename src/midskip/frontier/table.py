@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from rich.box import SIMPLE
@@ -13,7 +11,6 @@ from rich.text import Text
 
 from midskip.frontier.labels import NAME_LENGTH, SETTINGS_LENGTH, amount, settings_label, short_names, shortened
 from midskip.frontier.read import COSTS
-from midskip.report import visible
 
 
 def frontier_table(result: Mapping[str, Any], cost: str = "flops") -> Table:
@@ -43,17 +40,14 @@ def frontier_table(result: Mapping[str, Any], cost: str = "flops") -> Table:
 def frontier_markdown(result: Mapping[str, Any], cost: str = "flops") -> str:
     """The same in Markdown, a line a point."""
     _check(result, cost)
+    from midskip.card.markdown import plain, table  # which imports torch
+
     columns = (
         "arm, settings", COSTS[cost].heading, "share run", "loss, nats, and by seed",
         f"from dense, nats, {result['confidence']:.0%} interval", "cost at equal loss", "verdict",
     )  # fmt: skip
-    rows = [[_plain(cell.strip()).replace("\n", "<br>") for cell in cells] for _, cells in _rows(result, cost)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown and HTML leave as it is."""
-    return re.sub(r"([\\`*_\[\]{}|~$])", r"\\\1", escape(visible(text), quote=False))
+    rows = [["<br>".join(map(plain, cell.strip().split("\n"))) for cell in cells] for _, cells in _rows(result, cost)]
+    return table(columns, rows)
 
 
 def _check(result: Mapping[str, Any], cost: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from midskip.budget.monitor import not_live
+from midskip.budget.monitor import limits_kept
 from midskip.cost import LayerWork, Meter, block_flops, head_flops
 from midskip.data.token_text import TokenText, token_texts
 from midskip.model.config import PARTS, MidskipConfig
@@ -30,14 +30,9 @@ MOST_LOGITS = 2**24  # of one pass
 def under(model: MidskipForCausalLM, score_scale: float = 1.0, max_layers: int | None = None) -> Iterator[None]:
     """Within, the policy has these limits (`Policy.set_limits`), and no monitor of live prompts looks at the model.
     Afterwards the limits are those of before."""
-    policy = model.model.policy
-    before = policy.score_scale, policy.max_layers
-    try:
-        policy.set_limits(score_scale, max_layers)
-        with not_live():
-            yield
-    finally:
-        policy.set_limits(*before)
+    with limits_kept(model):
+        model.model.policy.set_limits(score_scale, max_layers)
+        yield
 
 
 @dataclass(frozen=True)

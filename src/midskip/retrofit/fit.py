@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from midskip.budget.monitor import limits_kept
 from midskip.cost import meter
 from midskip.data.labelled import Items
 from midskip.data.progress import progress_bar
-from midskip.evaluate import batch_of, evaluate, in_evaluation, limits_kept
+from midskip.evaluate import batch_of, evaluate, in_evaluation
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.model.skip_path import SkipPath, normalized
 from midskip.retrofit.moments import Moments

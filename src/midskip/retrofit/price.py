@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from midskip.budget.calibrate import calibrate
+from midskip.budget.monitor import limits_kept
 from midskip.data.labelled import Items
-from midskip.evaluate import evaluate, everything_run, limits_kept
+from midskip.evaluate import evaluate, everything_run
 from midskip.model.modeling import MidskipForCausalLM
 
 BUDGETS = (0.95, 0.9, 0.83, 0.75, 0.6, 0.5)
