@@ -129,8 +129,8 @@ def save_results(place: str | Path, file: str | Path) -> None:
     """
     from midskip.runs import to_json, write_atomically  # which imports torch
 
-    read_points(place)
     found = read_results(place)
+    _points(found)
     arms = found.sweep["arms"]
     keys = sorted({key for arm in arms for row in arm["points"] for key in row["seeds"].values()})
     results = {key: result for key in keys if (result := found.result(key)) is not None}
@@ -147,7 +147,10 @@ def read_points(place: str | Path) -> list[Point]:
     Raises:
         ValueError: no such folder, no sweep or no result in it, or a file that has not what it should.
     """
-    found = read_results(place)
+    return _points(read_results(place))
+
+
+def _points(found: Results) -> list[Point]:
     points = []
     try:
         for arm in found.sweep["arms"]:

@@ -47,8 +47,8 @@ def prices(
 
 def calibrated_prices(
     model: MidskipForCausalLM, windows: Items, texts: Mapping[str, Items], name: str,
-    original: Mapping[str, float] | None, lowest: float, batch_size: int,
+    original: Mapping[str, float] | None, lowest: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Calibrate on `windows` down to the share `lowest` or a little less, then `prices`."""
-    calibrate(model, windows, name, rule="share", lowest=0.9 * lowest, batch_size=batch_size, progress=True)
-    return prices(model, texts, original, batch_size=batch_size)
+    calibrate(model, windows, name, rule="share", lowest=0.9 * lowest, progress=True)
+    return prices(model, texts, original)

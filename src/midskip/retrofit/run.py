@@ -193,7 +193,7 @@ def _finish(
         whole = report["stages"]["fit"]["prices"][0]["texts"]
         original = {name: whole[name]["loss"] for name in texts.held_out}
     lowest = min(settings.trained_shares(model.config.num_skip_units))
-    rows = calibrated_prices(model, texts.calibration, texts.held_out, first, original, lowest, 8)
+    rows = calibrated_prices(model, texts.calibration, texts.held_out, first, original, lowest)
     for place in (folder / stage, folder):
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
