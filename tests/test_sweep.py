@@ -135,6 +135,30 @@ def test_the_learning_rate_is_chosen_at_one_seed(sweep_of: SweepOf, ran: list[Ru
     assert sweep.points[0].num_runs() == 5 and len(at) == 10
 
 
+def test_the_rate_of_an_arm_is_chosen_at_its_first_point(sweep_of: SweepOf, ran: list[Run]) -> None:
+    sweep = sweep_of(TUNED | {"tune_at": "first_point"})
+    run_sweep(sweep, console=QUIET)
+    at = [(run.recipe.model.num_hidden_layers, run.seed, run.recipe.training.learning_rate) for run in ran]
+    trials = [(1, 0, rate) for rate in (0.001, 0.002, 0.004)]
+    assert at == [*trials, (2, 0, 0.002), (1, 1, 0.002), (2, 1, 0.002)]
+    first, second = index_of(sweep)["dense"]
+    assert first["tuning"] == second["tuning"] and second["trials"] == 3 and second["learning_rate"] == 0.002
+    assert [point.num_runs() for point in sweep.points] == [4, 2]
+
+
+def test_an_arm_may_take_the_rate_of_an_arm_above(sweep_of: SweepOf) -> None:
+    wide = TUNED | {"name": "wide", "settings": {"model.hidden_size": 32}}
+    first, _, *others = sweep_of(TUNED, wide | {"tune_at": "dense"}).points
+    assert [point.tuned_at for point in others] == [first, first] and len(others) == 2
+    losses = {trial.key: loss for trial, loss in zip(first.trials(), (3.0, 1.0, 2.0), strict=True)}
+    assert [point.learning_rate(losses) for point in others] == [0.002, 0.002]
+    assert all(run.recipe.model.hidden_size == 32 for point in others for run in point.own_runs(losses).values())
+    with pytest.raises(ValueError, match="tune_at is 'sparse'; expected each_point, first_point or the name of an arm"):
+        sweep_of(TUNED, wide | {"tune_at": "sparse"})
+    with pytest.raises(ValueError, match="arm 'wide': tune_at is 'dense', which tries other learning_rates"):
+        sweep_of(TUNED, wide | {"tune_at": "dense", "learning_rates": [0.1, 0.2, 0.3]})
+
+
 def test_before_the_learning_rate_is_chosen_seeds_have_no_key(sweep_of: SweepOf) -> None:
     index = sweep_of(TUNED, tune_seed=5).index({})
     assert [point["seeds"] for point in index["arms"][0]["points"]] == [{}, {}]

@@ -69,6 +69,7 @@ class Point:
         seeds: that are wanted.
         learning_rates: to choose among; empty for the recipe's own.
         tune_seed: of the runs among which it is chosen.
+        tuned_at: the point whose trials choose for this one too; by default this one.
     """
 
     arm: str
@@ -77,6 +78,7 @@ class Point:
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...] = ()
     tune_seed: int = 0
+    tuned_at: Point | None = None
     _runs: dict[tuple[int, float | None], Run] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -95,7 +97,12 @@ class Point:
 
     def trials(self) -> list[Run]:
         """The runs among which the learning rate is chosen."""
-        return [self.run(self.tune_seed, rate) for rate in self.learning_rates]
+        return [(self.tuned_at or self).run(self.tune_seed, rate) for rate in self.learning_rates]
+
+    def own_runs(self, losses: Losses) -> dict[str, Run]:
+        """Those that are known, by key, without trials of another point."""
+        trials = self.trials() if self.tuned_at is None else []
+        return {run.key: run for run in (*trials, *self.of_seeds(losses).values())}
 
     def learning_rate(self, losses: Losses) -> float | None:
         """The best of `learning_rates` by held-out loss, the first of equals; a trial that failed loses. None as long
@@ -117,12 +124,10 @@ class Point:
         return {} if rate is None else {seed: self.run(seed, rate) for seed in self.seeds}
 
     def num_runs(self) -> int:
-        """Once the learning rate is chosen."""
-        return (
-            len(set(self.seeds) - {self.tune_seed}) + len(self.learning_rates)
-            if self.learning_rates
-            else len(self.seeds)
-        )
+        """Once the learning rate is chosen; without trials of another point."""
+        if not self.learning_rates or self.tuned_at is not None:
+            return len(self.seeds)
+        return len(set(self.seeds) - {self.tune_seed}) + len(self.learning_rates)
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,8 @@ class Sweep:
             row["learning_rate"] = point.learning_rate(losses) or (
                 None if point.learning_rates else point.recipe.training.learning_rate
             )
+            if point.tuned_at is not None:
+                row["tuned_at"] = point.tuned_at.label
             if point.learning_rates:
                 row["tuning"] = [
                     {"learning_rate": rate, "seed": point.tune_seed, "key": trial.key}

@@ -25,8 +25,9 @@ from midskip.train.recipe import (
     read_recipe,
 )
 
-OF_ALL_ARMS = ("recipe", "learning_rates")  # may stand above the arms, for those that do not have their own
+OF_ALL_ARMS = ("recipe", "learning_rates", "tune_at")  # may stand above the arms, for those that do not have their own
 FILE_KEYS = ("output", "seeds", "arms", "settings", "tune_seed", "keep_runs", *OF_ALL_ARMS)
+TUNE_AT = ("each_point", "first_point")
 ARM_KEYS = ("name", "settings", "grid", *OF_ALL_ARMS)
 GROUPS = {
     "data": DataSettings,
@@ -79,6 +80,7 @@ def _sweep(path: Path, given: Any) -> Sweep:
         raise ValueError(f"arms is {arms!r}; expected a list of at least one arm")
     points: list[Point] = []
     names: dict[str, int] = {}  # and how many learning rates each tries
+    firsts: dict[str, Point] = {}
     for number, arm in enumerate(arms, 1):
         arm = {key: given[key] for key in OF_ALL_ARMS if key in given} | _mapping(f"arm {number}", arm)
         name = arm.get("name")
@@ -87,10 +89,10 @@ def _sweep(path: Path, given: Any) -> Sweep:
         if name in names:
             raise ValueError(f"two arms have the name {name!r}; expected different names")
         try:
-            of_arm = _arm(path.parent, arm, of_all, seeds, tune_seed)
+            of_arm = _arm(path.parent, arm, of_all, seeds, tune_seed, firsts)
         except ValueError as error:
             raise ValueError(f"arm {name!r}: {error}") from error
-        names[name] = len(of_arm[0].learning_rates)
+        names[name], firsts[name] = len(of_arm[0].learning_rates), of_arm[0]
         points += of_arm
     tuned = {name: count for name, count in names.items() if count}
     if len(set(tuned.values())) > 1:
@@ -100,9 +102,10 @@ def _sweep(path: Path, given: Any) -> Sweep:
 
 
 def _arm(
-    folder: Path, arm: dict[str, Any], of_all: dict[str, Any], seeds: tuple[int, ...], tune_seed: int
-) -> list[Point]:
-    """A point for each combination of the grid's values."""
+    folder: Path, arm: dict[str, Any], of_all: dict[str, Any], seeds: tuple[int, ...], tune_seed: int,
+    firsts: Mapping[str, Point],
+) -> list[Point]:  # fmt: skip
+    """A point for each combination of the grid's values; `firsts` are the first points of the arms above."""
     _known("an arm", arm, ARM_KEYS)
     recipe = arm.get("recipe")
     if not isinstance(recipe, str) or not recipe:
@@ -123,12 +126,21 @@ def _arm(
             raise ValueError(f"learning_rates is {list(rates)}; expected different ones")
         if "training.learning_rate" in own.keys() | grid.keys():
             raise ValueError("training.learning_rate is set, and learning_rates are to be tried; expected one of them")
-    points = []
+    tune_at = arm.get("tune_at", TUNE_AT[0])
+    if tune_at not in (*TUNE_AT, *firsts):
+        raise ValueError(f"tune_at is {tune_at!r}; expected {', '.join(TUNE_AT)} or the name of an arm above")
+    tuned_at = firsts.get(tune_at)
+    if tuned_at is not None and tuned_at.learning_rates != rates:
+        raise ValueError(f"tune_at is {tune_at!r}, which tries other learning_rates; expected the same")
+    tuned_at = None if tuned_at is None else tuned_at.tuned_at or tuned_at
+    points: list[Point] = []
     for values in itertools.product(*grid.values()):
         at = dict(zip(grid, values, strict=True))
         made = read_recipe(found, [f"--{name}={_argument(value)}" for name, value in (of_all | own | at).items()])
         _check(made)
-        points.append(Point(arm["name"], at, made, seeds, rates, tune_seed))
+        points.append(Point(arm["name"], at, made, seeds, rates, tune_seed, tuned_at))
+        if tune_at == "first_point":
+            tuned_at = points[0]
     return points
 
 

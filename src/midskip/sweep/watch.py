@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from midskip.report import visible
-from midskip.sweep.plan import Losses, Point, Run, Sweep
+from midskip.sweep.plan import Run, Sweep
 from midskip.sweep.store import Store
 
 POLL_S = 0.5
@@ -38,18 +38,13 @@ class Progress:
         return ", ".join(found)
 
 
-def runs_of(point: Point, losses: Losses) -> dict[str, Run]:
-    """Those that are known, by key."""
-    return {run.key: run for run in (*point.trials(), *point.of_seeds(losses).values())}
-
-
 def progress(sweep: Sweep, store: Store) -> Progress:
     """How far it is, and the time left if every run takes as long as those of its point did so far, or as all did."""
     losses, running = store.losses(sweep), store.running()
     seconds: dict[str, float] = {}
     known: dict[str, Run] = {}
     unknown, later_s = 0, 0.0
-    of_points = [runs_of(point, losses) for point in sweep.points]
+    of_points = [point.own_runs(losses) for point in sweep.points]
     for runs in of_points:
         known |= runs
         seconds |= {key: result["seconds"] for key in runs if (result := store.result(key))}
@@ -80,7 +75,7 @@ def table(sweep: Sweep, store: Store) -> RenderableType:
     for name in ("done", "running", "failed", "learning rate", "loss"):
         shown.add_column(name, justify="right")
     for point in sweep.points:
-        runs = runs_of(point, losses)
+        runs = point.own_runs(losses)
         done = [key for key in runs if store.result(key)]
         failed = sum(key not in done and store.failure(key) is not None for key in runs)
         ends = [loss for run in point.of_seeds(losses).values() if (loss := store.loss(run.key)) is not None]
