@@ -11,6 +11,7 @@ For each run folder, on held-out text:
 - *constant*: share of tokens that run the most frequent number of layers; and the share of the variance of that number
   which the token alone, whatever its place, explains.
 - norms of hidden states and of what each layer adds, and the loss by number of layers run.
+- *words*, of text: layers run and loss of the next token, by place in a word: its first token, its second, and so on.
 
 N packed tokens, L layers.
 """
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from midskip.runs import load_any_run, to_json, write_atomically
 
 WINDOWS = 8  # of a pass
 MOST = 0.1  # of the tokens of a pass, that are exchanged
+LAST_PLACE = 8  # in a word, and all that come after
 HALVES = {"exchanged": (True, True), "skipped": (True, False), "run": (False, True)}
 
 
@@ -146,6 +149,33 @@ def constancy_and_norms(model: MidskipForCausalLM, windows: Items) -> dict[str, 
     }
 
 
+@torch.no_grad()
+def by_place_in_word(model: MidskipForCausalLM, tokenizer: Any, windows: Items) -> list[dict[str, Any]]:
+    """Layers run, and the loss in nats of the prediction made there, by place in a word; place 0 is of no word."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    blocks: dict[int, list[float]] = {}
+    nats: dict[int, list[float]] = {}
+    for start in range(0, len(windows), WINDOWS):
+        batch = batch_of(windows, range(start, min(start + WINDOWS, len(windows))), model.device)
+        tokens_BT = batch["input_ids"]
+        output = model(input_ids=tokens_BT, use_cache=False)
+        blocks_BT = output.executed.sum(0)
+        logits_BVT = output.logits.float().movedim(2, 1)
+        nats_BT = torch.nn.functional.cross_entropy(logits_BVT[..., :-1], tokens_BT[:, 1:], reduction="none")
+        for tokens, of_blocks, of_nats in zip(tokens_BT.tolist(), blocks_BT.tolist(), nats_BT.tolist(), strict=True):
+            place = 0
+            for token, num_blocks, loss in zip(tokens, of_blocks, of_nats, strict=False):
+                letters = texts[token].lstrip()
+                before = place if letters == texts[token] else 0  # a space begins a word
+                place = min(before + 1, LAST_PLACE) if letters.isalpha() else 0
+                blocks.setdefault(place, []).append(num_blocks)
+                nats.setdefault(place, []).append(loss)
+    return [
+        {"place": at, "tokens": len(blocks[at]), "layers": fmean(blocks[at]), "loss": fmean(nats[at])}
+        for at in sorted(blocks)
+    ]
+
+
 def reasons(run: Path, num_windows: int) -> dict[str, Any]:
     """All of it, of one run."""
     model, tokenizer = load_any_run(run)
@@ -169,6 +199,7 @@ def reasons(run: Path, num_windows: int) -> dict[str, Any]:
         "layers": layers,
         "gradients": gradients(model, windows),
         **constancy_and_norms(model, windows),
+        "words": None if tokenizer is None else by_place_in_word(model, tokenizer, windows),
     }
 
 

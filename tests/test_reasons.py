@@ -89,3 +89,24 @@ def test_what_the_token_tells_of_its_depth(reasons: Any, make_model: Make, windo
     assert len(found["rms_of_states"]) == len(found["rms_of_added"]) == 3
     all_alike = reasons.constancy_and_norms(make_model(policy="dense").eval(), windows[:8])
     assert all_alike["told_by_token"] is None and all_alike["most_frequent"] == 1.0
+
+
+def test_places_in_words_are_counted_from_spaces_and_signs(reasons: Any, make_model: Make) -> None:
+    class Letters:
+        texts = ("a", "b", " c", ".", " ")
+
+        def __len__(self) -> int:
+            return len(self.texts)
+
+        def batch_decode(self, rows: list[list[int]]) -> list[str]:
+            return [self.texts[row[0]] for row in rows]
+
+    tokens_T = torch.tensor([0, 1, 3, 0, 2, 1, 4, 1] + [0] * 10)  # ab.a cb b and ten times a
+    model = make_model(policy="dense").eval()
+    found = reasons.by_place_in_word(model, Letters(), [{"input_ids": tokens_T, "labels": tokens_T}])
+    counts = {row["place"]: row["tokens"] for row in found}
+    assert counts == {0: 2, 1: 4, 2: 3, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1, 8: 3}, "the last token predicts nothing"
+    assert {row["layers"] for row in found} == {model.config.num_hidden_layers}
+    mean = sum(row["loss"] * row["tokens"] for row in found) / 17
+    logits_TV = model(input_ids=tokens_T[None]).logits[0]
+    assert mean == pytest.approx(torch.nn.functional.cross_entropy(logits_TV[:-1], tokens_T[1:]).item())
