@@ -167,6 +167,8 @@ def test_a_trained_model_on_text(make_model: Callable[..., MidskipForCausalLM], 
     ):
         with pytest.raises(ValueError, match=message):
             bench_run(run_settings(model, "mine", **more), model, windows, tmp_path)
+    with pytest.raises(ValueError, match=r"intermediate_size is \[24, 24, 24, 32\]; Llama, its opponent, has but one"):
+        run_settings(make_model("mixed", intermediate_size=[24, 24, 24, 32]), "mine")
 
 
 def test_only_the_tasks_asked_for_need_rows_and_columns(

@@ -25,6 +25,7 @@ RUNS = {
     "mixed": {"gates": "mixed"},
     "gone": {"gates": "gone"},
     "fixed": {"policy": FIXED, "policy_settings": {"skip_share": 0.4}},
+    "wide middle": {"gates": "mixed", "intermediate_size": [24, 40, 56, 40, 24]},
     "all kept, gated": {"policy": FIXED, "policy_settings": {"skip_share": 0.0, "fractional": True}},
 }
 

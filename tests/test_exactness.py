@@ -134,6 +134,14 @@ def test_fixed_depths_equal_the_reference(
     assert (norm(found, "layers.0.mlp") > 0) == (skip_share < 1)
 
 
+def test_blocks_of_different_width_equal_the_reference(
+    make_model: Callable[..., MidskipForCausalLM], ragged: tuple[Tensor, Tensor]
+) -> None:
+    model = make_model("mixed", intermediate_size=[24, 40, 56, 16])
+    assert [block.mlp.up_proj.out_features for block in model.model.layers] == [24, 40, 56, 16]
+    check_equal(model, *ragged)
+
+
 @pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
 @pytest.mark.parametrize("length", [1, 7, 63])
 def test_odd_sizes_equal_the_reference(

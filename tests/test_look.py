@@ -25,7 +25,7 @@ KINDS: list[dict[str, Any]] = [
     {},
     {"skipped_kv": "keep"},
     {"policy_settings": {"gates": "hard", "scores": "hidden_states"}, "skip_path": "linear"},
-    {"policy": "independent", "skip_unit": "sublayer"},
+    {"policy": "independent", "skip_unit": "sublayer", "intermediate_size": [24, 40, 56, 24]},
     {"policy": "static", "policy_settings": {"share": 0.5}},
     {"policy": "dense"},
 ]

@@ -104,6 +104,7 @@ def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch: pytest.Monke
         ({"policy": "middle_out"}, "policy is 'middle_out', under which .*expected the policy 'dense'"),
         ({"norms": "sandwich"}, "norms are 'sandwich', which no Llama has; expected 'pre'"),
         ({"qk_norm": True, "no_rope_layers": [1, 1, 1, 0]}, "no model of transformers has all of qk_norm=True"),
+        ({"intermediate_size": [24, 24, 24, 32]}, r"intermediate_size is \[24, 24, 24, 32\]; expected one number"),
         ({"attention_out_bias": True}, "attention_bias=False, attention_out_bias=True"),
     ],
 )

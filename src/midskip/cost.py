@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midskip.model.config import PARTS, MidskipConfig
+from midskip.model.config import PARTS, MidskipConfig, intermediate_sizes
 from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Block
 from midskip.model.modeling import MidskipForCausalLM
@@ -138,13 +138,13 @@ class Bytes:
         return Bytes(self.weights + other.weights, self.cache + other.cache)
 
 
-def block_flops(config: MidskipConfig, work: LayerWork, convention: str = "causal") -> Flops:
-    """FLOPs of one block's forward pass."""
+def block_flops(config: MidskipConfig, work: LayerWork, convention: str = "causal", block: int = 0) -> Flops:
+    """FLOPs of a block's forward pass; `block` is its number, for its `intermediate_size`."""
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}; expected one of {', '.join(map(repr, CONVENTIONS))}")
     width, heads, key_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     pairs = work.causal_pairs if convention == "causal" else work.square_pairs
-    mlp = Flops(mlp=6 * work.query_rows * width * config.intermediate_size)
+    mlp = Flops(mlp=6 * work.query_rows * width * intermediate_sizes(config)[block])
     if work.part == "feed_forward":
         return mlp
     attention = Flops(
@@ -173,8 +173,8 @@ def dense_flops(
     held = sum(n * past for n, past in zip(seqlens, past_seqlens, strict=True)) if past_seqlens else 0
     causal, square = held + sum(n * (n + 1) // 2 for n in seqlens), held + sum(n * n for n in seqlens)
     work = LayerWork(sum(seqlens), sum(seqlens), causal, square, gated=False)
-    blocks = block_flops(config, work, convention) * config.num_hidden_layers
-    return blocks + head_flops(config, sum(seqlens) if head_rows is None else head_rows)
+    blocks = (block_flops(config, work, convention, block) for block in range(config.num_hidden_layers))
+    return sum(blocks, Flops()) + head_flops(config, sum(seqlens) if head_rows is None else head_rows)
 
 
 class Meter:
@@ -254,9 +254,9 @@ class Meter:
         """FLOPs of all that was counted, forward alone or forward and backward."""
         total = Flops(policy=self.policy_flops, skip_paths=self.skip_path_flops)
         total += head_flops(self.config, self.head_rows)
-        for calls in self.layers:
+        for unit, calls in enumerate(self.layers):
             for work in calls:
-                total += block_flops(self.config, work, convention)
+                total += block_flops(self.config, work, convention, unit // len(PARTS[self.config.skip_unit]))
         return total * 3 if backward else total
 
     def dense_flops(self, convention: str = "causal") -> Flops:

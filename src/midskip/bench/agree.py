@@ -36,7 +36,7 @@ from torch import Tensor
 
 from midskip.bench.models import Side, llama_with_our_equations, placed, positions
 from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS, CHECKED_STEPS
-from midskip.model.config import MidskipConfig
+from midskip.model.config import MidskipConfig, intermediate_sizes
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.testing import ReferenceOutput, reference_forward
 
@@ -84,7 +84,7 @@ def bound(dtype: torch.dtype, config: MidskipConfig, condition: float) -> float:
     """
     roundings = ROUNDINGS
     if dtype.itemsize >= 4:
-        roundings += 6 * config.hidden_size + config.intermediate_size  # terms of q, k, v, o, gate, up; down
+        roundings += 6 * config.hidden_size + max(intermediate_sizes(config))  # terms of q, k, v, o, gate, up; down
     return torch.finfo(dtype).eps / 2 * max(1.0, condition) * math.sqrt(roundings)
 
 

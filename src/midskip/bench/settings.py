@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from midskip.bench.presets import OF_A_RUN, SHAPE_FIELDS
-from midskip.model.config import MidskipConfig
+from midskip.model.config import MidskipConfig, intermediate_sizes
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies.controls import LARGEST_SEED
 
@@ -233,7 +233,7 @@ class BenchSettings:
         config = self.config()
         itemsize = max(getattr(torch, name).itemsize for name in self.dtypes)
         width, layers = config.hidden_size, config.num_hidden_layers
-        num_weights = 2 * config.vocab_size * width + layers * width * (4 * width + 3 * config.intermediate_size)
+        num_weights = 2 * config.vocab_size * width + layers * width * (4 * width + 3 * max(intermediate_sizes(config)))
         copies = 4 if self.takes_gradients else 2  # Llama's and ours, and their gradients
         copies += 2 * ("trainer" in self.tasks)  # AdamW's of one of them
         needed_bytes = copies * num_weights * itemsize
@@ -258,11 +258,13 @@ def run_settings(model: MidskipForCausalLM, name: str, **given: Any) -> BenchSet
     """Settings to time a trained model of this name: its own shape and gates, no more tokens than it takes.
 
     Raises:
-        ValueError: a setting that would change nothing, or a value that cannot be timed.
+        ValueError: a setting that would change nothing, a value that cannot be timed, or blocks of different width.
     """
     if foreign := [setting for setting in OF_A_RUN if setting in given]:
         raise ValueError(f"--{foreign[0]} is of models with imposed depths; a run has its own: leave it out")
     config, paper = model.config, SHAPES["paper"]
+    if isinstance(config.intermediate_size, list):
+        raise ValueError(f"the run's intermediate_size is {config.intermediate_size}; Llama, its opponent, has but one")
     limit = config.max_position_embeddings
     new_tokens = given.pop("new_tokens", min(paper["new_tokens"], max(1, limit // 4)))
     sizes: dict[str, Any] = {

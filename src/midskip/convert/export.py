@@ -57,6 +57,10 @@ def to_transformers(model: MidskipForCausalLM) -> PreTrainedModel:
 
 def _theirs(config: MidskipConfig) -> tuple[Any, Any]:
     """The model's class and its configuration."""
+    if isinstance(config.intermediate_size, list):
+        raise ValueError(
+            f"intermediate_size is {config.intermediate_size}; expected one number: Llama's blocks are all alike"
+        )
     settings: dict[str, Any] = {name: getattr(config, name) for name in (*SAME, "head_dim")}
     settings["rope_parameters"] = dict(config.rope_parameters)
     is_all_or_none = config.attention_bias == config.attention_out_bias

@@ -198,7 +198,7 @@ def flops_of_tokens(config: MidskipConfig, meter: Meter, executed_LN: Tensor) ->
             key_N = torch.zeros_like(ran_N)
         pairs_N = torch.cat([keys.cumsum(0) for keys in key_N.split(meter.seqlens)]) * ran_N
         row, key, pair = (
-            block_flops(config, LayerWork(*counts, 0, gated, part=part)).total
+            block_flops(config, LayerWork(*counts, 0, gated, part=part), block=layer // len(parts)).total
             for counts in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
         )
         flops_N += row * ran_N + key * key_N + pair * pairs_N

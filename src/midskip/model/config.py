@@ -51,6 +51,12 @@ def num_skip_units(num_hidden_layers: int, skip_unit: str) -> int:
     return num_hidden_layers * len(PARTS[skip_unit])
 
 
+def intermediate_sizes(config: Any) -> list[int]:
+    """Width of each block's feed-forward layer; `config` may be Llama's too."""
+    sizes = config.intermediate_size
+    return list(sizes) if isinstance(sizes, list) else [sizes] * config.num_hidden_layers
+
+
 class MidskipConfig(PretrainedConfig):
     """Configuration of a Transformer whose tokens skip layers.
 
@@ -58,6 +64,7 @@ class MidskipConfig(PretrainedConfig):
     `"llama3"` and `"yarn"`. Fields that other models of that family have, or that are our own:
 
     Attributes:
+        intermediate_size: width of the feed-forward layers, or, as in Gemma3n, a list of L, one of each block.
         attention_bias: whether the projections of queries, keys and values have a bias.
         attention_out_bias: whether the output projection of attention has one. (Llama's `attention_bias` is both.)
         qk_norm: whether each head's queries and keys go through an RMSNorm, as in Qwen3.
@@ -93,7 +100,7 @@ class MidskipConfig(PretrainedConfig):
 
     vocab_size: int = 50257
     hidden_size: int = 768
-    intermediate_size: int = 3072
+    intermediate_size: int | list[int] = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     num_key_value_heads: int = None  # pyright: ignore[reportAssignmentType]
@@ -261,16 +268,25 @@ def _refuse_unknown(kwargs: dict[str, Any], known: set[str]) -> None:
 
 def _check_positive_integers(config: MidskipConfig) -> None:
     names = [
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "max_position_embeddings",
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
     ]  # fmt: skip
     names += [
         name for name in ("num_key_value_heads", "head_dim", "skip_path_rank") if getattr(config, name) is not None
     ]
     for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_count(value := getattr(config, name)):
             raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+    sizes, num_layers = config.intermediate_size, config.num_hidden_layers
+    fits = isinstance(sizes, list) and len(sizes) == num_layers and all(map(_is_count, sizes))
+    if not _is_count(sizes) and not fits:
+        raise ValueError(
+            f"intermediate_size is {sizes!r}; expected a whole number of at least 1, or a list of {num_layers}, one "
+            "for each block"
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_inherited(config: MidskipConfig) -> None:

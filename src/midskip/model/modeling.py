@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from midskip.budget.weights import calibration_of
 from midskip.distributed import is_initialized
 from midskip.model.cache import SkipCache, unchanged_if_broken_off
-from midskip.model.config import PARTS, MidskipConfig
+from midskip.model.config import PARTS, MidskipConfig, intermediate_sizes
 from midskip.model.generation import CachedGeneration
 from midskip.model.hub import CardedModel
 from midskip.model.inputs import check_others, inputs_for
@@ -68,11 +68,11 @@ class MidskipModel(MidskipPreTrainedModel):
         )
         self.layers = nn.ModuleList(
             Block(
-                width, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
+                width, hidden, config.num_attention_heads, config.num_key_value_heads,
                 config.head_dim, eps, config.norms, config.attention_bias, config.attention_out_bias, config.qk_norm,
                 rope=config.no_rope_layers is None or bool(config.no_rope_layers[layer]),
             )
-            for layer in range(config.num_hidden_layers)
+            for layer, hidden in enumerate(intermediate_sizes(config))
         )  # fmt: skip
         self.norm = RMSNorm(width, eps)
         self.policy.has_skip_paths = config.skip_path != "none"

@@ -60,7 +60,7 @@ class ModelSettings:
 
     Args:
         hidden_size: width of the hidden states.
-        intermediate_size: width of the feed-forward layers.
+        intermediate_size: width of the feed-forward layers, or a list of each block's.
         num_hidden_layers: blocks.
         num_attention_heads: query heads.
         num_key_value_heads: key and value heads; as many as query heads if null.
@@ -81,7 +81,7 @@ class ModelSettings:
     """
 
     hidden_size: int = 128
-    intermediate_size: int = 384
+    intermediate_size: int | list[int] = 384
     num_hidden_layers: int = 8
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
