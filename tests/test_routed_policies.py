@@ -244,6 +244,13 @@ def test_random_skips_by_pair_are_those_of_the_pair_wherever_it_stands() -> None
     assert ((ran_LP == 0) | (ran_LP == pair_N.bincount(minlength=2500))).all(), "a layer runs for a pair, or does not"
 
 
+def test_random_skips_may_have_a_share_for_each_layer() -> None:
+    shares = [1, 0, 0.25, 0.8]
+    policy = make("random", num_layers=4, shares=shares, redraw=False).eval()
+    ran_L = kept(policy, torch.zeros(4, 6000, 8), rectangle(1, 6000)).float().mean(1)
+    assert ran_L.tolist() == pytest.approx(shares, abs=0.02) and ran_L[:2].tolist() == [1, 0]
+
+
 def test_static_runs_its_layers() -> None:
     for settings, expected in (({"share": 0.5}, [0, 1, 5]), ({"layers": [1, 4], "share": None}, [1, 4])):
         policy = make("static", **settings)
@@ -275,6 +282,9 @@ def test_a_router_counts_its_flops_and_stays_in_float32(kind: str) -> None:
         ("random", {"by": "token"}, "by is 'token'; expected one of 'position', 'pair'"),
         ("random", {"kind": "middle"}, "kind is 'middle'; expected one of 'independent'"),
         ("random", {"share": 0.1, "outer": 2}, "share is 0.1 and outer 2, whose layers alone are more"),
+        ("random", {"shares": [0.5] * 5}, r"shares is \[0.5, .*\]; expected 6 numbers from 0 to 1, one for each layer"),
+        ("random", {"shares": [0.5] * 5 + [1.5]}, r"shares is \[0.5, .*1.5\]; expected 6 numbers from 0 to 1"),
+        ("random", {"shares": [0.5] * 6, "outer": 1}, "outer 1; expected 'independent' and 0"),
         ("independent", {"outer": 3}, "outer is 3 of 6 layers, which leaves none to skip"),
         ("independent", {"first_tokens": -1}, "first_tokens is -1; expected a whole number of at least 0"),
         ("independent", {"first_tokens": 10**30}, "first_tokens is 10+; expected a whole number .* below 2"),

@@ -29,11 +29,14 @@ class RandomSkips(Policy):
         redraw: draw anew in every training step. In evaluation the draw is always the same.
         by: `"position"`, or `"pair"`: then a token after the same token always runs the same layers, which it can learn
             to use if it is not drawn anew; each layer serves other pairs.
+        shares: of the tokens that run each layer (each sublayer, if those are skipped), L numbers in [0, 1], in the
+            place of `share` and `outer`; of the kind `"independent"`.
     """
 
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, share: float = 0.5,
         kind: str = "independent", outer: int = 0, redraw: bool = True, by: str = "position",
+        shares: list[float] | None = None,
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
         if kind not in KINDS:
@@ -47,6 +50,10 @@ class RandomSkips(Policy):
         if by not in DRAWN_BY:
             raise ValueError(f"by is {by!r}; expected one of {', '.join(map(repr, DRAWN_BY))}")
         self.kind, self.redraw, self.by_position = kind, redraw, by == "position"
+        self.num_steps = torch.nn.Buffer(torch.tensor(0))
+        if shares is not None:
+            self.present = _checked(shares, num_layers, kind, outer)
+            return
         profile = {
             "independent": [None if min(n, num_layers - 1 - n) < outer else 0.0 for n in range(num_layers)],
             "early_exit": [None if n < outer else float(n) for n in range(num_layers)],
@@ -57,7 +64,6 @@ class RandomSkips(Policy):
         if mean < 0 or (not num_inner and share < 1):
             raise ValueError(f"share is {share!r} and outer {outer}, whose layers alone are more: lower outer")
         self.present = self._present(profile, mean)
-        self.num_steps = torch.nn.Buffer(torch.tensor(0))
 
     def _present(self, profile: list[float | None], mean: float) -> list[float]:
         """Share of the tokens in each layer."""
@@ -81,3 +87,12 @@ class RandomSkips(Policy):
 
     def absorb(self) -> None:
         self.num_steps += 1
+
+
+def _checked(shares: list[float], num_layers: int, kind: str, outer: int) -> list[float]:
+    numbers = isinstance(shares, list) and all(type(one) in (int, float) and 0 <= one <= 1 for one in shares)
+    if not numbers or len(shares) != num_layers:
+        raise ValueError(f"shares is {shares!r}; expected {num_layers} numbers from 0 to 1, one for each layer")
+    if kind != "independent" or outer:
+        raise ValueError(f"shares are given, and kind {kind!r} and outer {outer}; expected 'independent' and 0")
+    return [float(one) for one in shares]
