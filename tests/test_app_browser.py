@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,15 +41,16 @@ def address(tmp_path_factory: pytest.TempPathFactory, saved_model: Path) -> Iter
     (folder / "text.txt").write_text(SENTENCE, encoding="utf-8")
     command = [sys.executable, "-m", "midskip", "app", "calibrated", "plain", "--text_file", "text.txt"]
     process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert process.stdout is not None
     line = process.stdout.readline()
     assert re.match(r"http://127\.0\.0\.1:\d+/  \(Ctrl-C ends it\)", line), line
     yield line.split()[0]
-    process.terminate()
-    process.wait(60)
-    process.stdout.close()
+    process.send_signal(signal.SIGINT)  # as Ctrl-C does
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in rest
 
 
 @pytest.fixture(scope="module")
