@@ -230,8 +230,9 @@ def test_random_skips_have_their_share_and_shape(kind: str) -> None:
         assert torch.equal(kept_LN, kept(policy.eval(), torch.zeros(8, 6000, 8), batch))
 
 
-def test_random_skips_by_pair_are_those_of_the_pair_wherever_it_stands() -> None:
-    policy = make("random", num_layers=8, share=0.5, outer=1, redraw=False, by="pair").train()
+@pytest.mark.parametrize("by", ["pair", "token"])
+def test_random_skips_by_pair_or_token_are_the_same_wherever_it_stands(by: str) -> None:
+    policy = make("random", num_layers=8, share=0.5, outer=1, redraw=False, by=by).train()
     batch = rectangle(1, 6000)
     batch.token_N = torch.randint(50, (6000,))
     batch.previous_token_N = batch.token_N.roll(1)
@@ -239,9 +240,9 @@ def test_random_skips_by_pair_are_those_of_the_pair_wherever_it_stands() -> None
     policy.absorb()
     assert torch.equal(kept_LN, kept(policy, torch.zeros(8, 6000, 8), batch)), "not drawn anew"
     assert kept_LN.float().mean() == pytest.approx(0.5, abs=0.03) and not torch.equal(kept_LN[1], kept_LN[2])
-    pair_N = batch.token_N * 50 + batch.previous_token_N
-    ran_LP = torch.zeros(8, 2500).index_add(1, pair_N, kept_LN.float())
-    assert ((ran_LP == 0) | (ran_LP == pair_N.bincount(minlength=2500))).all(), "a layer runs for a pair, or does not"
+    group_N = batch.token_N * 50 + batch.previous_token_N if by == "pair" else batch.token_N
+    ran_LG = torch.zeros(8, 2500).index_add(1, group_N, kept_LN.float())
+    assert ((ran_LG == 0) | (ran_LG == group_N.bincount(minlength=2500))).all(), "a layer runs for all of it, or none"
 
 
 def test_random_skips_may_have_a_share_for_each_layer() -> None:
@@ -279,7 +280,7 @@ def test_a_router_counts_its_flops_and_stays_in_float32(kind: str) -> None:
         ("static", {"share": None, "layers": 0.5}, r"layers is 0.5; expected some of 0 to 5"),
         ("static", {"share": None, "layers": [[1]]}, r"layers is \[\[1\]\]; expected some of 0 to 5"),
         ("random", {"redraw": "no"}, "redraw is 'no'; expected true or false"),
-        ("random", {"by": "token"}, "by is 'token'; expected one of 'position', 'pair'"),
+        ("random", {"by": "word"}, "by is 'word'; expected one of 'position', 'pair', 'token'"),
         ("random", {"kind": "middle"}, "kind is 'middle'; expected one of 'independent'"),
         ("random", {"share": 0.1, "outer": 2}, "share is 0.1 and outer 2, whose layers alone are more"),
         ("random", {"shares": [0.5] * 5}, r"shares is \[0.5, .*\]; expected 6 numbers from 0 to 1, one for each layer"),

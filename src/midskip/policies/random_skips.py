@@ -11,15 +11,14 @@ from torch import Tensor
 from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, Policy
 from midskip.policies.middle_out import nested
-from midskip.policies.scored import uniform
+from midskip.policies.scored import DRAWN_BY, uniform
 
 KINDS = ("independent", "early_exit", "middle_out")
-DRAWN_BY = ("position", "pair")
 FIXED_SEED = 1  # of one draw for good; those of steps come after it
 
 
 class RandomSkips(Policy):
-    """Each token skips layers by a draw from its id, the one before it and, unless `by` is `"pair"`, its position.
+    """Each token skips layers by a draw from its id, the one before it and its position, or from fewer of these.
 
     Args:
         share: of block-tokens that run on average, in (0, 1].
@@ -27,8 +26,9 @@ class RandomSkips(Policy):
             layer. Depths of the last two are drawn evenly around their mean.
         outer: layers at the beginning (and their mirrors, but for `early_exit`) that run for every token.
         redraw: draw anew in every training step. In evaluation the draw is always the same.
-        by: `"position"`, or `"pair"`: then a token after the same token always runs the same layers, which it can learn
-            to use if it is not drawn anew; each layer serves other pairs.
+        by: `"position"`, all three of them; `"pair"`, the ids: then a token after the same token always runs the same
+            layers, which it can learn to use if it is not drawn anew, and each layer serves other pairs; or `"token"`,
+            its own id alone.
         shares: of the tokens that run each layer (each sublayer, if those are skipped), L numbers in [0, 1], in the
             place of `share` and `outer`; of the kind `"independent"`.
     """
@@ -49,7 +49,7 @@ class RandomSkips(Policy):
             raise ValueError(f"redraw is {redraw!r}; expected true or false")
         if by not in DRAWN_BY:
             raise ValueError(f"by is {by!r}; expected one of {', '.join(map(repr, DRAWN_BY))}")
-        self.kind, self.redraw, self.by_position = kind, redraw, by == "position"
+        self.kind, self.redraw, self.by = kind, redraw, by
         self.num_steps = torch.nn.Buffer(torch.tensor(0))
         if shares is not None:
             self.present = _checked(shares, num_layers, kind, outer)
@@ -79,7 +79,7 @@ class RandomSkips(Policy):
             seed = FIXED_SEED + (1 + int(self.num_steps) if self.training and self.redraw else 0)
             layers = range(self.num_layers)
             seeds = [seed * self.num_layers + n * (self.kind == "independent") for n in layers]
-            draws = [uniform(batch, seed, self.by_position) for seed in seeds]
+            draws = [uniform(batch, seed, self.by) for seed in seeds]
             keeps = [None if share == 1 else draw_N < share for draw_N, share in zip(draws, self.present, strict=True)]
             state["decisions"] = [Decision(keep_N) for keep_N in keeps]
             batch.count(keeps)

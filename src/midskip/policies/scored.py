@@ -116,13 +116,19 @@ class ScoredPolicy(Policy):
         return Decision.hard(keep_N, 1 - readiness_N)
 
 
-def uniform(batch: PackedBatch, seed: int, by_position: bool = True) -> Tensor:
-    """float32 [N] in [0, 1), drawn for each token from its id, the one before it and its position, and always the same
-    for the same seed: what is drawn does not depend on who shares the batch. Without ids by position alone."""
+DRAWN_BY = ("position", "pair", "token")
+
+
+def uniform(batch: PackedBatch, seed: int, by: str = "position") -> Tensor:
+    """float32 [N] in [0, 1), drawn for each token from its id, the one before it and its position, by `"pair"` not from
+    the last, by `"token"` from its id alone; always the same for the same seed: what is drawn does not depend on who
+    shares the batch. Without ids by position alone."""
     if batch.token_N is None:
         token_N, previous_N = batch.position_N, torch.zeros_like(batch.position_N)
     else:
         token_N, previous_N = batch.token_N, batch.previous_token_N
-    if by_position:
+    if by == "token":
+        previous_N = torch.zeros_like(token_N)
+    elif by == "position":
         token_N = token_N + 1_000_003 * batch.position_N
     return (drawn(token_N, previous_N, seed) + 2) / 4
