@@ -295,6 +295,8 @@ class Passes(RuleBasedStateMachine):
         for number, layer in enumerate(cache.layers):
             if self.key[1] == "drop":
                 held = [from_scratch(*self.key, row)[1][number * halves].tolist() for row in self.rows]
+            elif number * halves in self.model.model.policy.closed_layers:
+                held = [[False] * len(row) for row in self.rows]
             else:
                 held = valid
             assert (layer.seqlens or [0] * len(held)) == [sum(row) for row in held]

@@ -156,9 +156,9 @@ class MidskipModel(MidskipPreTrainedModel):
         decisions, state = [], {}
         parts = PARTS[self.config.skip_unit]
         for layer, block in enumerate(self.layers):
-            past = None if cache is None else cache.layers[layer]
             for part in parts:
                 unit = len(decisions)
+                past = None if cache is None or unit in self.policy.closed_layers else cache.layers[layer]
                 decision = self.policy(unit, h_ND, state, batch)
                 decisions.append(decision)
                 before_ND, h_ND = h_ND, self._run_block(block, h_ND, decision, batch, past, part)

@@ -97,6 +97,7 @@ class Policy(nn.Module):
         skip_path_layers: layers that have a skip path in models that have any; all by default. See `skip_path_end`.
         has_skip_paths: whether the model has any; set by the model.
         has_linear_gates: whether `set_linear_gate` can be used, as a fit in closed form does.
+        closed_layers: layers that no token ever runs, under no limits either: a cache holds no keys there.
         needs_target_share: whether no gradient opens or closes its gates, so that the regularizer target_share has to.
         gate_of_layer: for each layer the index of the gate that it goes by, whose share of tokens a regularizer may
             set through `bias`; None where it may not. By default there is none. A policy that has some also has
@@ -116,6 +117,7 @@ class Policy(nn.Module):
         self.gate_of_layer: tuple[int | None, ...] = (None,) * num_layers
         self.skip_path_layers, self.has_skip_paths = range(num_layers), False
         self.has_linear_gates, self.open_bias = False, 0.0
+        self.closed_layers: frozenset[int] = frozenset()
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Set the starting values of the policy's own parameters, through `init` (`torch.nn.init`, or transformers'

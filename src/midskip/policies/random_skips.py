@@ -53,6 +53,7 @@ class RandomSkips(Policy):
         self.num_steps = torch.nn.Buffer(torch.tensor(0))
         if shares is not None:
             self.present = _checked(shares, num_layers, kind, outer)
+            self.closed_layers = frozenset(n for n, one in enumerate(self.present) if not one)
             return
         profile = {
             "independent": [None if min(n, num_layers - 1 - n) < outer else 0.0 for n in range(num_layers)],

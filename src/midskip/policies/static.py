@@ -36,6 +36,7 @@ class Static(Policy):
         if not (layers and fits) or len(set(layers)) < len(layers) or not known.issuperset(layers):
             raise ValueError(f"layers is {layers!r}; expected some of 0 to {num_layers - 1}, none of them twice")
         self.layers = frozenset(layers)
+        self.closed_layers = frozenset(known - self.layers)
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         if layer in self.layers:
