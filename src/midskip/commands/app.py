@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -39,6 +40,7 @@ def run(arguments: list[str]) -> None:
     page, address = serve(Session(loaded), EXAMPLE if text is None else text, options.host, options.port, options.open)
     Console().print(f"{address}  (Ctrl-C ends it)", soft_wrap=True, highlight=False, markup=False)
     try:
-        page.block_thread()
+        while True:  # Gradio's own wait swallows Ctrl-C, and the process then lives as long as a page is open
+            time.sleep(1)
     finally:
         page.close(verbose=False)
