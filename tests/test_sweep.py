@@ -155,6 +155,10 @@ def test_an_arm_may_take_the_rate_of_an_arm_above(sweep_of: SweepOf) -> None:
     assert all(run.recipe.model.hidden_size == 32 for point in others for run in point.own_runs(losses).values())
     with pytest.raises(ValueError, match="tune_at is 'sparse'; expected each_point, first_point or the name of an arm"):
         sweep_of(TUNED, wide | {"tune_at": "sparse"})
+    with pytest.raises(ValueError, match="tune_at is 'first_point' without learning_rates to try; give them, or leave"):
+        sweep_of(DENSE | {"tune_at": "first_point"})
+    of_a_name = sweep_of(TUNED | {"name": "first_point"}, wide).points
+    assert [point.tuned_at for point in of_a_name] == [None] * 4, "a name says nothing to arms that do not give it"
     with pytest.raises(ValueError, match="arm 'wide': tune_at is 'dense', which tries other learning_rates"):
         sweep_of(TUNED, wide | {"tune_at": "dense", "learning_rates": [0.1, 0.2, 0.3]})
 

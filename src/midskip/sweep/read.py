@@ -129,10 +129,13 @@ def _arm(
     tune_at = arm.get("tune_at", TUNE_AT[0])
     if tune_at not in (*TUNE_AT, *firsts):
         raise ValueError(f"tune_at is {tune_at!r}; expected {', '.join(TUNE_AT)} or the name of an arm above")
-    tuned_at = firsts.get(tune_at)
-    if tuned_at is not None and tuned_at.learning_rates != rates:
-        raise ValueError(f"tune_at is {tune_at!r}, which tries other learning_rates; expected the same")
-    tuned_at = None if tuned_at is None else tuned_at.tuned_at or tuned_at
+    if "tune_at" in arm and not rates:
+        raise ValueError(f"tune_at is {tune_at!r} without learning_rates to try; give them, or leave tune_at out")
+    tuned_at = None
+    if tune_at not in TUNE_AT:
+        if firsts[tune_at].learning_rates != rates:
+            raise ValueError(f"tune_at is {tune_at!r}, which tries other learning_rates; expected the same")
+        tuned_at = firsts[tune_at].tuned_at or firsts[tune_at]
     points: list[Point] = []
     for values in itertools.product(*grid.values()):
         at = dict(zip(grid, values, strict=True))
