@@ -6,7 +6,8 @@
 Without `--run`: a model of random weights, of which half of the block-tokens are skipped (imposed), and transformers'
 `LlamaForCausalLM` of the same shape, each under the same server in a process of its own, one thread each. They are
 loaded in turns, `--rounds` times each for `--seconds`, by the same requests: of each round the times to the first token
-and between tokens, and every second the memory of the server's process.
+and for each token after it (tokens of one part of a stream share its time alike), and every second the memory of the
+server's process.
 
 With `--run`: how fast the model of a run folder decodes when it is served, beside `model.generate`, in turns; one
 request at a time.
@@ -40,7 +41,7 @@ SIDES = ("midskip", "llama")
 
 
 def words_tokenizer() -> Any:
-    """Each word w0, w1, ... is a token, so that every token of an answer is a text of its own in a stream."""
+    """Each word w0, w1, ... is a token, so that the tokens of each part of a stream can be counted."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -106,11 +107,17 @@ async def request(client: openai.AsyncOpenAI, draw: random.Random, found: dict[s
     stream = await client.completions.create(model="model", prompt=prompt, max_tokens=NEW_TOKENS, stream=True)
     async for part in stream:
         now = time.perf_counter()
-        if not part.choices[0].text:
+        tokens = len(part.choices[0].text.split())
+        if not tokens:
             continue
-        found["first" if is_first else "between"].append(now - before)
-        before, is_first, count = now, False, count + 1
-        if leaves_after == count:
+        if is_first:
+            found["first"].append(now - before)
+        else:
+            found["between"].append(now - before)
+            found["each"] += [(now - before) / tokens] * tokens
+        found["tokens"] += tokens
+        before, is_first, count = now, False, count + tokens
+        if leaves_after is not None and count >= leaves_after:
             await stream.close()
             found["left"] += 1
             return
@@ -119,7 +126,8 @@ async def request(client: openai.AsyncOpenAI, draw: random.Random, found: dict[s
 
 async def load(server: Server, seconds: float, seed: int) -> dict[str, Any]:
     """What the clients saw, and the memory of the server."""
-    found: dict[str, Any] = {"first": [], "between": [], "left": 0, "whole": 0, "failed": 0, "megabytes": []}
+    found: dict[str, Any] = {name: [] for name in ("first", "between", "each", "megabytes")}
+    found |= dict.fromkeys(("tokens", "left", "whole", "failed"), 0)
     end = time.monotonic() + seconds
 
     async def ask_again(number: int) -> None:
@@ -152,16 +160,15 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
     by_round = {
         "first_token_p50_ms": [round(1000 * statistics.median(found["first"]), 1) for found in rounds],
-        "between_tokens_p50_ms": [round(1000 * statistics.median(found["between"]), 2) for found in rounds],
-        "tokens_per_s": [
-            round((len(found["first"]) + len(found["between"])) / found["seconds"], 1) for found in rounds
-        ],
+        "per_token_p50_ms": [round(1000 * statistics.median(found["each"]), 2) for found in rounds],
+        "tokens_per_s": [round(found["tokens"] / found["seconds"], 1) for found in rounds],
     }
     ends = [statistics.median(found["megabytes"][-10:]) for found in rounds]
-    tokens = sum(len(found["first"]) + len(found["between"]) for found in rounds)
+    tokens = sum(found["tokens"] for found in rounds)
     return {
         "first_token_ms": quantiles("first"),
-        "between_tokens_ms": quantiles("between"),
+        "per_token_ms": quantiles("each"),
+        "between_parts_ms": quantiles("between"),
         "tokens_per_s": round(tokens / sum(found["seconds"] for found in rounds), 1),
         **{name: sum(found[name] for found in rounds) for name in ("whole", "left", "failed")},
         "by_round": by_round,

@@ -9,5 +9,5 @@ def main() -> int:
 
         program()
     except KeyboardInterrupt:  # while a module is imported, or while an error is told
-        print("midskip: error: interrupted", file=sys.stderr)
+        print("midskip: interrupted", file=sys.stderr)
         return 130

@@ -50,7 +50,7 @@ def address(tmp_path_factory: pytest.TempPathFactory, saved_model: Path) -> Iter
     yield line.split()[0]
     process.send_signal(signal.SIGINT)  # as Ctrl-C does
     rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "midskip: error: interrupted" in rest and "Traceback" not in rest
+    assert process.returncode == 130 and "midskip: interrupted" in rest and "Traceback" not in rest
 
 
 @pytest.fixture(scope="module")

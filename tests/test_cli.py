@@ -323,8 +323,9 @@ def test_numbers_that_cannot_be_written_are_printed_all_the_same(
 
 
 def test_a_run_that_fails_has_a_status_of_its_own(
-    place: Path, tmp_path: Path, error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    place: Path, tmp_path: Path, error: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     options = (f"--data.source={place / 'text'}", f"--output={tmp_path / 'run'}", "--training.max_grad_norm=0")
     message = error("train", place / "recipe.yaml", *options, "--training.learning_rate=1e30", status=1)
     assert message.startswith("step 2 is not finite (cross-entropy ")
@@ -334,4 +335,6 @@ def test_a_run_that_fails_has_a_status_of_its_own(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("midskip.commands.train.run", interrupted)
-    assert error("train", status=130) == "interrupted"
+    capfd.readouterr()
+    assert main(["train"]) == 130
+    assert capfd.readouterr() == ("", "midskip: interrupted\n")

@@ -148,7 +148,7 @@ def test_help_and_refused_arguments_do_not_wait_for_torch(tmp_path: Path) -> Non
 @pytest.mark.parametrize("module", ["midskip.cli", "torch"])
 def test_an_interrupt_during_imports_is_one_line(module: str) -> None:
     done = python("-c", INTERRUPTED.replace("WHERE", module))
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "midskip: error: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "midskip: interrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -144,19 +144,30 @@ def test_the_budget_of_the_server(folder: Path) -> None:
         assert answer.usage.executed_share == pytest.approx(trained, abs=1e-4), "null: as trained"
 
 
-def test_the_command(folder: Path) -> None:
-    command = [sys.executable, "-m", "midskip", "serve", str(folder), "--name", "tiny", "--port", "0"]
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_the_command(folder: Path, stop: signal.Signals, tmp_path: Path) -> None:
+    """It is told to stop while it streams."""
+    long = write_served(folder, tmp_path / "long", max_position_embeddings=100_000)
+    command = [sys.executable, "-m", "midskip", "serve", str(long), "--name", "tiny", "--port", "0"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
-            assert process.stdout is not None
+            assert process.stdout is not None and process.stderr is not None
             line = process.stdout.readline()
             assert line.startswith("serving 'tiny' at http://127.0.0.1:"), line
             with openai.OpenAI(base_url=line.split()[-1], api_key="none", max_retries=0) as client:
                 assert [model.id for model in client.models.list()] == ["tiny"]
                 assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3).usage.executed_share > 0
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
+                stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=90_000, stream=True)
+                next(iter(stream))
+                process.send_signal(stop)
+                with pytest.raises(openai.APIError, match="was told to stop"):
+                    list(stream)
+                process.wait(timeout=30)
+                said = process.stderr.read()
+                assert "Traceback" not in said and ("midskip: interrupted" in said) == (stop == signal.SIGINT)
         finally:
             process.kill()
 

@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _say("interrupted", 130)
     finally:
         warnings.formatwarning = shown
     return 0
@@ -88,7 +88,11 @@ def _harmless(text: str) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    line = _harmless(f"midskip: error: {message}")
+    return _say(f"error: {message}", status)
+
+
+def _say(text: str, status: int) -> int:
+    line = _harmless(f"midskip: {text}")
     Console(stderr=True).print(line, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
     return status
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from typing import Any
 
 from midskip.commands.parser import Parser, add_trust, at_least_one
 from midskip.serving.settings import ServeSettings
@@ -52,8 +54,14 @@ def run(arguments: list[str]) -> None:
     app = load_app(settings)
     import uvicorn  # pyright: ignore[reportMissingImports]
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, *sockets: Any, **named: Any) -> None:
+            await super().shutdown(*sockets, **named)
+            if self.server_state.tasks:  # cancelled by now: they tell their clients
+                await asyncio.wait(self.server_state.tasks, timeout=1)
+
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.create_server((options.host, options.port), family=family) as listener:
         print(f"serving {settings.model_name!r} at http://{options.host}:{listener.getsockname()[1]}/v1", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])

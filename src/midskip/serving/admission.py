@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from midskip.serving.errors import ApiError, send_error
+from midskip.serving.errors import ApiError, error_part, send_error
 from midskip.serving.work import REQUEST, Work
 
 ROUTES = {"/v1/completions": "POST", "/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}
@@ -62,6 +62,12 @@ class Admission:
             return
         work, given, gone = Work(), [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
         del body  # an answer may take long
+        has_begun = False
+
+        async def send_on(message: dict[str, Any]) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -78,7 +84,13 @@ class Admission:
         REQUEST.set(work)
         watcher = asyncio.create_task(watch())
         try:
-            await self.app(scope, receive_again, send)
+            await self.app(scope, receive_again, send_on)
+        except asyncio.CancelledError:  # the server was told to stop, and has waited
+            stopped = ApiError(503, "the server was told to stop: try again", code="stopped")
+            if has_begun:  # a stream
+                await send({"type": "http.response.body", "body": error_part(stopped).encode("ascii")})
+            else:
+                await send_error(send, stopped)
         finally:
             work.gone.set()  # whatever still generates for it ends
             watcher.cancel()

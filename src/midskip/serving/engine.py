@@ -14,6 +14,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState, _GenerationCancelled
 
 from midskip.model.modeling import MidskipForCausalLM
+from midskip.serving.stream import Grouped, Joined
 from midskip.serving.work import REQUEST, NobodyWaits, Work, counted
 
 
@@ -54,6 +55,8 @@ class Limited:
             self.model.model.policy.set_limits(work.score_scale, work.max_layers)
         if work.seed is not None:
             torch.manual_seed(work.seed)
+        if "streamer" in arguments:
+            arguments["streamer"] = Grouped(arguments["streamer"])
         try:
             with counted(self.model, work):
                 return self.model.generate(**arguments, stopping_criteria=[NobodyWaits(work)])
@@ -68,7 +71,9 @@ class LimitedManager(GenerateManager):
     """`GenerateManager`, each request under its own limits."""
 
     def generate_streaming(self, model: Any, *arguments: Any, **named: Any) -> Any:
-        return super().generate_streaming(Limited(model, REQUEST.get()), *arguments, **named)  # pyright: ignore[reportArgumentType]
+        limited: Any = Limited(model, REQUEST.get())
+        queue, streamer = super().generate_streaming(limited, *arguments, **named)
+        return Joined(queue), streamer
 
     async def generate_non_streaming(self, model: Any, *arguments: Any, **named: Any) -> Any:
         return await super().generate_non_streaming(Limited(model, REQUEST.get()), *arguments, **named)  # pyright: ignore[reportArgumentType]

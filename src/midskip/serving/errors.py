@@ -28,6 +28,11 @@ def error_body(error: ApiError) -> str:
     return json.dumps({"error": told})
 
 
+def error_part(error: ApiError) -> str:
+    """The same in a stream of server-sent events."""
+    return f"data: {error_body(error)}\n\n"
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """Of what FastAPI, transformers or a model raised."""
     if isinstance(error, ApiError):

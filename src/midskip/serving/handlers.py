@@ -13,7 +13,7 @@ from transformers.cli.serving.utils import BaseHandler, _GenerationCancelled
 
 from midskip.serving.checks import check_body
 from midskip.serving.engine import OneAtATime, OneModel
-from midskip.serving.errors import ApiError, as_api_error, error_body
+from midskip.serving.errors import ApiError, as_api_error, error_part
 from midskip.serving.served import Served
 from midskip.serving.work import REQUEST
 
@@ -112,7 +112,7 @@ async def _shaped(parts: AsyncGenerator[str, None]) -> AsyncIterator[str]:
         async for part in parts:
             before, mark, _ = part.rpartition(ERROR_MARK) if work.failure is not None else (part, "", "")
             if mark:
-                yield f"{before}data: {error_body(as_api_error(work.failure or RuntimeError()))}\n\n"
+                yield before + error_part(as_api_error(work.failure or RuntimeError()))
                 return
             yield part
         yield "data: [DONE]\n\n"
