@@ -166,6 +166,7 @@ def test_unequal_tuning_and_unequal_training_are_said(tmp_path: Path) -> None:
         point(shifted(2.8), 2e6, trials=3),
         point(shifted(2.8), 2e6, trials=1, num_tokens=2_000_000),
         point(shifted(2.8), 2e6),
+        point(shifted(2.8), 2e6, trials=1, tuned_at="wide a=0.5"),
     ]
     result = frontier(write_sweep(tmp_path / "a", {"dense": dense(trials=1), "gated": gated}))
     assert [row["remarks"] for row in result["points"]] == [
@@ -174,7 +175,10 @@ def test_unequal_tuning_and_unequal_training_are_said(tmp_path: Path) -> None:
         ["tuned with 3 trials, dense with 1"],
         ["trained on 2,000,000 tokens, dense on 1,000,000"],
         ["tuned with an unknown number of trials, dense with 1"],
+        ["learning rate of wide a=0.5"],
     ]
+    result = frontier(write_sweep(tmp_path / "b", {"dense": dense(tuned_at="dense size=2"), "gated": gated[2:3]}))
+    assert result["points"][2]["remarks"] == ["learning rate tried at another for 2 of 2 dense models"]
 
 
 def test_missing_results_are_said(tmp_path: Path) -> None:

@@ -281,6 +281,7 @@ def test_a_router_counts_its_flops_and_stays_in_float32(kind: str) -> None:
         ("static", {"share": None, "layers": [[1]]}, r"layers is \[\[1\]\]; expected some of 0 to 5"),
         ("random", {"redraw": "no"}, "redraw is 'no'; expected true or false"),
         ("random", {"by": "word"}, "by is 'word'; expected one of 'position', 'pair', 'token'"),
+        ("random", {"shares": [1, 0.5, 0.5, 1], "share": 0.5}, "shares are given, and share 0.5, kind 'independent'"),
         ("random", {"kind": "middle"}, "kind is 'middle'; expected one of 'independent'"),
         ("random", {"share": 0.1, "outer": 2}, "share is 0.1 and outer 2, whose layers alone are more"),
         ("random", {"shares": [0.5] * 5}, r"shares is \[0.5, .*\]; expected 6 numbers from 0 to 1, one for each layer"),

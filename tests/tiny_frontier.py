@@ -11,7 +11,7 @@ def point(
 ) -> dict[str, Any]:
     """A point with a loss for each seed 0, 1, ...; None where the result is missing.
 
-    `flops` are of all seeds or of each. `more`: settings, trials, first_seed, and of the results training_flops,
+    `flops` are of all seeds or of each. `more`: settings, trials, tuned_at, first_seed, and of the results training_flops,
     seconds, kv_bytes, machine, num_tokens, num_targets.
     """
     return {"losses": losses, "flops": flops, "dense": dense, **more}
@@ -32,7 +32,7 @@ def write_sweep(folder: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -
                     result = _result(given, key, seed, loss, flops)
                     (folder / "results" / f"{key}.json").write_text(json.dumps(result), encoding="utf-8")
             row = {"settings": given.get("settings", {"model.size": number}), "seeds": seeds, "learning_rate": None}
-            rows.append(row | ({"trials": given["trials"]} if "trials" in given else {}))
+            rows.append(row | {name: given[name] for name in ("trials", "tuned_at") if name in given})
         listed.append({"name": arm, "points": rows})
     (folder / "sweep.json").write_text(json.dumps({"arms": listed}), encoding="utf-8")
     return folder

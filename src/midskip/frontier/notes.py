@@ -21,6 +21,10 @@ def remarks_on(point: Point, dense: Sequence[Point]) -> list[str]:
     if theirs != {point.trials}:
         own = "an unknown number of" if point.trials is None else point.trials
         remarks.append(f"tuned with {own} trial{'s' * (own != 1)}, dense with {_range(theirs)}")
+    if point.tuned_at is not None:
+        remarks.append(f"learning rate of {shortened(point.tuned_at, SETTINGS_LENGTH)}")
+    if elsewhere := sum(other.tuned_at is not None for other in dense):
+        remarks.append(f"learning rate tried at another for {elsewhere} of {len(dense)} dense models")
     tokens = {run.num_tokens for run in point.runs.values()} - {None}
     dense_tokens = {run.num_tokens for other in dense for run in other.runs.values()} - {None}
     if tokens and dense_tokens and tokens != dense_tokens:

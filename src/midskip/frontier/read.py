@@ -1,6 +1,7 @@
 """The folder that `midskip sweep` writes: which runs there are, and what each gave. Nothing else here knows its format.
 
-sweep.json         {"arms": [{"name", "points": [{"settings", "seeds": {SEED: KEY}, "trials", "learning_rate"}]}]}
+sweep.json         {"arms": [{"name", "points": [POINT]}]}, of which each POINT is
+                   {"settings", "seeds": {SEED: KEY}, "trials", "learning_rate", and perhaps "tuned_at"}
 results/KEY.json   {"recipe", "seed", "report", "training_flops", "seconds", "machine"}
 failed/KEY.txt     why a run failed
 
@@ -62,12 +63,14 @@ class Point:
 
     missing: by seed, the keys of results that are not there; failed: those of them whose run has failed, and why.
     A point whose learning rate is still being chosen has no seeds yet.
+    tuned_at: the name of another point, where its learning rate was tried; None if it was tried here.
     """
 
     arm: str
     settings: dict[str, Any]
     trials: int | None
     learning_rate: float | None
+    tuned_at: str | None = None
     runs: dict[str, Run] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -157,7 +160,9 @@ def _points(found: Results) -> list[Point]:
             for row in arm["points"]:
                 rate = row.get("learning_rate")
                 trials = row.get("trials")
-                point = Point(str(arm["name"]), dict(row["settings"]), trials if trials is None else int(trials), rate)
+                trials = trials if trials is None else int(trials)
+                tuned_at = None if row.get("tuned_at") is None else str(row["tuned_at"])
+                point = Point(str(arm["name"]), dict(row["settings"]), trials, rate, tuned_at)
                 for seed, key in sorted(row["seeds"].items(), key=lambda item: (len(item[0]), item[0])):
                     _take_result(found, point, seed, key)
                 points.append(point)

@@ -21,7 +21,7 @@ class RandomSkips(Policy):
     """Each token skips layers by a draw from its id, the one before it and its position, or from fewer of these.
 
     Args:
-        share: of block-tokens that run on average, in (0, 1].
+        share: of block-tokens that run on average, in (0, 1]; by default 0.5.
         kind: as in the policy of that name: each layer drawn anew; leaving for good; or leaving until the mirrored
             layer. Depths of the last two are drawn evenly around their mean.
         outer: layers at the beginning (and their mirrors, but for `early_exit`) that run for every token.
@@ -34,13 +34,17 @@ class RandomSkips(Policy):
     """
 
     def __init__(
-        self, num_layers: int, width: int, initializer_range: float = 0.02, share: float = 0.5,
+        self, num_layers: int, width: int, initializer_range: float = 0.02, share: float | None = None,
         kind: str = "independent", outer: int = 0, redraw: bool = True, by: str = "position",
         shares: list[float] | None = None,
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, KINDS))}")
+        if shares is not None and (share is not None or kind != "independent" or outer):
+            given = f"share {share}, kind {kind!r} and outer {outer}"
+            raise ValueError(f"shares are given, and {given}; expected no share, kind 'independent' and outer 0")
+        share = 0.5 if share is None else share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(f"share is {share!r}; expected a number above 0 and up to 1")
         if isinstance(outer, bool) or not isinstance(outer, int) or not 0 <= outer <= num_layers // 2:
@@ -52,7 +56,7 @@ class RandomSkips(Policy):
         self.kind, self.redraw, self.by = kind, redraw, by
         self.num_steps = torch.nn.Buffer(torch.tensor(0))
         if shares is not None:
-            self.present = _checked(shares, num_layers, kind, outer)
+            self.present = _checked(shares, num_layers)
             self.closed_layers = frozenset(n for n, one in enumerate(self.present) if not one)
             return
         profile = {
@@ -90,10 +94,8 @@ class RandomSkips(Policy):
         self.num_steps += 1
 
 
-def _checked(shares: list[float], num_layers: int, kind: str, outer: int) -> list[float]:
+def _checked(shares: list[float], num_layers: int) -> list[float]:
     numbers = isinstance(shares, list) and all(type(one) in (int, float) and 0 <= one <= 1 for one in shares)
     if not numbers or len(shares) != num_layers:
         raise ValueError(f"shares is {shares!r}; expected {num_layers} numbers from 0 to 1, one for each layer")
-    if kind != "independent" or outer:
-        raise ValueError(f"shares are given, and kind {kind!r} and outer {outer}; expected 'independent' and 0")
     return [float(one) for one in shares]
