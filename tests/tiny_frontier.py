@@ -11,8 +11,8 @@ def point(
 ) -> dict[str, Any]:
     """A point with a loss for each seed 0, 1, ...; None where the result is missing.
 
-    `flops` are of all seeds or of each. `more`: settings, trials, tuned_at, first_seed, and of the results training_flops,
-    seconds, kv_bytes, machine, num_tokens, num_targets.
+    `flops` are of all seeds or of each. `more`: settings, trials, tuned_at, first_seed, and of the results
+    training_flops, seconds, kv_bytes, machine, num_tokens, num_targets.
     """
     return {"losses": losses, "flops": flops, "dense": dense, **more}
 

@@ -19,6 +19,7 @@ RECIPE = {
     },
 }  # fmt: skip
 DENSE: dict[str, Any] = {"name": "dense", "recipe": "recipe.yaml", "grid": {"model.num_hidden_layers": [1, 2]}}
+TUNED = DENSE | {"learning_rates": [0.001, "2e-3", 0.004]}
 
 
 def write_sweep(folder: Path, *arms: dict[str, Any], **more: Any) -> Path:
