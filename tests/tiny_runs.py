@@ -135,6 +135,8 @@ def everything(folder: Path) -> dict[str, Any]:
             continue
         if file.suffix in (".pt", ".pth"):
             found[name] = state_of(file)
+        elif file.suffix == ".lock":  # nobody reads what it holds
+            found[name] = None
         elif file.suffix == ".jsonl":
             found[name] = _timeless([json.loads(line) for line in file.read_text().splitlines()])
         elif file.name in ("report.json", "retrofit.json") or file.parent.name == "results":
