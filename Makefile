@@ -4,13 +4,17 @@ RUN := .venv/bin
 # as many as there are cores, but no more than 4: each takes about 1 GB
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
-.PHONY: demo test check slow extras docs mutants format clean
+.PHONY: demo test integration check slow extras docs mutants format clean
 
 demo: .venv/installed
 	$(RUN)/midskip demo
 
 test: .venv/installed
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadscope
+
+# what starts processes, trains, or runs the examples of the docs: about as long again
+integration: .venv/installed
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadscope -m 'integration and not slow and not long and not gpu and not extras'
 
 slow: .venv/installed
 	$(RUN)/python -m pytest -m slow

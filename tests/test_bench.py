@@ -141,6 +141,7 @@ def test_joules_stand_beside_the_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "joules a token" in screen.file.getvalue() and "at rest (box " in screen.file.getvalue()
 
 
+@pytest.mark.integration
 def test_a_trained_model_on_text(make_model: Callable[..., MidskipForCausalLM], tmp_path: Path) -> None:
     model = make_model("mixed", DTYPE, num_hidden_layers=5).eval()
     given = run_settings(model, "mine", batch_sizes=(2,), repeats=1)
@@ -192,6 +193,7 @@ def test_only_the_tasks_asked_for_need_rows_and_columns(
         assert {one["num_tokens"] for one in report["agreement"] if one["dtype"] == "float64"} == {24}
 
 
+@pytest.mark.integration
 def test_a_trained_model_under_a_budget(
     make_model: Callable[..., MidskipForCausalLM], calibrated: MidskipForCausalLM, tmp_path: Path
 ) -> None:

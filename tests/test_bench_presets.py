@@ -75,6 +75,7 @@ def test_of_a_trained_model_a_preset_leaves_out_what_that_brings() -> None:
     assert not {"shares", "gates", "norms", "shape", *SHAPE} & with_preset("tiny", {}, of_a_run=True).keys()
 
 
+@pytest.mark.integration
 def test_the_tiny_preset_times_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--preset", "tiny", "--device", "cpu", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
@@ -111,6 +112,7 @@ def test_the_gpu_preset_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert counters["stats"]["unique_graphs"] > 0
 
 
+@pytest.mark.integration
 def test_the_training_preset_trains_a_run_on_with_its_regularizer(
     make_recipe: Callable[..., Recipe], tmp_path: Path, no_pictures: None
 ) -> None:

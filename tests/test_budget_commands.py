@@ -33,6 +33,7 @@ def run(make_model: Make, learnt: PreTrainedTokenizerFast, tmp_path: Path) -> Pa
     return folder
 
 
+@pytest.mark.integration
 def test_calibrate_evaluate_and_generate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "config.json").read_text()
     files = {file.name: file.read_bytes() for file in run.iterdir()}
@@ -116,6 +117,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_measurement(
 
 
 @pytest.mark.parametrize("same", [True, False])
+@pytest.mark.integration
 def test_the_best_model_is_calibrated_with_its_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, same: bool
 ) -> None:

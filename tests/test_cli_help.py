@@ -159,11 +159,13 @@ def test_an_interrupt_during_imports_is_one_line(module: str) -> None:
         ("midskip.cli", "input", 2, "midskip: error: it"),
     ],
 )
+@pytest.mark.integration
 def test_no_process_outlives_its_error(start: str, kind: str, status: int, said: str) -> None:
     done = python("-W", "ignore", "-c", LINGERING, start, "recipe.yaml", kind)
     assert done.returncode == status and f"{said} failed\n" in done.stderr and not done.stdout
 
 
+@pytest.mark.integration
 def test_importing_midskip_is_enough_for_the_auto_classes() -> None:
     code = "import midskip; from transformers import AutoConfig, AutoModelForCausalLM as A; "
     code += "config = AutoConfig.for_model('midskip'); assert type(config) in A._model_mapping"
@@ -191,6 +193,7 @@ def test_a_warning_is_one_line_without_a_place_in_the_code(
     assert warnings.formatwarning is shown
 
 
+@pytest.mark.integration
 def test_it_runs_as_a_program(tmp_path: Path) -> None:
     """With its exit status, and no word from Python."""
     done = python("-m", "midskip.cli", "generate", str(tmp_path / "none"), "--prompt", "a")

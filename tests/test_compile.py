@@ -90,6 +90,7 @@ def test_compiled_equals_plain_in_few_graphs(make_model: Make, skipped_kv: str, 
     assert not counters["graph_break"]
 
 
+@pytest.mark.integration
 def test_blocks_that_no_token_reaches_are_not_compiled(make_model: Make) -> None:
     plain, compiled = pair(make_model, "eager", gates="late", num_hidden_layers=6)
     for batch in batches():

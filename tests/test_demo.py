@@ -42,6 +42,7 @@ def run(output: Path, source: Path, steps: int = 2) -> tuple[dict, str]:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.integration
 def test_the_demo_trains_compares_and_reports(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     report, screen = run(folder, source)

@@ -89,6 +89,7 @@ def break_off(name: str, folder: str, num_faults: int, seed: int) -> dict[str, A
     "name, num_faults",
     [*((name, 3) for name in LIGHT), *(pytest.param(name, 40, marks=pytest.mark.slow) for name in LIGHT + HEAVY)],
 )
+@pytest.mark.integration
 def test_a_full_disk_is_told_and_the_same_command_goes_on(
     name: str, num_faults: int, tmp_path: Path, killer: Program
 ) -> None:

@@ -224,6 +224,7 @@ def _training(reader: Reader) -> None:
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # transformers' default, without a GPU
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks
 @pytest.mark.parametrize("page", COVERED, ids=lambda page: page.name)
+@pytest.mark.integration
 def test_the_code_of_a_page_runs(page: Path, reader: Reader, request: pytest.FixtureRequest) -> None:
     code = "".join(block.text for block in blocks_of(page))
     for name, make in THINGS.items():

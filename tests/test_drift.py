@@ -187,6 +187,7 @@ def test_prompts_are_looked_at_and_measurements_are_not(
 
 
 @torch.no_grad()
+@pytest.mark.integration
 def test_drift_on_live_prompts(calibrated: MidskipForCausalLM, windows: list[dict[str, Tensor]]) -> None:
     """Like the text of the calibration, and unlike it; whole windows, and prompts of four tokens."""
     calibration = calibrate(calibrated, windows, "noise", batch_size=48)

@@ -25,6 +25,7 @@ def test_it_keeps_the_contract() -> None:
 
 
 @pytest.mark.usefixtures("no_pictures", "on_the_cpu")
+@pytest.mark.integration
 def test_its_recipe_trains_and_frequent_tokens_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = [
         f"--output={tmp_path / 'run'}", f"--data.source={write_documents(tmp_path / 'text', 200)}",

@@ -47,6 +47,7 @@ def alone(saved_model: Path) -> list[str]:
     return texts
 
 
+@pytest.mark.integration
 def test_a_folder_where_nobody_imported_midskip(saved_model: Path, alone: list[str], tmp_path: Path) -> None:
     """It is loaded, saved again, and generated from."""
     path = os.pathsep.join([str(Path(midskip.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

@@ -1,5 +1,6 @@
 """An output folder is written by one command at a time, and is free again when that one has ended or died."""
 
+import errno
 import os
 import re
 import socket
@@ -14,6 +15,7 @@ from tiny_runs import QUIET, write_documents
 from midskip import locks
 from midskip.cli import main
 from midskip.locks import LOCK_FILE, locked
+from midskip.runs import write_atomically
 from midskip.train import Recipe, train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
@@ -125,3 +127,12 @@ def test_prepared_text_is_read_by_many(tmp_path: Path, hold: Callable) -> None:
         assert (tmp_path / "out" / LOCK_FILE).exists() == is_held, "what a dead one left is removed"
         holder.kill()
         holder.wait()
+
+
+def test_a_file_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*sweep.json'"):
+        write_atomically(tmp_path / "sweep.json", "{}")

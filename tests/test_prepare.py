@@ -198,6 +198,7 @@ def test_a_preparation_that_was_stopped_is_no_whole_one_and_starts_afresh(
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.integration
 def test_a_killed_process_leaves_nothing_that_looks_whole(text: Path, tmp_path: Path) -> None:
     program = (
         "import sys, time\n"

@@ -209,6 +209,7 @@ def close(got: Tensor, expected: Tensor, what: str) -> None:
 
 
 @pytest.mark.parametrize(("situation", "skipped_kv", "kind"), TRAININGS)
+@pytest.mark.integration
 def test_training_on_two_ranks_is_training_on_one(
     ranks: list[dict[Any, Any]], situation: str, skipped_kv: str, kind: str
 ) -> None:

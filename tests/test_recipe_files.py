@@ -48,6 +48,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("workplace", "no_pictures", "on_the_cpu")
 @pytest.mark.parametrize("path", [path for path in RECIPES if not path.stem.endswith("-dense")], ids=lambda p: p.stem)
+@pytest.mark.integration
 def test_a_recipe_runs_as_it_is_but_for_its_size(path: Path) -> None:
     overrides = [*SMALL, "--training.peak_flops=1e12", "--training.report_to=[]"]
     overrides.append("--training.torch_compile=false")

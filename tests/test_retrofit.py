@@ -103,6 +103,7 @@ def test_a_folder_that_one_was_killed_in_as_it_wrote_its_first_file_is_not_someb
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.integration
 def test_stages_follow_each_other_and_are_not_run_twice(
     dense: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +143,7 @@ def test_stages_follow_each_other_and_are_not_run_twice(
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.integration
 def test_killed_trainings_go_on_as_if_they_had_not_been(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of transformers' own Llama, here; once in each of the two trainings, and once between them."""
     to_transformers(MidskipForCausalLM.from_pretrained(dense)).save_pretrained(dense)
@@ -181,6 +183,7 @@ def test_killed_trainings_go_on_as_if_they_had_not_been(dense: Path, monkeypatch
 
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("finetune", ["lora", "all"])
+@pytest.mark.integration
 def test_finetuning_moves_the_originals_weights_after_the_routers_have_settled(dense: Path, finetune: str) -> None:
     given: dict[str, Any] = {"distil_steps": 2, "finetune": finetune, "finetune_learning_rate": 1e-3}
     report = retrofit(settings_of(dense, **given), QUIET)
@@ -200,6 +203,7 @@ def test_finetuning_moves_the_originals_weights_after_the_routers_have_settled(d
 
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("choice", ["spans", "exits", "layers"])
+@pytest.mark.integration
 def test_routers_learn_unless_layers_are_left_out_for_all(dense: Path, choice: str) -> None:
     retrofit(settings_of(dense, choice=choice, distil_steps=3, learning_rate=3e-2), QUIET)
     before, after = (load_file(dense.parent / "out" / name / "model.safetensors") for name in ("fit", "distil"))

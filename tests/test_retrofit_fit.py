@@ -129,6 +129,7 @@ def test_a_look_at_spans_leads_to_the_state_behind_them(make_model: Make, policy
         ("early_exit", "linear", "sublayer", "tokens"),
     ],
 )
+@pytest.mark.integration
 def test_the_fit_repairs_and_leaves_the_rest_alone(
     make_model: Make, policy: str, skip_path: str, skip_unit: str, choice: str
 ) -> None:

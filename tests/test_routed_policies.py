@@ -276,6 +276,7 @@ def test_a_router_counts_its_flops_and_stays_in_float32(kind: str) -> None:
 
 @pytest.mark.usefixtures("no_pictures", "on_the_cpu")
 @pytest.mark.parametrize("name", ["independent", "early_exit, by loss", "reinforce", "mixture_of_depths"])
+@pytest.mark.integration
 def test_a_share_is_held_in_training(make_recipe: Callable[..., Recipe], name: str) -> None:
     holds_its_own = name == "mixture_of_depths"
     regularizer = ("none", {}) if holds_its_own else ("target_share", {"target_share": 0.6, "ramp_steps": 10})

@@ -107,6 +107,7 @@ def test_a_feed_forward_may_be_left_out_alone(make_model: Make) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures", "on_the_cpu")
+@pytest.mark.integration
 def test_a_recipe_holds_a_share_of_sublayers(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe(
         "target_share", {"target_share": 0.6, "ramp_steps": 10}, max_steps=40, learning_rate=0.003,

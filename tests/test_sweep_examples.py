@@ -9,6 +9,7 @@ from midskip.sweep.read import read_sweep
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.integration
 def test_the_examples_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     depth = read_sweep("sweeps/pydocs-depth.yaml")

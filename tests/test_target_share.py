@@ -206,6 +206,7 @@ def shares_over(regularizer: TargetShare, policy: MiddleOut, steps: int) -> tupl
     [(5, 0.4, {}), *((8, 0.6, {"gates": "hard", "scores": scores}) for scores in SCORES)],
 )
 @torch.no_grad()
+@pytest.mark.integration
 def test_the_share_arrives_at_its_target_and_stays(num_layers: int, target: float, settings: dict[str, str]) -> None:
     policy = MiddleOut(num_layers, 16, **settings)
     policy.reset_parameters()

@@ -13,6 +13,7 @@ from midskip.card import RECIPE_FILE as RECIPE_FILE
 from midskip.card import REPORT_FILE as REPORT_FILE
 from midskip.card import read_run
 from midskip.data.labelled import is_labelled
+from midskip.locks import errors_of_the_system
 from midskip.model.modeling import MidskipForCausalLM
 
 PICTURE_FILE, PAGE_FILE = "picture.png", "page.html"
@@ -28,10 +29,11 @@ def to_json(values: Any) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that others see whole or not at all."""
+    """Write a file that others see whole or not at all. An OSError names it."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with errors_of_the_system(path):
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
 
 
 def load_run(folder: str | Path, trust: Collection[str] = ()) -> tuple[MidskipForCausalLM, PreTrainedTokenizerBase]:
