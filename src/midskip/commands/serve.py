@@ -28,6 +28,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--max_requests", type=at_least_one, default=64, help="taken at once by each replica (default: %(default)s)"
     )
+    parser.add_argument(
+        "--max_batch", type=at_least_one, default=8, help="run at once by each replica (default: %(default)s)"
+    )
     parser.add_argument("--replicas", type=at_least_one, help="processes that serve, under Ray Serve (default: no Ray)")
     add_trust(parser)
     for name in REFUSED:
@@ -42,8 +45,9 @@ def run(arguments: list[str]) -> None:
     if not 0 <= options.port <= 65535:
         raise ValueError(f"port is {options.port}; expected 1 to 65535, or 0 for any that is free")
     settings = ServeSettings(
-        options.run, options.name, options.budget, options.max_layers, tuple(options.trust), options.max_requests
-    )
+        options.run, options.name, options.budget, options.max_layers, tuple(options.trust), options.max_requests,
+        options.max_batch,
+    )  # fmt: skip
     if options.replicas is not None:
         from midskip.serving.on_ray import serve_on_ray
 

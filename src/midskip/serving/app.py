@@ -29,11 +29,11 @@ def build_app(served: Any) -> Any:
     from transformers.cli.serving.server import build_server
 
     from midskip.serving.admission import Admission
-    from midskip.serving.engine import OneAtATime, OneModel
+    from midskip.serving.engine import OneManager, OneModel
     from midskip.serving.errors import ApiError, as_api_error, error_body
     from midskip.serving.handlers import ChatCompletions, Completions
 
-    manager, state = OneModel(served.name, served.model, served.tokenizer), OneAtATime()
+    manager, state = OneModel(served.name, served.model, served.tokenizer), OneManager(served.settings.max_batch)
     parts: dict[str, Any] = {
         "model_manager": manager,
         "chat_handler": ChatCompletions(served, manager, state),

@@ -1,21 +1,20 @@
 """transformers' serving, with a model of ours in it: how it is loaded, and how a request runs.
 
-transformers generates for one request at a time, on one thread of its own for a model. Limits are set on that thread
-right before, so that requests with other budgets cannot mix.
+transformers generates on one thread of its own for a model. Limits are set on that thread right before, so that
+requests with other budgets cannot mix.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerateManager, GenerationState, _GenerationCancelled
+from transformers.cli.serving.utils import GenerateManager, GenerationState
 
-from midskip.model.modeling import MidskipForCausalLM
-from midskip.serving.stream import Grouped, Joined
-from midskip.serving.work import REQUEST, NobodyWaits, Work, counted
+from midskip.serving.batches import Request, Waiting
+from midskip.serving.stream import Joined
+from midskip.serving.work import REQUEST
 
 
 class OneModel(ModelManager):
@@ -41,50 +40,39 @@ class OneModel(ModelManager):
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "midskip"}]
 
 
-class Limited:
-    """Stands for the model where transformers calls `generate`: under the limits of one request."""
+class BatchManager(GenerateManager):
+    """`GenerateManager`, in which requests run under their own limits, and together where they can.
 
-    def __init__(self, model: Any, work: Work):
-        self.model, self.work = model, work
+    Args:
+        max_batch: requests in a batch.
+    """
 
-    def generate(self, **arguments: Any) -> Any:
-        work = self.work
-        if work.gone.is_set():
-            raise _GenerationCancelled()
-        if isinstance(self.model, MidskipForCausalLM):
-            self.model.model.policy.set_limits(work.score_scale, work.max_layers)
-        if work.seed is not None:
-            torch.manual_seed(work.seed)
-        if "streamer" in arguments:
-            arguments["streamer"] = Grouped(arguments["streamer"])
-        try:
-            with counted(self.model, work):
-                return self.model.generate(**arguments, stopping_criteria=[NobodyWaits(work)])
-        except _GenerationCancelled:
-            raise
-        except Exception as error:
-            work.failure = error
-            raise
+    def __init__(self, max_batch: int):
+        super().__init__()
+        self.waiting = Waiting(max_batch)
 
-
-class LimitedManager(GenerateManager):
-    """`GenerateManager`, each request under its own limits."""
-
-    def generate_streaming(self, model: Any, *arguments: Any, **named: Any) -> Any:
-        limited: Any = Limited(model, REQUEST.get())
-        queue, streamer = super().generate_streaming(limited, *arguments, **named)
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *others: Any, **named: Any
+    ) -> Any:
+        request: Any = Request(self.waiting, model, REQUEST.get(), inputs, gen_config)
+        queue, streamer = super().generate_streaming(request, processor, inputs, gen_config, *others, **named)
+        self.waiting.add(request, streamer)
         return Joined(queue), streamer
 
-    async def generate_non_streaming(self, model: Any, *arguments: Any, **named: Any) -> Any:
-        return await super().generate_non_streaming(Limited(model, REQUEST.get()), *arguments, **named)  # pyright: ignore[reportArgumentType]
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *others: Any, **named: Any
+    ) -> Any:
+        request: Any = Request(self.waiting, model, REQUEST.get(), inputs, gen_config)
+        self.waiting.add(request)
+        return await super().generate_non_streaming(request, processor, inputs, gen_config, *others, **named)
 
 
-class OneAtATime(GenerationState):
+class OneManager(GenerationState):
     """The one manager of the one model."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_batch: int) -> None:
         super().__init__()
-        self._manager = LimitedManager()
+        self._manager = BatchManager(max_batch)
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> LimitedManager:
+    def get_manager(self, model_id: str, use_cb: bool = False) -> BatchManager:
         return self._manager

@@ -12,7 +12,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import BaseHandler, _GenerationCancelled
 
 from midskip.serving.checks import check_body
-from midskip.serving.engine import OneAtATime, OneModel
+from midskip.serving.engine import OneManager, OneModel
 from midskip.serving.errors import ApiError, as_api_error, error_part
 from midskip.serving.served import Served
 from midskip.serving.work import REQUEST
@@ -28,7 +28,7 @@ class _Limited(_Base):
 
     is_chat: bool
 
-    def __init__(self, served: Served, manager: OneModel, state: OneAtATime):
+    def __init__(self, served: Served, manager: OneModel, state: OneManager):
         super().__init__(manager, state)
         self.served = served
 

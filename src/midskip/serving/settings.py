@@ -15,7 +15,8 @@ class ServeSettings:
         budget: share of the blocks to run where a request names none, in (0, 1]; None: as trained.
         max_layers: the most blocks of a token where a request names none; None: all of them.
         trust: modules that the folder may import its policy from.
-        max_requests: requests that are taken at once, the running one and those that wait.
+        max_requests: requests that are taken at once, those that run and those that wait.
+        max_batch: requests that run at once.
     """
 
     folder: str
@@ -24,6 +25,7 @@ class ServeSettings:
     max_layers: int | None = None
     trust: tuple[str, ...] = ()
     max_requests: int = 64
+    max_batch: int = 8
 
     @property
     def model_name(self) -> str:

@@ -14,19 +14,16 @@ SEND_S = 0.02  # between two parts of a stream, at least
 
 
 class Grouped:
-    """A streamer for `generate` that hands tokens on in groups: the first at once, then whenever `SEND_S` have passed.
+    """Hands new tokens on in groups: the first at once, then whenever `SEND_S` have passed.
 
     Args:
-        streamer: takes the prompt, then new tokens as int64 of shape [tokens], and turns them into text.
+        streamer: takes tokens as int64 of shape [tokens], and turns them into text.
     """
 
     def __init__(self, streamer: Any):
-        self.streamer, self.held, self.has_prompt, self.sent_s = streamer, [], False, -math.inf
+        self.streamer, self.held, self.sent_s = streamer, [], -math.inf
 
     def put(self, value: Tensor) -> None:
-        if not self.has_prompt:
-            self.has_prompt = True
-            return self.streamer.put(value)
         self.held.append(value)
         if time.perf_counter() >= self.sent_s + SEND_S:
             self._send()

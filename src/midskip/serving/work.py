@@ -6,17 +6,8 @@ The server sets `REQUEST` before transformers' handlers see a request; all tasks
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers import StoppingCriteria
-
-from midskip.model.modeling import MidskipForCausalLM
 
 
 @dataclass
@@ -47,32 +38,3 @@ class Work:
 
 
 REQUEST: ContextVar[Work] = ContextVar("midskip_request")
-
-
-class NobodyWaits(StoppingCriteria):
-    """Ends generation after the token at hand, once a client is gone."""
-
-    def __init__(self, work: Work):
-        self.work = work
-
-    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Any:
-        return torch.full((len(input_ids),), self.work.gone.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def counted(model: nn.Module, work: Work) -> Iterator[None]:
-    """Adds up what ran in passes over one sequence without pads."""
-
-    def add(_: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
-        ids_BT = named["input_ids"] if "input_ids" in named else arguments[0]
-        work.num_tokens += ids_BT.numel()
-        work.share_of_tokens += output.executed_share * ids_BT.numel()
-
-    if not isinstance(model, MidskipForCausalLM):
-        yield
-        return
-    hook = model.register_forward_hook(add, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -1,0 +1,191 @@
+"""Requests that wait at the same time run as one batch, if they ask for the same but for their prompts and lengths.
+
+transformers takes requests in their order, and calls `generate` for each, on one thread. A `Request` stands for the
+model there. When the turn of one comes, those like it that wait run with it, each to its own end and, if it streams, to
+its own stream. Their turns come later, and find them done.
+
+B requests, T columns, L layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria
+from transformers.cli.serving.utils import _GenerationCancelled
+
+from midskip.model.modeling import MidskipForCausalLM
+from midskip.serving.stream import Grouped
+from midskip.serving.work import Work
+
+BATCHED = {"input_ids", "attention_mask"}  # of a prompt; one with more runs alone
+
+
+class Request:
+    """One request, from when it waits to its end.
+
+    Args:
+        waiting: those that have not begun, itself not yet among them.
+        work: its limits, and where it is told what ran.
+        inputs: int64 `input_ids` [1, T], and perhaps `attention_mask`, without pads.
+        config: what it asks of `generate`; `max_new_tokens` is set.
+    """
+
+    def __init__(self, waiting: Waiting, model: Any, work: Work, inputs: Any, config: GenerationConfig):
+        self.waiting, self.model, self.work, self.config = waiting, model, work, config
+        self.ids_1T, self.inputs = inputs["input_ids"], inputs
+        self.streamer: Any = None
+        self.new: list[int] = []
+        self.has_begun = self.has_ended = False
+        is_drawn = config.do_sample and work.seed is not None
+        is_alone = is_drawn or config.stop_strings or config.repetition_penalty not in (None, 1.0)
+        alike = {name: value for name, value in config.to_dict().items() if name != "max_new_tokens"}
+        self.kind = id(self) if is_alone or inputs.keys() - BATCHED else (work.score_scale, work.max_layers, alike)
+
+    def generate(self, streamer: Any = None, tokenizer: Any = None, **_: Any) -> Tensor:
+        """int64 [1, T + new tokens]: what transformers asks the model for."""
+        if not self.has_begun:
+            if self.work.gone.is_set():
+                self.waiting.take(self, 1)
+                raise _GenerationCancelled()
+            self.streamer = streamer
+            run(self.waiting.take(self), tokenizer)
+        if self.work.failure is not None:
+            raise self.work.failure
+        return torch.cat([self.ids_1T, self.ids_1T.new_tensor([self.new])], 1)
+
+    def take(self, token: int, ends: Sequence[int]) -> None:
+        """A new token."""
+        if self.work.gone.is_set():
+            return self.end()
+        self.new.append(token)
+        if self.streamer is not None:
+            try:
+                self.streamer.put(self.ids_1T.new_tensor([token]))
+            except _GenerationCancelled:
+                return self.end()
+        if token in ends or len(self.new) >= self.config.max_new_tokens:
+            self.end()
+
+    def end(self) -> None:
+        """No token comes any more."""
+        if not self.has_ended:
+            self.has_ended = True
+            if self.streamer is not None and self.work.failure is None:
+                self.streamer.end()
+
+
+class Waiting:
+    """Requests that have not begun.
+
+    Args:
+        most: in a batch.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.requests, self.lock = most, [], threading.Lock()
+
+    def add(self, request: Request, streamer: Any = None) -> None:
+        """Unless its turn has come already."""
+        with self.lock:
+            if not request.has_begun:
+                request.streamer = streamer
+                self.requests.append(request)
+
+    def take(self, first: Request, most: int | None = None) -> list[Request]:
+        """That one, and those like it that have waited longest. All of them have begun."""
+        with self.lock:
+            others = (other for other in self.requests if other is not first and other.kind == first.kind)
+            present = [other for other in others if not other.work.gone.is_set()]
+            batch = [first, *present[: (self.most if most is None else most) - 1]]
+            self.requests = [other for other in self.requests if other not in batch]
+            for request in batch:
+                request.has_begun = True
+            return batch
+
+
+class _Rows(StoppingCriteria):
+    """Hands the tokens of a batch to its requests, and says which rows have ended."""
+
+    def __init__(self, batch: list[Request]):
+        end = batch[0].config.eos_token_id
+        self.batch, self.ends = batch, [] if end is None else [end] if isinstance(end, int) else list(end)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Any:
+        for request, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
+            if not request.has_ended:
+                request.take(token, self.ends)
+        return torch.tensor([request.has_ended for request in self.batch], device=input_ids.device)
+
+
+def run(batch: list[Request], tokenizer: Any) -> None:
+    """Generate for all of them; what breaks one breaks all."""
+    model, work, config = batch[0].model, batch[0].work, copy.copy(batch[0].config)
+    config.max_new_tokens = max(request.config.max_new_tokens for request in batch)
+    try:
+        if isinstance(model, MidskipForCausalLM):
+            model.model.policy.set_limits(work.score_scale, work.max_layers)
+        if work.seed is not None:
+            torch.manual_seed(work.seed)
+        for request in batch:
+            if request.streamer is not None:
+                request.streamer.put(request.ids_1T)  # which it leaves out
+                request.streamer = Grouped(request.streamer)
+        with counted(model, batch):
+            model.generate(
+                **_together(batch), generation_config=config, tokenizer=tokenizer, stopping_criteria=[_Rows(batch)]
+            )
+    except Exception as error:
+        for request in batch:
+            request.work.failure = error
+    for request in batch:
+        request.end()
+
+
+def _together(batch: list[Request]) -> Any:
+    """Their prompts as one input, with pads on the left."""
+    if len(batch) == 1:
+        return batch[0].inputs
+    width = max(request.ids_1T.shape[1] for request in batch)
+    pad = lambda row_1T: torch.nn.functional.pad(row_1T, (width - row_1T.shape[1], 0))  # noqa: E731
+    return {
+        "input_ids": torch.cat([pad(request.ids_1T) for request in batch]),
+        "attention_mask": torch.cat([pad(torch.ones_like(request.ids_1T)) for request in batch]),
+    }
+
+
+@contextmanager
+def counted(model: Any, batch: list[Request]) -> Iterator[None]:
+    """Tells each request what ran of its tokens, after every pass; nothing for models that do not say."""
+
+    def ask(_: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        return arguments, named | {"output_gates": len(batch) > 1}
+
+    def add(_: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
+        if len(batch) == 1:
+            shares_B = [output.executed_share * named["input_ids"].numel()]
+        else:
+            shares_B = (output.executed.sum((0, 2)) / len(output.executed)).tolist()
+        for request, share in zip(batch, shares_B, strict=True):
+            if not request.has_ended:
+                request.work.num_tokens = request.ids_1T.shape[1] + len(request.new)
+                request.work.share_of_tokens += share
+
+    if not isinstance(model, MidskipForCausalLM):
+        yield
+        return
+    hooks = [
+        model.register_forward_pre_hook(ask, with_kwargs=True),
+        model.register_forward_hook(add, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,140 @@
+"""Requests that wait at the same time run as one batch, and each gets what it would get alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.extras
+pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+
+from tiny_server import Running, running, write_served  # noqa: E402
+
+from midskip.serving.batches import Waiting  # noqa: E402
+
+Answers = list[tuple[str, Any]]
+PROMPTS = ["the cat", "the dog sat on the mat and", "a", "the cat sat"]
+
+
+@pytest.fixture(scope="module")
+def server(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(write_served(saved_model, tmp_path_factory.mktemp("served") / "model"), max_batch=4) as started:
+        yield started
+
+
+def ask(server: Running, request: dict[str, Any]) -> tuple[str, Any]:
+    """Text, without bytes at its end that are no character yet, and usage."""
+    more = {"model": "tiny", "max_tokens": 12} | request
+    answer = server.client.completions.create(**more)
+    parts = list(answer) if more.get("stream") else [answer]
+    return "".join(part.choices[0].text for part in parts).rstrip("\ufffd"), parts[-1].usage
+
+
+@pytest.fixture
+def together(server: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Answers, list[int]]]:
+    """together(request, ...): their answers, and how many ran in each batch, where all of them wait while another
+    runs."""
+    count, all_wait, add = 0, threading.Event(), Waiting.add
+
+    def added(*arguments: Any) -> None:
+        nonlocal count
+        add(*arguments)
+        count -= 1
+        if count == 0:
+            all_wait.set()
+
+    def run(*requests: dict[str, Any]) -> tuple[Answers, list[int]]:
+        nonlocal count
+        count, batches, has_begun = 1 + len(requests), [], threading.Event()
+        all_wait.clear()
+
+        def look(_: Any, arguments: Any, named: dict[str, Any]) -> None:
+            if not has_begun.is_set():
+                has_begun.set()
+                assert all_wait.wait(60)
+            elif named["input_ids"].shape[1] > 1 or named["past_key_values"].get_seq_length() == 0:
+                batches.append(len(named["input_ids"]))
+
+        hook = server.served.model.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            with ThreadPoolExecutor(1 + len(requests)) as pool:
+                first = pool.submit(ask, server, {"prompt": "another", "max_tokens": 1})
+                assert has_begun.wait(60)
+                found = [pool.submit(ask, server, request) for request in requests]
+                first.result(60)
+                return [one.result(60) for one in found], batches
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(Waiting, "add", added)
+    return run
+
+
+def test_each_gets_what_it_gets_alone(server: Running, together: Any) -> None:
+    requests = [
+        {"prompt": prompt, "max_tokens": 12 - 3 * number, "stream": number % 2 == 1}
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    found, batches = together(*requests)
+    assert batches == [4]
+    for request, (text, usage) in zip(requests, found):
+        alone, its_usage = ask(server, request)
+        assert text == alone
+        assert (usage.prompt_tokens, usage.completion_tokens) == (its_usage.prompt_tokens, request["max_tokens"])
+        assert usage.executed_share == pytest.approx(its_usage.executed_share, abs=2e-4)
+
+
+def test_a_batch_has_its_limit(together: Any) -> None:
+    _, batches = together(*[{"prompt": "the cat"}] * 9)
+    assert batches == [4, 4, 1]
+
+
+def test_those_that_ask_for_something_else_run_apart(server: Running, together: Any) -> None:
+    requests = [{"prompt": "the cat", "extra_body": {"budget": budget}} for budget in (0.25, 1.0, 0.25, 1.0)]
+    found, batches = together(*requests)
+    assert batches == [2, 2] and found[0][1].executed_share < found[1][1].executed_share == 1
+    alone = [
+        {"stop": "zzz"}, {"stop": "zzz"}, {"seed": 1, "temperature": 1.0}, {"seed": 1, "temperature": 1.0},
+        {"frequency_penalty": 0.5}, {"frequency_penalty": 0.5},
+    ]  # fmt: skip
+    found, batches = together(*({"prompt": "the cat"} | more for more in alone))
+    assert batches == [1] * 6 and found[2][0] == found[3][0]
+
+
+def test_a_client_that_goes_leaves_the_others_their_answers(server: Running, together: Any) -> None:
+    left = threading.Event()
+
+    def leave(request: dict[str, Any]) -> None:
+        for _ in server.client.completions.create(model="tiny", stream=True, **request):
+            break
+        left.set()
+
+    expected = ask(server, {"prompt": "the cat", "max_tokens": 40})
+    with ThreadPoolExecutor(1) as pool:
+        gone = pool.submit(leave, {"prompt": "the dog", "max_tokens": 40})
+        found, _ = together({"prompt": "the cat", "max_tokens": 40})
+        gone.result(60)
+    assert left.is_set() and found[0][0] == expected[0]
+
+
+def test_what_breaks_a_batch_is_told_to_all_of_it(server: Running, together: Any) -> None:
+    def fail(_: Any, arguments: Any, named: dict[str, Any]) -> None:
+        if len(named["input_ids"]) > 1:
+            raise RuntimeError("it broke")
+
+    hook = server.served.model.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        together({"prompt": "the cat"}, {"prompt": "the dog", "stream": True})
+    except Exception as error:
+        assert "it broke" in str(error)
+    else:
+        pytest.fail("nothing was told")
+    finally:
+        hook.remove()
+    assert ask(server, {"prompt": "the cat"})[0]
