@@ -38,8 +38,8 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     try:
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", encoding="utf-8")
         with errors_of_the_system(folder):
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", encoding="utf-8")
             yield
     finally:
         try:
@@ -72,7 +72,7 @@ def errors_of_the_system(folder: Path) -> Iterator[None]:
     except Exception as error:
         if number := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
-        if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+        if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream error", str(error)):
             raise OSError(
                 f"a file in {str(folder)!r} could not be written to its end, probably for lack of room: make room on "
                 f"its disk, and give the same command again ({error})"
