@@ -1,6 +1,6 @@
 """A server under load: clients that ask for long and short prompts, half of which go midway; beside Llama.
 
-    python benchmarks/serve_load.py [--output benchmarks/results/serve_load.json] [--seconds 60] [--rounds 5]
+    python benchmarks/serve_load.py [--output benchmarks/results/serve_load.json] [--seconds 60] [--rounds 5] [--max_batch 8]
     python benchmarks/serve_load.py --run RUN --output FILE [--rounds 9]
 
 Without `--run`: a model of random weights, of which half of the block-tokens are skipped (imposed), and transformers'
@@ -50,7 +50,7 @@ def words_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0")
 
 
-def serve(side: str) -> None:
+def serve(side: str, max_batch: int) -> None:
     """Of the child: serve a side at any port that is free, and print which."""
     import socket
 
@@ -78,7 +78,7 @@ def serve(side: str) -> None:
     else:
         model, tokenizer = load_run(side)
     model.generation_config.eos_token_id = None  # answers are as long as asked for
-    app = build_app(Served(ServeSettings(side, "model"), model.eval(), tokenizer))
+    app = build_app(Served(ServeSettings(side, "model", max_batch=max_batch), model.eval(), tokenizer))
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="error")).run(sockets=[listener])
@@ -87,8 +87,8 @@ def serve(side: str) -> None:
 class Server:
     """A child that serves a side."""
 
-    def __init__(self, side: str):
-        command = [sys.executable, __file__, "--serve", side]
+    def __init__(self, side: str, max_batch: int):
+        command = [sys.executable, __file__, "--serve", side, "--max_batch", str(max_batch)]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
@@ -177,8 +177,8 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def measure_load(seconds: float, num_rounds: int) -> dict[str, Any]:
-    servers = {side: Server(side) for side in SIDES}
+def measure_load(seconds: float, num_rounds: int, max_batch: int) -> dict[str, Any]:
+    servers = {side: Server(side, max_batch) for side in SIDES}
     rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     busy = []
     try:
@@ -192,7 +192,8 @@ def measure_load(seconds: float, num_rounds: int) -> dict[str, Any]:
             server.process.kill()
     sides = {side: summary(rounds[side]) for side in SIDES}
     settings = {"shape": SHAPE, "prompt_tokens": [SHORTEST, LONGEST], "new_tokens": NEW_TOKENS, "clients": CLIENTS}
-    settings |= {"skip_share": SKIP_SHARE, "seconds": seconds, "rounds": num_rounds, "threads_of_each_server": 1}
+    settings |= {"skip_share": SKIP_SHARE, "seconds": seconds, "rounds": num_rounds, "max_batch": max_batch}
+    settings |= {"threads_of_each_server": 1}
     return {"settings": settings, "load_average_after_each_round": busy, "sides": sides}
 
 
@@ -206,7 +207,7 @@ def measure_decode(run: str, num_rounds: int) -> dict[str, Any]:
     model, tokenizer = load_run(run)
     ids_BT = tokenizer("The function returns", return_tensors="pt")["input_ids"]
     count = min(200, model.config.max_position_embeddings - ids_BT.shape[1])
-    server = Server(run)
+    server = Server(run, 1)
     client = openai.OpenAI(base_url=server.url, api_key="none", timeout=300)
     rates: dict[str, list[float]] = {"generate": [], "served": [], "streamed": []}
 
@@ -245,19 +246,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max_batch", type=int, default=8)
     parser.add_argument("--run")
     parser.add_argument("--beside", default="", help="what else ran on the machine, for the file")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve)
+        return serve(options.serve, options.max_batch)
     from midskip.bench.results import machine
     from midskip.runs import to_json, write_atomically
 
     if options.run:
         found = measure_decode(options.run, options.rounds)
     else:
-        found = measure_load(options.seconds, options.rounds)
+        found = measure_load(options.seconds, options.rounds, options.max_batch)
     text = to_json({"machine": machine(), "beside": options.beside} | found)
     print(text)
     if options.output:

@@ -97,5 +97,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
     print(name, took)
     for status, said in took["ends"]:
         assert status in (1, 2) and said.startswith("midskip: error: ") and " | " not in said, said
-        assert re.search(r"(No space left on device|File too large): '.*out|'out' \((No space|File too)|make room", said), said
+        assert re.search(
+            r"(No space left on device|File too large): '.*out|'out' \((No space|File too)|make room", said
+        ), said
     assert_all_ended_alike(tmp_path, took["num_trials"])

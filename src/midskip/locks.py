@@ -72,7 +72,9 @@ def errors_of_the_system(folder: Path) -> Iterator[None]:
     except Exception as error:
         if number := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
-        if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream error", str(error)):
+        if isinstance(error, RuntimeError) and re.search(
+            "inline_container|PytorchStreamWriter|iostream error", str(error)
+        ):
             raise OSError(
                 f"a file in {str(folder)!r} could not be written to its end, probably for lack of room: make room on "
                 f"its disk, and give the same command again ({error})"
