@@ -1,6 +1,6 @@
 """A server under load: clients that ask for long and short prompts, half of which go midway; beside Llama.
 
-    python benchmarks/serve_load.py [--output benchmarks/results/serve_load.json] [--seconds 60] [--rounds 5] [--max_batch 8]
+    python benchmarks/serve_load.py [--output FILE] [--seconds 60] [--rounds 5] [--max_batch 8]
     python benchmarks/serve_load.py --run RUN --output FILE [--rounds 9]
 
 Without `--run`: a model of random weights, of which half of the block-tokens are skipped (imposed), and transformers'
