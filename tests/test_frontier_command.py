@@ -56,6 +56,11 @@ def test_one_file_stands_for_the_folder(tmp_path: Path, capsys: pytest.CaptureFi
     failed = folder / "failed" / "run-1-1-1.txt"
     failed.parent.mkdir()
     failed.write_text("no memory", encoding="utf-8")
+    sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    sweep["arms"][0]["points"][0]["tuning"] = [{"learning_rate": 1.0, "seed": 0, "key": "a-trial"}]
+    (folder / "sweep.json").write_text(json.dumps(sweep), encoding="utf-8")
+    trial = (folder / "results" / "run-0-0-0.json").read_text(encoding="utf-8")
+    (folder / "results" / "a-trial.json").write_text(trial, encoding="utf-8")
     file = tmp_path / "saved.json"
     assert main(["frontier", str(folder), "--save", str(file)]) == 0
     (tmp_path / "alone").mkdir()
@@ -68,6 +73,7 @@ def test_one_file_stands_for_the_folder(tmp_path: Path, capsys: pytest.CaptureFi
     lines = (folder / "frontier.md").read_text(encoding="utf-8").splitlines()
     assert any(line.startswith("| a\\|b<br>size=0 | 2 M |") and "| better<br>" in line for line in lines)
     assert json.loads(file.read_text(encoding="utf-8"))["failed"] == {"run-1-1-1": "no memory"}
+    assert "a-trial" in json.loads(file.read_text(encoding="utf-8"))["results"]
     file.write_text('{"sweep": {}}', encoding="utf-8")
     assert main(["frontier", str(file)]) == 2
     assert "is no file that `midskip frontier --save` writes" in capsys.readouterr().err

@@ -125,7 +125,8 @@ def read_results(place: str | Path) -> Results:
 
 
 def save_results(place: str | Path, file: str | Path) -> None:
-    """Write into one file of JSON what `frontier` reads of a sweep, without losses by position.
+    """Write into one file of JSON what `frontier` reads of a sweep, and the trials of learning rates; without losses by
+    position.
 
     Raises:
         ValueError: as `read_points`.
@@ -135,7 +136,9 @@ def save_results(place: str | Path, file: str | Path) -> None:
     found = read_results(place)
     _points(found)
     arms = found.sweep["arms"]
-    keys = sorted({key for arm in arms for row in arm["points"] for key in row["seeds"].values()})
+    points = [row for arm in arms for row in arm["points"]]
+    tried = {trial["key"] for row in points for trial in row.get("tuning", ())}
+    keys = sorted(tried.union(*(row["seeds"].values() for row in points)))
     results = {key: result for key in keys if (result := found.result(key)) is not None}
     for result in results.values():
         for name in BY_POSITION:
