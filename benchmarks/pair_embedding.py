@@ -4,9 +4,9 @@
                                         [--learning_rates 0.006] [--seeds 0 1 2] [--runs FOLDER]
 
 Who runs a layer that is drawn by pair tells the layer which pair it is. So a part of what such a model gains may come
-from that alone. Here the dense model of a sweep gets it for no FLOPs: a second embedding is added to that of a token, of
-the pair of it and the one before, one of `--buckets` by a hash. Each run is trained as the sweep trains; one that has
-ended is not run again.
+from that alone. Here the dense model of a sweep gets it for no FLOPs: a second embedding is added to that of a token,
+of the pair of it and the one before, one of `--buckets` by a hash. Each run is trained as the sweep trains; one that
+has ended is not run again.
 """
 
 import argparse
