@@ -67,7 +67,7 @@ class Request:
         self.new.append(token)
         if self.streamer is not None:
             try:
-                self.streamer.put(self.ids_1T.new_tensor([token]))
+                self.streamer.put(torch.tensor([token]))
             except _GenerationCancelled:
                 return self.end()
         if token in ends or len(self.new) >= self.config.max_new_tokens:
