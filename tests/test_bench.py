@@ -29,6 +29,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     return report, folder, screen.file.getvalue()
 
 
+@pytest.mark.integration
 def test_every_case_has_a_row_for_each_side(result: tuple[dict[str, Any], Path, str]) -> None:
     report, folder, _ = result
     assert json.loads((folder / "bench.json").read_text(encoding="utf-8")) == json.loads(json.dumps(report))
@@ -103,6 +104,7 @@ def test_agreement_is_part_of_the_report(result: tuple[dict[str, Any], Path, str
     assert {"llama", "llama, static cache", "ours with Llama's weights"} <= {one["side"] for one in report["agreement"]}
 
 
+@pytest.mark.integration
 def test_llama_is_checked_once_a_dtype(tmp_path: Path) -> None:
     few = {"shares": (0.5,), "tasks": ("prefill",), "prompt_tokens": 4, "repeats": 1}
     given = settings(dtypes=("float32", "bfloat16"), gates=("fixed", "fractional"), **few)
@@ -172,6 +174,7 @@ def test_a_trained_model_on_text(make_model: Callable[..., MidskipForCausalLM], 
         run_settings(make_model("mixed", intermediate_size=[24, 24, 24, 32]), "mine")
 
 
+@pytest.mark.integration
 def test_only_the_tasks_asked_for_need_rows_and_columns(
     make_model: Callable[..., MidskipForCausalLM], tmp_path: Path
 ) -> None:

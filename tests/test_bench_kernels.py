@@ -37,6 +37,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("gates", ["fixed", "fractional"])
 @pytest.mark.parametrize("name", kernels.KERNELS)
+@pytest.mark.integration
 def test_every_kernel_computes_what_ours_does(name: str, gates: str, documents: bool, without_gpu: None) -> None:
     """Logits and every gradient, in float64, over more rows than FlexAttention has in a block."""
     model, ids_BT = side(0.5, gates, prompt_tokens=200).model.double(), ids(3, 150)

@@ -308,6 +308,7 @@ class Passes(RuleBasedStateMachine):
                 ]
 
 
+@pytest.mark.integration
 def test_the_first_tokens_of_a_layer_broken_off_at_any_line() -> None:
     """The first column runs two layers, the second all four."""
     key = ("fixed", "drop")

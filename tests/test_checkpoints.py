@@ -60,6 +60,7 @@ def going_on(folder: Path, **more: Any) -> tuple[dict[str, Any], str]:
 @pytest.mark.parametrize(
     ("regularizer", "settings", "family"), [TARGET_SHARE, GROWING], ids=lambda value: str(value)[:6]
 )
+@pytest.mark.integration
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(
     make_recipe: MakeRecipe,
     monkeypatch: pytest.MonkeyPatch,
@@ -172,6 +173,7 @@ def test_whatever_is_broken_in_a_checkpoint_is_named(place: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "what", ["half of optimizer.pt", "no marker", "half of the marker", "a bit of model.safetensors"]
 )
+@pytest.mark.integration
 def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_used(place: Path, stopped: Path, what: str) -> None:
     spoil, word = BREAKS[what]
     spoil(stopped / "checkpoint-4")

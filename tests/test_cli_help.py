@@ -136,6 +136,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.integration
 def test_help_and_refused_arguments_do_not_wait_for_torch(tmp_path: Path) -> None:
     """And a module of a user's own can import all that is public, as it can elsewhere."""
     pyproject = Path(midskip.__file__).parents[2] / "pyproject.toml"

@@ -144,6 +144,7 @@ def test_inductor_under_autocast_is_as_close_to_float32(make_model: Make, change
         pytest.param("inductor", "sublayer", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.integration
 def test_with_gradient_checkpointing(make_model: Make, backend: str, skip_unit: str) -> None:
     plain, compiled = pair(make_model, backend, num_hidden_layers=3, skip_unit=skip_unit)
     getattr(compiled, "activation_checkpointing_enable", compiled.gradient_checkpointing_enable)()

@@ -264,6 +264,7 @@ def test_a_known_device_has_the_peak_of_its_data_sheet(monkeypatch: pytest.Monke
     assert known_name("NVIDIA L400") is None
 
 
+@pytest.mark.integration
 def test_another_device_is_measured(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     peak, source = peak_flops(TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))

@@ -232,6 +232,7 @@ def test_steps_under_a_budget(make_model: Make, limits: tuple[float, int | None]
     close(got, full, 1e-12)
 
 
+@pytest.mark.integration
 def test_compiled_blocks(make_model: Make) -> None:
     model = make_model("mixed").eval()
     ids_BT, _ = text("none")

@@ -33,6 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.integration
 def test_tokens_are_those_of_the_whole_model(make: Make, policy: str, way: str) -> None:
     """Each way with padded rows for one policy, and with a row without pads for the other."""
     padded = (list(WAYS).index(way) + POLICIES.index(policy)) % 2 == 1

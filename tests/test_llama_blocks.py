@@ -45,6 +45,7 @@ def test_packed_loss_and_gradients_are_the_references(
 
 
 @torch.no_grad()
+@pytest.mark.integration
 def test_compiled_blocks_give_the_same(make_model: Callable[..., MidskipForCausalLM]) -> None:
     model = make_model(norms="pre", **BLOCKS["bias"] | BLOCKS["qk_norm"] | BLOCKS["no_rope"]).eval()
     disturb(model)

@@ -138,6 +138,7 @@ def test_reading_stops_with_the_document_that_reaches_the_limit(text: Path, tmp_
         assert found["num_tokens"] == sizes[found["num_documents"] - 1]
 
 
+@pytest.mark.integration
 def test_a_single_document_and_pydocs(tmp_path: Path, pydocs_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(pydocs_cache))
     (tmp_path / "one.txt").write_text("word " * 1000)

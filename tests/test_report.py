@@ -287,6 +287,7 @@ def test_comparison_table_shows_its_cells() -> None:
 
 
 @pytest.mark.parametrize(("num_layers", "num_points"), [(1, 0), (12, 5)])
+@pytest.mark.integration
 def test_picture_is_drawn(tmp_path: Path, num_layers: int, num_points: int) -> None:
     shares = np.linspace(1.0, 0.1, num_layers)
     history = [(50 * point, shares ** (point / num_points)) for point in range(num_points)]

@@ -53,6 +53,7 @@ def kept(policy: Policy, h_LND: Tensor, batch: PackedBatch) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "skipped_kv"), list(zip([*ROUTED, *CONTROLS], cycle(["keep", "drop"]))))
+@pytest.mark.integration
 def test_the_contract(name: str, skipped_kv: str) -> None:
     check_policy(
         name.split(",")[0], {**ROUTED, **CONTROLS}[name], num_layers=4 if "middle" in name else 3, skipped_kv=skipped_kv

@@ -52,6 +52,7 @@ def test_they_equal_the_reference(
         ("early_exit", "adapter", "block", "drop"),
     ],
 )
+@pytest.mark.integration
 def test_the_contract(name: str, skip_path: str, skip_unit: str, skipped_kv: str) -> None:
     check_policy(name, num_layers=3, skipped_kv=skipped_kv, skip_unit=skip_unit, skip_path=skip_path)
 

@@ -193,6 +193,7 @@ def test_a_path_that_does_not_exist(source: str, tmp_path: Path, monkeypatch: py
         read_documents(source)
 
 
+@pytest.mark.integration
 def test_files_of_other_kinds_are_mentioned(tmp_path: Path) -> None:
     for name in ("a.txt", "b.md", "deep/c.PDF", "deep/d", ".git/e", "deep/.f.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -47,6 +47,7 @@ def test_they_equal_the_reference(
 
 
 @pytest.mark.parametrize(("name", "skipped_kv"), [("independent", "drop"), ("middle_out", "keep")])
+@pytest.mark.integration
 def test_the_contract(name: str, skipped_kv: str) -> None:
     check_policy(name, num_layers=2, skipped_kv=skipped_kv, skip_unit="sublayer")
 
