@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from midskip.model import modeling
-from midskip.runs import to_json, write_atomically
+from midskip.runs import RECIPE_FILE, to_json, write_atomically
 from midskip.sweep import read_sweep
 from midskip.sweep.plan import Run
 from midskip.sweep.work import result_of
@@ -68,7 +68,7 @@ def main() -> None:
             folder = options.runs / f"{run.key}-{options.buckets}"
             recipe = replace(run.recipe, output=str(folder), dense_layers=[])
             with patch.object(modeling, "nn", embedding):
-                report = train(recipe, resume=folder.is_dir(), console=Console(stderr=True))
+                report = train(recipe, resume=(folder / RECIPE_FILE).is_file(), console=Console(stderr=True))
             named = Run(run.recipe, f"{run.key}-pairs-{options.buckets}", run.label)
             results.append(result_of(named, report) | {"learning_rate": rate, "buckets": options.buckets})
             write_atomically(options.output, to_json({"settings": wanted, "results": results}) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ pytest.importorskip("fastapi")
 
 from tiny_server import Running, running, write_served  # noqa: E402
 
+from midskip.serving import stream  # noqa: E402
 from midskip.serving.batches import Waiting  # noqa: E402
 
 Answers = list[tuple[str, Any]]
@@ -31,7 +33,13 @@ def server(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def ask(server: Running, request: dict[str, Any]) -> tuple[str, Any]:
     """Text, without bytes at its end that are no character yet, and usage."""
     more = {"model": "tiny", "max_tokens": 12} | request
+    leaves = more.pop("leaves", False)  # after the first part
     answer = server.client.completions.create(**more)
+    if leaves:
+        next(iter(answer))
+        time.sleep(0.2)
+        answer.close()
+        return "", None
     parts = list(answer) if more.get("stream") else [answer]
     return "".join(part.choices[0].text for part in parts).rstrip("\ufffd"), parts[-1].usage
 
@@ -107,20 +115,22 @@ def test_those_that_ask_for_something_else_run_apart(server: Running, together: 
     assert batches == [1] * 6 and found[2][0] == found[3][0]
 
 
-def test_a_client_that_goes_leaves_the_others_their_answers(server: Running, together: Any) -> None:
-    left = threading.Event()
-
-    def leave(request: dict[str, Any]) -> None:
-        for _ in server.client.completions.create(model="tiny", stream=True, **request):
-            break
-        left.set()
-
+@pytest.mark.parametrize("send_s", [0, 1e9])
+def test_a_client_that_goes_leaves_the_others_their_answers(
+    server: Running, together: Any, monkeypatch: pytest.MonkeyPatch, send_s: float
+) -> None:
+    """Also if tokens of its stream are still held."""
+    monkeypatch.setattr(stream, "SEND_S", send_s)
     expected = ask(server, {"prompt": "the cat", "max_tokens": 40})
-    with ThreadPoolExecutor(1) as pool:
-        gone = pool.submit(leave, {"prompt": "the dog", "max_tokens": 40})
-        found, _ = together({"prompt": "the cat", "max_tokens": 40})
-        gone.result(60)
-    assert left.is_set() and found[0][0] == expected[0]
+    slow = server.served.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    try:
+        found, batches = together(
+            {"prompt": "the dog", "max_tokens": 40, "stream": True, "leaves": True},
+            {"prompt": "the cat", "max_tokens": 40},
+        )
+    finally:
+        slow.remove()
+    assert batches == [2] and found[1] == expected
 
 
 def test_what_breaks_a_batch_is_told_to_all_of_it(server: Running, together: Any) -> None:

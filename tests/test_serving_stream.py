@@ -25,7 +25,7 @@ def test_tokens_that_come_closely_are_handed_on_together(monkeypatch: pytest.Mon
     monkeypatch.setattr(stream.time, "perf_counter", lambda: next(now_s))
     grouped = stream.Grouped(Streamer())
     for token in range(6):
-        grouped.put(torch.tensor([token]))
+        grouped.put(token)
     grouped.end()
     assert given == [[0], [1, 2, 3], [4, 5], []]
 

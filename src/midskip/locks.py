@@ -60,23 +60,23 @@ def tidy(folder: Path) -> None:
 
 
 @contextmanager
-def errors_of_the_system(folder: Path) -> Iterator[None]:
-    """A write that fails is an OSError with a path, also from safetensors, tokenizers and torch, which have other kinds
-    for it."""
+def errors_of_the_system(place: Path) -> Iterator[None]:
+    """A write that fails is an OSError with the path `place`, also from safetensors, tokenizers and torch, which have
+    other kinds for it."""
     try:
         yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(folder)) from error
+        raise OSError(error.errno, os.strerror(error.errno), str(place)) from error
     except Exception as error:
         if number := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(place)) from error
         if isinstance(error, RuntimeError) and re.search(
             "inline_container|PytorchStreamWriter|iostream error", str(error)
         ):
             raise OSError(
-                f"a file in {str(folder)!r} could not be written to its end, probably for lack of room: make room on "
+                f"a file in {str(place)!r} could not be written to its end, probably for lack of room: make room on "
                 f"its disk, and give the same command again ({error})"
             ) from error
         raise

@@ -12,11 +12,12 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.cli.serving.utils import _GenerationCancelled
 
@@ -67,7 +68,7 @@ class Request:
         self.new.append(token)
         if self.streamer is not None:
             try:
-                self.streamer.put(torch.tensor([token]))
+                self.streamer.put(token)
             except _GenerationCancelled:
                 return self.end()
         if token in ends or len(self.new) >= self.config.max_new_tokens:
@@ -78,7 +79,8 @@ class Request:
         if not self.has_ended:
             self.has_ended = True
             if self.streamer is not None and self.work.failure is None:
-                self.streamer.end()
+                with suppress(_GenerationCancelled):  # its client has gone: the others of the batch go on
+                    self.streamer.end()
 
 
 class Waiting:
@@ -152,11 +154,10 @@ def _together(batch: list[Request]) -> Any:
     """Their prompts as one input, with pads on the left."""
     if len(batch) == 1:
         return batch[0].inputs
-    width = max(request.ids_1T.shape[1] for request in batch)
-    pad = lambda row_1T: torch.nn.functional.pad(row_1T, (width - row_1T.shape[1], 0))  # noqa: E731
+    rows = [request.ids_1T[0] for request in batch]
     return {
-        "input_ids": torch.cat([pad(request.ids_1T) for request in batch]),
-        "attention_mask": torch.cat([pad(torch.ones_like(request.ids_1T)) for request in batch]),
+        "input_ids": pad_sequence(rows, batch_first=True, padding_side="left"),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"),
     }
 
 

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
 SEND_S = 0.02  # between two parts of a stream, at least
 
@@ -21,10 +20,11 @@ class Grouped:
     """
 
     def __init__(self, streamer: Any):
-        self.streamer, self.held, self.sent_s = streamer, [], -math.inf
+        self.streamer, self.sent_s = streamer, -math.inf
+        self.held: list[int] = []
 
-    def put(self, value: Tensor) -> None:
-        self.held.append(value)
+    def put(self, token: int) -> None:
+        self.held.append(token)
         if time.perf_counter() >= self.sent_s + SEND_S:
             self._send()
 
@@ -33,9 +33,9 @@ class Grouped:
         self.streamer.end()
 
     def _send(self) -> None:
-        if self.held:
-            self.streamer.put(torch.cat(self.held))
-        self.held, self.sent_s = [], time.perf_counter()
+        held, self.held, self.sent_s = self.held, [], time.perf_counter()
+        if held:
+            self.streamer.put(torch.tensor(held))
 
 
 class Joined:

@@ -40,9 +40,8 @@ def fewest_parameters(config: MidskipConfig) -> int:
     """Of the matrices of all blocks, the embedding and the head: all but norms, biases, policy and skip paths."""
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
     sizes, num_blocks = config.intermediate_size, config.num_hidden_layers
-    num_hidden = (
-        sum(sizes) if isinstance(sizes, list) else sizes * num_blocks
-    )  # no list: blocks may be too many for one
+    # no list is made of a number: there may be too many blocks for one
+    num_hidden = sum(sizes) if isinstance(sizes, list) else sizes * num_blocks
     blocks = config.hidden_size * (heads * config.head_dim * num_blocks + 3 * num_hidden)
     embeddings = config.hidden_size * config.vocab_size * (1 if config.tie_word_embeddings else 2)
     return blocks + embeddings
