@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,7 +148,7 @@ def test_the_budget_of_the_server(folder: Path) -> None:
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_the_command(folder: Path, stop: signal.Signals, tmp_path: Path) -> None:
-    """It is told to stop while it streams."""
+    """It is told to stop while it streams, and while another client still sends its request."""
     long = write_served(folder, tmp_path / "long", max_position_embeddings=100_000)
     command = [sys.executable, "-m", "midskip", "serve", str(long), "--name", "tiny", "--port", "0"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -162,9 +164,13 @@ def test_the_command(folder: Path, stop: signal.Signals, tmp_path: Path) -> None
                 assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3).usage.executed_share > 0
                 stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=90_000, stream=True)
                 next(iter(stream))
-                process.send_signal(stop)
-                with pytest.raises(openai.APIError, match="was told to stop"):
-                    list(stream)
+                with socket.create_connection(("127.0.0.1", client.base_url.port)) as sending:
+                    sending.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{")
+                    time.sleep(1)  # it has read that
+                    process.send_signal(stop)
+                    with pytest.raises(openai.APIError, match="was told to stop"):
+                        list(stream)
+                    assert sending.recv(100).startswith(b"HTTP/1.1 503 ")
                 process.wait(timeout=30)
                 said = process.stderr.read()
                 assert "Traceback" not in said and ("midskip: interrupted" in said) == (stop == signal.SIGINT)

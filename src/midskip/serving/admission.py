@@ -15,6 +15,11 @@ from midskip.serving.work import REQUEST, Work
 ROUTES = {"/v1/completions": "POST", "/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}
 
 
+def _stopped() -> ApiError:
+    """For requests that are cancelled: the server was told to stop, and has waited."""
+    return ApiError(503, "the server was told to stop: try again", code="stopped")
+
+
 class Admission:
     """Middleware around the app of transformers, some of whose addresses load other models, or drop this one.
 
@@ -58,6 +63,8 @@ class Admission:
             body = await self._body(scope, receive)
         except ApiError as error:
             return await send_error(send, error)
+        except asyncio.CancelledError:
+            return await send_error(send, _stopped())
         if body is None:
             return
         work, given, gone = Work(), [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
@@ -85,12 +92,11 @@ class Admission:
         watcher = asyncio.create_task(watch())
         try:
             await self.app(scope, receive_again, send_on)
-        except asyncio.CancelledError:  # the server was told to stop, and has waited
-            stopped = ApiError(503, "the server was told to stop: try again", code="stopped")
+        except asyncio.CancelledError:
             if has_begun:  # a stream
-                await send({"type": "http.response.body", "body": error_part(stopped).encode("ascii")})
+                await send({"type": "http.response.body", "body": error_part(_stopped()).encode("ascii")})
             else:
-                await send_error(send, stopped)
+                await send_error(send, _stopped())
         finally:
             work.gone.set()  # whatever still generates for it ends
             watcher.cancel()
