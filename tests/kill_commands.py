@@ -104,7 +104,7 @@ COMMANDS = {
 def quick() -> None:
     """What takes long and is not looked at here is left out."""
     run.write_picture = bench.write_speed_picture = lambda path, *args: Path(path).write_bytes(b"slow to draw")
-    calibrate.MOST_POINTS = 5
+    calibrate.MOST_POINTS = 3
 
 
 class Trials:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, set_gates
 from hypothesis import Phase
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -27,6 +26,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from properties import few, many
+from shared_fixtures import TINY, set_gates
 from torch import Tensor, nn
 
 import midskip

@@ -236,6 +236,7 @@ def test_steps_with_a_cache_are_one_pass(make_model: Make, ragged: tuple[Tensor,
         torch.testing.assert_close(got, getattr(expected, name), rtol=0, atol=1e-9)
 
 
+@pytest.mark.integration
 def test_hard_gates_keep_the_contract() -> None:
     for scores, num_layers, skipped_kv in zip(SCORES, (3, 4, 3, 4), ("drop", "keep", "keep", "drop"), strict=True):
         settings = {"gates": "hard", "scores": scores}

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import few, many
+from shared_fixtures import TINY
 from tiny_runs import QUIET, tiny_recipe, write_documents
 
 from midskip import MidskipConfig, MidskipForCausalLM

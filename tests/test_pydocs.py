@@ -98,6 +98,7 @@ def test_pydocs_without_any_source(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         documents_of_pydocs()
 
 
+@pytest.mark.integration
 def test_pydocs_of_this_interpreter(pydocs_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(pydocs_cache))
     documents = documents_of_pydocs()

@@ -28,6 +28,7 @@ from midskip.evaluate import evaluate
 from midskip.policies import Decision, Policy
 from midskip.runs import load_run
 
+pytestmark = pytest.mark.integration
 TIMEOUT_S = 30  # of a collective: a rank that waits for ever is a failure
 STEPS = 3
 POLICIES = {
@@ -209,7 +210,6 @@ def close(got: Tensor, expected: Tensor, what: str) -> None:
 
 
 @pytest.mark.parametrize(("situation", "skipped_kv", "kind"), TRAININGS)
-@pytest.mark.integration
 def test_training_on_two_ranks_is_training_on_one(
     ranks: list[dict[Any, Any]], situation: str, skipped_kv: str, kind: str
 ) -> None:
