@@ -8,6 +8,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from tiny_runs import (
     QUIET,
     Stop,
@@ -115,6 +116,31 @@ def test_a_run_killed_as_it_begins_can_go_on(
     assert not Path(recipe.output, "history.jsonl").exists(), "not a step yet"
     train(recipe, resume=True, console=QUIET)
     whole = make_recipe(max_steps=1, output="whole/run")
+    train(whole, console=QUIET)
+    assert differences(Path(recipe.output), Path(whole.output)) == []
+
+
+@pytest.mark.parametrize("of", ["the best", "the last"])
+def test_nothing_is_left_of_a_model_half_written(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    """safetensors writes to another name first."""
+    names: list[str] = []
+
+    def half(tensors: Any, path: str, **more: Any) -> None:
+        names.append(path)
+        if len(names) == ["the best", "the last"].index(of) + 1:
+            Path(path).with_name(".tmpA1b2C3").write_bytes(b"half")
+            raise Stop
+        save_file(tensors, path, **more)
+
+    recipe = make_recipe(max_steps=1, eval_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_save_file", half)
+        with pytest.raises(Stop):
+            train(recipe, console=QUIET)
+    train(recipe, resume=True, console=QUIET)
+    whole = make_recipe(max_steps=1, eval_steps=1, output="whole/run")
     train(whole, console=QUIET)
     assert differences(Path(recipe.output), Path(whole.output)) == []
 

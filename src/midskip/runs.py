@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from midskip.card import RECIPE_FILE as RECIPE_FILE
 from midskip.card import REPORT_FILE as REPORT_FILE
@@ -18,6 +19,7 @@ from midskip.model.modeling import MidskipForCausalLM
 
 PICTURE_FILE, PAGE_FILE = "picture.png", "page.html"
 BEST_FOLDER, BEST_FILE = "best", "evaluation.json"  # the model that evaluated best in training, and how
+PART_FOLDER = "save.part"  # in a folder to which a model is being saved
 EVALUATED_FILE = "evaluated.json"  # the last evaluation by `midskip evaluate`
 
 
@@ -34,6 +36,25 @@ def write_atomically(path: Path, text: str) -> None:
     with errors_of_the_system(path):
         part.write_text(text, encoding="utf-8")
         part.replace(path)
+
+
+def save_whole(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, **more: Any
+) -> None:
+    """`save_pretrained` of both, each file replaced as a whole. What a process left that died meanwhile goes, also the
+    file of another name to which safetensors writes first.
+
+    Args:
+        more: arguments of the model's `save_pretrained`.
+    """
+    part = folder / PART_FOLDER
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part, **more)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(part)
+    for file in part.iterdir():
+        file.replace(folder / file.name)
+    part.rmdir()
 
 
 def load_run(folder: str | Path, trust: Collection[str] = ()) -> tuple[MidskipForCausalLM, PreTrainedTokenizerBase]:

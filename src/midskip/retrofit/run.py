@@ -28,7 +28,7 @@ from midskip.retrofit.load import load_to_skip
 from midskip.retrofit.price import calibrated_prices
 from midskip.retrofit.settings import OF_STAGE, RetrofitSettings
 from midskip.retrofit.shares import DrawnShares
-from midskip.runs import to_json, write_atomically
+from midskip.runs import save_whole, to_json, write_atomically
 
 REPORT, CHECKPOINTS = "retrofit.json", "checkpoints"
 
@@ -195,8 +195,7 @@ def _finish(
     lowest = min(settings.trained_shares(model.config.num_skip_units))
     rows = calibrated_prices(model, texts.calibration, texts.held_out, first, original, lowest)
     for place in (folder / stage, folder):
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
+        save_whole(place, model, tokenizer)
     report["stages"][stage] = more | {"prices": rows}
     measured = replace(read_measured(folder), retrofit=report)
     write_card(folder, model.config, model.num_parameters(), measured=measured)

@@ -25,7 +25,7 @@ from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
 from midskip.report import write_page, write_picture
-from midskip.runs import BEST_FILE, BEST_FOLDER, PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, to_json
+from midskip.runs import BEST_FILE, BEST_FOLDER, PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, save_whole, to_json
 from midskip.train.checkpoints import (
     HISTORY_FILE,
     check_disk,
@@ -169,7 +169,7 @@ def _train(
     state = whole_state(trainer)
     if not is_first:
         return {}
-    trainer.bare_model.save_pretrained(folder, state_dict=state)
+    save_whole(folder, trainer.bare_model, state_dict=state)
     model = trainer.bare_model
     if state is not None:  # the other processes are gone, and with them their parts of the weights
         model = MidskipForCausalLM.from_pretrained(folder, config=model.config)

@@ -29,7 +29,7 @@ from midskip.data import TokenWindows, WindowOrder
 from midskip.data.labelled import TrainingItems
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
-from midskip.runs import BEST_FILE, BEST_FOLDER, write_atomically
+from midskip.runs import BEST_FILE, BEST_FOLDER, save_whole, write_atomically
 from midskip.train.checkpoints import HISTORY_FILE, REGULARIZER_FILE, mark_complete, remove_old
 from midskip.train.fsdp import whole_state
 from midskip.train.health import Health
@@ -161,14 +161,7 @@ class MidskipTrainer(Trainer):
         self.check_weights()
         state = whole_state(self)
         if self.args.should_save:
-            part = best.with_name(best.name + ".part")
-            self.bare_model.save_pretrained(part, state_dict=state)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(part)
-            best.mkdir(exist_ok=True)
-            for file in part.iterdir():
-                file.replace(best / file.name)
-            part.rmdir()
+            save_whole(best, self.bare_model, self.tokenizer, state_dict=state)
             write_atomically(best / BEST_FILE, json.dumps({"step": self.state.global_step, "loss": loss}))
 
     def check_weights(self) -> None:
