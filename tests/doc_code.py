@@ -139,8 +139,8 @@ class Reader:
     def _sh_pip(self, arguments: list[str], line: str) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         command, *packages = arguments
-        found = [re.fullmatch(r"midskip(?:\[([\w,]+)\])?", package) for package in packages]
-        assert command == "install" and all(found), line
+        found = [re.fullmatch(r"\.(?:\[([\w,]+)\])?", package) for package in packages[1:]]
+        assert [command, packages[0]] == ["install", "-e"] and all(found), line
         extras = {extra for package in found if package and package[1] for extra in package[1].split(",")}
         assert extras <= project["optional-dependencies"].keys(), line
 

@@ -1,14 +1,19 @@
 """The documents: their lists are whole, their links lead somewhere. Their code is run in test_docs.py."""
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 import yaml
 
 import midskip
+from midskip.policies.base import BUILT_IN
+from midskip.regularizers.build import _REGULARIZERS
 from midskip.report import write_idea
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +53,28 @@ def tree() -> Iterator[tuple[Path, str]]:
             folders.append(name)
         else:
             assert text, f"nothing is said of {name}"
+
+
+def settings(parameters: Iterable[tuple[str, Any]]) -> str:
+    """As the tables of settings have them."""
+    shown = (f"`{name}`" if given is inspect.Parameter.empty else f"`{name}` {given}" for name, given in parameters)
+    return ", ".join(shown) or "none"
+
+
+def test_the_tables_of_settings_are_those_of_the_code() -> None:
+    rows: dict[str, list[str]] = {"policies": [], "regularizers": []}
+    for name, path in BUILT_IN.items():
+        policy = resolve_name(path)
+        parameters = list(inspect.signature(policy).parameters.values())[3:]
+        can = "yes" if policy.adjustable else "no"
+        rows["policies"].append(f"| `{name}` | {settings((one.name, one.default) for one in parameters)} | {can} |")
+    for name, (family, fixed, defaults) in _REGULARIZERS.items():
+        parameters = list(inspect.signature(family).parameters.values())[1:]
+        left = ((one.name, defaults.get(one.name, one.default)) for one in parameters if one.name not in fixed)
+        rows["regularizers"].append(f"| `{name}` | {settings(left)} |")
+    for page, expected in rows.items():
+        table = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split("\n## Settings\n")[1].split("\n\n")[1]
+        assert table.splitlines()[2:] == expected, page
 
 
 def test_the_list_of_files_is_whole() -> None:
