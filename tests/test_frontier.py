@@ -156,6 +156,17 @@ def test_each_cost_has_its_own_envelope(tmp_path: Path) -> None:
         "flops": "better", "training_flops": "outside the dense range", "seconds": "worse", "kv_bytes": "worse",
     }  # fmt: skip
     assert "KV bytes a token: measured for 1 of 2 dense models" in result["notes"]
+    assert [row["on_envelope"]["kv_bytes"] for row in result["points"][:2]] == [None, True]
+
+
+def test_means_are_over_the_seeds_that_dense_models_have(tmp_path: Path) -> None:
+    result = frontier(write_sweep(tmp_path / "a", {"dense": dense(), "gated": [point([*shifted(2.7), 9.0], 2e6)]}))
+    results = tmp_path / "a" / "results"
+    extra = json.loads((results / "run-1-0-3.json").read_text())
+    extra["report"]["validation"]["executed_share"] = 1.0
+    (results / "run-1-0-3.json").write_text(json.dumps(extra))
+    own, again = result["points"][-1], frontier(tmp_path / "a")["points"][-1]
+    assert own["seeds"] == ["0", "1", "2"] and again["measures"]["executed_share"] == 0.5
 
 
 # ---- what is said

@@ -19,6 +19,7 @@ from midskip.evaluate import evaluate
 from midskip.generate import blocks_counted, generate
 from midskip.look import Look, Outcome, look, stream, under, what_if
 from midskip.look.forced import forced, one_earlier
+from midskip.look.stream import text_of_new
 from midskip.policies import Decision
 
 KINDS: list[dict[str, Any]] = [
@@ -164,7 +165,7 @@ def test_a_skip_path_is_taken_where_the_token_now_leaves() -> None:
     taken = []
     for layer in range(4):
         decided = Decision(keep_N, skip_path_N=path_N)
-        path = forced(decided, 2, 3, layer, layers).skip_path_N
+        path = forced(decided, 2, torch.zeros(3, 8), layer, layers).skip_path_N
         assert path is not None
         taken.append(path.tolist())
     assert taken == [[False] * 3, [False, False, True], [False] * 3, [False] * 3]
@@ -187,6 +188,21 @@ def test_text_comes_as_generate_writes_it_and_as_deep(
         whole = generate(model, tokenizer, "the cat", 12, temperature=0)
     assert written == whole and blocks[:-1] == counted
     assert blocks == [token.blocks for token in look(model, tokenizer, written).tokens]
+
+
+def test_a_policy_that_looks_back_writes_too(model: MidskipForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = list(stream(model, [3] * 9, 5, temperature=0))
+    monkeypatch.setattr(type(model.model.policy), "looks_back", True)
+    assert list(stream(model, [3] * 9, 5, temperature=0)) == expected
+
+
+def test_new_text_is_what_new_tokens_add(lossless: PreTrainedTokenizerFast) -> None:
+    """Also where it continues a character of the prompt, and where its bytes are none yet."""
+    before, after = (lossless(text)["input_ids"] for text in ("the cafe", "\u0301 \u00e9t\u00e9"))
+    assert text_of_new(lossless, [*before, *after], len(before)) == "\u0301 \u00e9t\u00e9"
+    half = lossless("\u4e2d")["input_ids"][:-1]
+    ends = [lossless.eos_token_id, *half]
+    assert text_of_new(lossless, [*before, *after, *ends], len(before)) == "\u0301 \u00e9t\u00e9"
 
 
 def test_text_comes_token_by_token_within_the_models_room(model: MidskipForCausalLM) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ pytest.importorskip("fastapi")
 
 from tiny_server import Running, running, write_served  # noqa: E402
 
+from midskip.model.cache import SkipCache  # noqa: E402
 from midskip.serving import stream  # noqa: E402
 from midskip.serving.batches import Waiting  # noqa: E402
 
@@ -34,7 +37,12 @@ def ask(server: Running, request: dict[str, Any]) -> tuple[str, Any]:
     """Text, without bytes at its end that are no character yet, and usage."""
     more = {"model": "tiny", "max_tokens": 12} | request
     leaves = more.pop("leaves", False)  # after the first part
+    fails = more.pop("fails", None)
     answer = server.client.completions.create(**more)
+    if fails:
+        with pytest.raises(Exception, match=fails):
+            list(answer)
+        return "", None
     if leaves:
         next(iter(answer))
         time.sleep(0.2)
@@ -115,6 +123,35 @@ def test_those_that_ask_for_something_else_run_apart(server: Running, together: 
     assert batches == [1] * 6 and found[2][0] == found[3][0]
 
 
+def test_a_batch_fits_into_the_model(server: Running, together: Any) -> None:
+    """Each fits alone: a long prompt with a short answer, and a short one with a long answer."""
+    most = server.served.max_tokens
+    long, count = "the cat sat on the mat " * 20, most // 3
+    text = server.served.tokenizer.decode(server.served.tokenizer(long)["input_ids"][: most - count])
+    found, batches = together({"prompt": text, "max_tokens": count}, {"prompt": "a", "max_tokens": most - 2})
+    assert batches == [1, 1] and [usage.completion_tokens for _, usage in found] == [count, most - 2]
+
+
+def test_an_answer_does_not_wait_for_its_turn(server: Running, together: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three that wait, the first and the last run as one batch; the last is answered before the second is."""
+    answered, plainly = [], ask
+
+    def ask_and_tell(server: Running, request: dict[str, Any]) -> tuple[str, Any]:
+        answer = plainly(server, request)
+        answered.append(request["prompt"])
+        return answer
+
+    monkeypatch.setattr(sys.modules[__name__], "ask", ask_and_tell)
+    slow = server.served.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    other = {"prompt": "the dog", "extra_body": {"budget": 0.25}}
+    try:
+        together({"prompt": "first"}, other, {"prompt": "short", "max_tokens": 2}, {"prompt": "last"})
+    finally:
+        slow.remove()
+    assert answered[:2] == ["another", "short"], "a short answer does not wait for the longest of its batch"
+    assert set(answered[2:4]) == {"first", "last"} and answered[4] == "the dog"
+
+
 @pytest.mark.parametrize("send_s", [0, 1e9])
 def test_a_client_that_goes_leaves_the_others_their_answers(
     server: Running, together: Any, monkeypatch: pytest.MonkeyPatch, send_s: float
@@ -133,12 +170,36 @@ def test_a_client_that_goes_leaves_the_others_their_answers(
     assert batches == [2] and found[1] == expected
 
 
+def test_tokens_that_are_no_text_end_one_stream(
+    server: Running, together: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(self: Any, token: int) -> None:
+        raise Exception("Invalid prefix encountered")  # as tokenizers' streams of bytes do
+
+    monkeypatch.setattr(stream.Grouped, "put", put)
+    expected = ask(server, {"prompt": "the cat"})
+    with pytest.raises(Exception, match="Invalid prefix"):
+        ask(server, {"prompt": "the dog", "stream": True})
+    told = {"prompt": "the dog", "stream": True, "fails": "Invalid prefix"}
+    found, batches = together(told, {"prompt": "the cat"})
+    assert batches == [2] and found[1] == expected
+
+
+def test_a_policy_that_looks_back_reads_all_anew(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So its passes are not added up."""
+    monkeypatch.setattr(type(server.served.model.model.policy), "looks_back", True)
+    usage = ask(server, {"prompt": "the cat", "extra_body": {"budget": 1.0}})[1]
+    assert usage.executed_share == 1
+
+
 def test_what_breaks_a_batch_is_told_to_all_of_it(server: Running, together: Any) -> None:
     def fail(_: Any, arguments: Any, named: dict[str, Any]) -> None:
         if len(named["input_ids"]) > 1:
             raise RuntimeError("it broke")
 
     hook = server.served.model.register_forward_pre_hook(fail, with_kwargs=True)
+    gc.collect()
+    gc.disable()
     try:
         together({"prompt": "the cat"}, {"prompt": "the dog", "stream": True})
     except Exception as error:
@@ -147,4 +208,7 @@ def test_what_breaks_a_batch_is_told_to_all_of_it(server: Running, together: Any
         pytest.fail("nothing was told")
     finally:
         hook.remove()
+        kept = [one for one in gc.get_objects() if isinstance(one, SkipCache)]
+        gc.enable()
+    assert not kept, "what was computed so far goes with the batch"
     assert ask(server, {"prompt": "the cat"})[0]

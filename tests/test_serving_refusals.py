@@ -18,6 +18,8 @@ pytest.importorskip("fastapi")
 
 from tiny_server import Running, running, write_served  # noqa: E402
 
+from midskip.serving import admission  # noqa: E402
+
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "the cat", "max_tokens": 4}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "the cat"}], "max_tokens": 4}
 LONG = 4000
@@ -63,7 +65,10 @@ def ask(server: Running, path: str, body: Any, method: str = "POST") -> tuple[in
         ({"temperature": float("nan")}, 400, "temperature", "nan"),
         ({"top_p": 0}, 400, "top_p", "above 0"),
         ({"seed": -1}, 400, "seed", "-1"),
-        ({"stop": [""]}, 400, "stop", "empty"),
+        ({"stop": [""]}, 400, "stop", "1 to 128 characters"),
+        ({"stop": "a" * 129}, 400, "stop", "1 to 128 characters"),
+        ({"stop": "\ud800"}, 400, "stop", "1 to 128 characters"),
+        ({"suffix": "\ud800"}, 400, "suffix", "a text"),
         ({"stream": "yes"}, 400, "stream", "true or false"),
         ({"n": 2}, 400, "n", "one answer"),
         ({"logprobs": 5}, 400, "logprobs", "left out"),
@@ -127,6 +132,16 @@ def assert_refused(answer: tuple[int, Any], status: int, param: str | None, word
 def test_a_body_without_a_length_is_bounded_too(server: Running) -> None:
     status, answer = ask(server, "/v1/completions", iter([b" " * 2**20] * 3))
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_request_that_does_not_arrive_gives_its_place_back(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "BODY_S", 0.2)
+    with socket.create_connection(("127.0.0.1", server.port)) as sending:
+        sending.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{")
+        answer = http.client.HTTPResponse(sending)
+        answer.begin()
+        error = json.loads(answer.read())["error"]
+    assert (answer.status, error["code"]) == (408, "request_timeout")
 
 
 def test_no_budget_without_a_calibration_and_no_chat_without_a_template(saved_model: Path, tmp_path: Path) -> None:

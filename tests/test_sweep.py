@@ -144,6 +144,11 @@ def test_the_rate_of_an_arm_is_chosen_at_its_first_point(sweep_of: SweepOf, ran:
     assert [point.num_runs() for point in sweep.points] == [4, 2]
 
 
+def test_what_waits_for_a_learning_rate_is_counted(sweep_of: SweepOf) -> None:
+    sweep = sweep_of(TUNED | {"tune_at": "first_point"}, seeds=[0, 1, 2])
+    assert list(listed(sweep))[3:] == ["and 5 runs more, once the learning rates of their points are chosen"]
+
+
 def test_an_arm_may_take_the_rate_of_an_arm_above(sweep_of: SweepOf) -> None:
     wide = TUNED | {"name": "wide", "settings": {"model.hidden_size": 32}}
     first, _, *others = sweep_of(TUNED, wide | {"tune_at": "dense"}).points
@@ -178,6 +183,9 @@ def test_a_rate_that_diverges_loses(sweep_of: SweepOf, ran: list[Run], monkeypat
     with pytest.raises(FailedRunsError, match=r"2 of 8 runs failed: dense .*learning_rate=0\.004.*not finite"):
         run_sweep(sweep, console=QUIET)
     assert [point["learning_rate"] for point in index_of(sweep)["dense"]] == [0.002, 0.002]
+    monkeypatch.setattr(work, "train_run", lambda sweep, run: pytest.fail("it is known that this diverges"))
+    with pytest.raises(FailedRunsError, match="2 of 8 runs failed"):
+        run_sweep(sweep, console=QUIET)
 
 
 def test_a_run_that_fails_is_told_and_tried_again(
@@ -189,7 +197,7 @@ def test_a_run_that_fails_is_told_and_tried_again(
 ) -> None:
     def fails(sweep: Sweep, run: Run) -> dict[str, Any]:
         if run.seed:
-            raise ValueError("no text")
+            raise RuntimeError("no text")  # as torch says of memory, drivers of themselves, and plugins of anything
         return stand_in(sweep, run)
 
     sweep, works = sweep_of(), work.train_run
@@ -199,7 +207,7 @@ def test_a_run_that_fails_is_told_and_tried_again(
     assert "2 of 4 runs failed: dense num_hidden_layers=1 seed=1, dense num_hidden_layers=2 seed=1." in error
     failed = sorted(path.name for path in (sweep.output / "failed").iterdir())
     assert failed == sorted(f"{run.key}.txt" for run in sweep.runs({}) if run.seed)
-    assert (sweep.output / "failed" / failed[0]).read_text() == "ValueError: no text\n"
+    assert (sweep.output / "failed" / failed[0]).read_text() == "RuntimeError: no text\n"
     assert len(list((sweep.output / "results").iterdir())) == 2
     monkeypatch.setattr(work, "train_run", works)
     assert cli.main(["sweep", str(tmp_path / "sweep.yaml")]) == 0

@@ -13,6 +13,7 @@ from midskip.app.session import Choices, Limits, Seen, Session
 from midskip.app.style import SCRIPT, style
 from midskip.app.view import HINT, charts_html, picked_html, stream_html, view_html
 from midskip.data.token_text import token_texts
+from midskip.look.stream import text_of_new
 from midskip.report import TokenDepth, safe
 
 EXAMPLE = "The function returns a new list of all the words in the file, sorted by how often each of them is used."
@@ -208,8 +209,7 @@ def _write(
         texts = token_texts(tokenizer, ids)
         tokens = [TokenDepth(one.text, ran, part=one.part, num_parts=one.num_parts) for one, ran in zip(texts, blocks)]
         yield gr.skip(), stream_html(tokens, num_layers), None, "", gr.skip()
-    new = token_texts(tokenizer, ids)[start or 0 :]
-    whole = text + "".join(one.text for one in new if not one.part)
+    whole = text + text_of_new(tokenizer, ids, start or 0)
     yield whole, *_seer(session)(whole, run, trained, budget, ceiling)
 
 

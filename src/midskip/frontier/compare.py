@@ -29,8 +29,9 @@ def frontier(folder: str | Path) -> dict[str, Any]:
         over; loss, losses by seed, in nats; costs and costs_by_seed; measures; remarks, in words; and `against_dense`
         by cost, None for a dense point: distance in nats (below 0 is better than dense), distances by seed, interval
         [low, high], cost_percent (of cost at equal loss, below 0 is cheaper), verdict. A dense point has `on_envelope`
-        by cost instead; `missing`: arm, settings, seed and key of results that are not there, and why the run failed,
-        if it did; `notes`: what else limits the numbers, in words. A number that is not known is None.
+        by cost instead, None where loss or cost is not known; `missing`: arm, settings, seed and key of results that
+        are not there, and why the run failed, if it did; `notes`: what else limits the numbers, in words. A number that
+        is not known is None.
 
     Raises:
         ValueError: no folder, no result, no dense model, or no seed that all dense models have.
@@ -86,9 +87,10 @@ def _row(
 ) -> dict[str, Any]:
     paired = [seed for seed in point.runs if seed in dense_seeds]
     seeds = paired or list(point.runs)
+    used = [point.runs[seed] for seed in seeds]
     loss = _mean_loss(point, seeds)
     costs = {cost: mean for cost in envelopes if (mean := _mean_cost(point, seeds, cost)) is not None}
-    measures = {name: [run.measures[name] for run in point.runs.values() if name in run.measures] for name in MEASURES}
+    measures = {name: [run.measures[name] for run in used if name in run.measures] for name in MEASURES}
     row = {
         "arm": point.arm,
         "settings": point.settings,
@@ -106,7 +108,10 @@ def _row(
     }
     if point.dense:
         knots = {cost: found["mean"].knots for cost, found in envelopes.items()}
-        row["on_envelope"] = {cost: (costs.get(cost), loss) in knots[cost] for cost in envelopes}
+        known = math.isfinite(loss)
+        row["on_envelope"] = {
+            cost: (costs[cost], loss) in knots[cost] if known and cost in costs else None for cost in envelopes
+        }
     else:
         row["against_dense"] = {cost: _against(point, dense, paired, cost, found) for cost, found in envelopes.items()}
     return row

@@ -79,7 +79,8 @@ def _rows(result: Mapping[str, Any], cost: str) -> list[tuple[Mapping[str, Any],
 def _comparison(point: Mapping[str, Any], cost: str) -> tuple[str, str, str]:
     """The last three cells."""
     if point["dense"]:
-        return "", "", "dense" if point["on_envelope"][cost] else "dense, above the envelope"
+        where = {True: "dense", False: "dense, above the envelope", None: "dense, not on this scale"}
+        return "", "", where[point["on_envelope"][cost]]
     against = point["against_dense"][cost]
     distance, interval, percent = against["distance"], against["interval"], against["cost_percent"]
     between = "" if interval is None else f"\n{interval[0]:+.4f} to {interval[1]:+.4f}"

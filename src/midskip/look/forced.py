@@ -86,7 +86,7 @@ def _pass(
     model: MidskipForCausalLM, ids: Sequence[int], column: int, next_id: int | None, layers: tuple[bool, ...] | None
 ) -> Outcome:
     def change(_: nn.Module, given: tuple[Any, ...], decision: Decision) -> Decision:
-        return decision if layers is None else forced(decision, column, len(ids), given[0], layers)
+        return decision if layers is None else forced(decision, column, given[1], given[0], layers)
 
     hook = model.model.policy.register_forward_hook(change)
     try:
@@ -107,17 +107,16 @@ def _pass(
     )
 
 
-def forced(decision: Decision, row: int, num_rows: int, layer: int, layers: Sequence[bool]) -> Decision:
-    """The decision about a layer, changed for the token in one row: it runs if `layers` says so, and else does not.
-    Its gate is 1 where it would not have run, or if it now runs all layers. A policy whose tokens take one skip path
-    for a span of layers has it taken where the token now leaves."""
+def forced(decision: Decision, row: int, h_ND: Tensor, layer: int, layers: Sequence[bool]) -> Decision:
+    """The decision about a layer and these hidden states, changed for the token in one row: it runs if `layers` says
+    so, and else does not. Its gate is 1 where it would not have run, or if it now runs all layers. A policy whose
+    tokens take one skip path for a span of layers has it taken where the token now leaves."""
     runs, keep_N, gates = layers[layer], decision.keep_N, {}
     if runs and (all(layers) or (keep_N is not None and not keep_N[row])):
         named = {name: getattr(decision, name) for name in ("output_gate_N", "key_gate_N")}
         gates = {name: _put(gate_N, row, 1.0) for name, gate_N in named.items() if gate_N is not None}
     if keep_N is None:
-        like = decision.output_gate_N
-        keep_N = torch.ones(num_rows, dtype=torch.bool, device=None if like is None else like.device)
+        keep_N = h_ND.new_ones(len(h_ND), dtype=torch.bool)
     path_N = decision.skip_path_N
     if path_N is not None:
         path_N = _put(path_N, row, not runs and (layer == 0 or layers[layer - 1]))

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from midskip.model.modeling import MidskipForCausalLM
 
@@ -40,19 +41,27 @@ def stream(
         raise ValueError(f"the prompt has {len(ids)} tokens; expected 1 to {room}, which is what the model takes")
     ends = model.config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
+    looks_back = model.model.policy.looks_back  # it runs without a cache
     generator = torch.Generator(model.device).manual_seed(seed)
     written, blocks = list(ids), []
     given, cache = torch.tensor([written], device=model.device), None
     for left in range(min(max_new_tokens, room - len(ids)), -1, -1):
         with torch.no_grad(), step():
-            output = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(given, past_key_values=cache, use_cache=not looks_back, logits_to_keep=1)
         cache, logits_V = output.past_key_values, output.logits[0, -1].float()
-        blocks += output.executed[:, 0].sum(0).tolist()
+        blocks += output.executed[:, 0].sum(0).tolist()[-1 if looks_back and blocks else 0 :]
         yield list(written), list(blocks)
         if not left or (written[-1] in ends and len(written) > len(ids)):
             return
         written.append(_drawn(logits_V, temperature, top_k, generator))
-        given = torch.tensor([written[-1:]], device=model.device)
+        given = torch.tensor([written if looks_back else written[-1:]], device=model.device)
+
+
+def text_of_new(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) -> str:
+    """What the tokens from `start` on add to the text of those before: no special tokens, and no bytes at the end that
+    are no character yet."""
+    before, after = (str(tokenizer.decode(list(part), skip_special_tokens=True)) for part in (ids[:start], ids))
+    return after[len(before) :].rstrip("\ufffd")
 
 
 def _drawn(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:

@@ -13,6 +13,7 @@ from midskip.serving.errors import ApiError, error_part, send_error
 from midskip.serving.work import REQUEST, Work
 
 ROUTES = {"/v1/completions": "POST", "/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}
+BODY_S = 60  # for a request to arrive; it holds a place meanwhile
 
 
 def _stopped() -> ApiError:
@@ -60,9 +61,12 @@ class Admission:
             if self.num_requests > self.max_requests:
                 told = f"{self.max_requests} requests are running or waiting, and no more are taken: try again"
                 raise ApiError(503, told, code="overloaded")
-            body = await self._body(scope, receive)
+            body = await asyncio.wait_for(self._body(scope, receive), BODY_S)
         except ApiError as error:
             return await send_error(send, error)
+        except TimeoutError:
+            told = f"the request has not arrived in {BODY_S} seconds: send it again"
+            return await send_error(send, ApiError(408, told, code="request_timeout"))
         except asyncio.CancelledError:
             return await send_error(send, _stopped())
         if body is None:

@@ -10,9 +10,11 @@ B requests, T columns, L layers.
 from __future__ import annotations
 
 import copy
+import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from traceback import format_exc
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.serving.stream import Grouped
 from midskip.serving.work import Work
 
+LOG = logging.getLogger(__name__)
 BATCHED = {"input_ids", "attention_mask"}  # of a prompt; one with more runs alone
 
 
@@ -44,22 +47,23 @@ class Request:
         self.streamer: Any = None
         self.new: list[int] = []
         self.has_begun = self.has_ended = False
+        self.on_end: Callable[[], Any] = lambda: None  # called on the thread that generates
         is_drawn = config.do_sample and work.seed is not None
         is_alone = is_drawn or config.stop_strings or config.repetition_penalty not in (None, 1.0)
         alike = {name: value for name, value in config.to_dict().items() if name != "max_new_tokens"}
         self.kind = id(self) if is_alone or inputs.keys() - BATCHED else (work.score_scale, work.max_layers, alike)
 
-    def generate(self, streamer: Any = None, tokenizer: Any = None, **_: Any) -> Tensor:
-        """int64 [1, T + new tokens]: what transformers asks the model for."""
+    def generate(self, streamer: Any = None, tokenizer: Any = None, **_: Any) -> None:
+        """Its turn has come. What it gave is in `new`."""
         if not self.has_begun:
+            self.streamer = streamer
             if self.work.gone.is_set():
                 self.waiting.take(self, 1)
-                raise _GenerationCancelled()
-            self.streamer = streamer
-            run(self.waiting.take(self), tokenizer)
+                self.fail(_GenerationCancelled())
+            else:
+                run(self.waiting.take(self), tokenizer)
         if self.work.failure is not None:
             raise self.work.failure
-        return torch.cat([self.ids_1T, self.ids_1T.new_tensor([self.new])], 1)
 
     def take(self, token: int, ends: Sequence[int]) -> None:
         """A new token."""
@@ -69,18 +73,32 @@ class Request:
         if self.streamer is not None:
             try:
                 self.streamer.put(token)
-            except _GenerationCancelled:
-                return self.end()
+            except Exception as error:  # its client has gone, or its tokens are no text: the others of the batch go on
+                return self.fail(error)
         if token in ends or len(self.new) >= self.config.max_new_tokens:
             self.end()
 
+    def fail(self, error: Exception) -> None:
+        """It ends with that."""
+        self.work.failure = error.with_traceback(None)  # whose frames hold the cache
+        self.end()
+
     def end(self) -> None:
         """No token comes any more."""
-        if not self.has_ended:
-            self.has_ended = True
-            if self.streamer is not None and self.work.failure is None:
-                with suppress(_GenerationCancelled):  # its client has gone: the others of the batch go on
-                    self.streamer.end()
+        if self.has_ended:
+            return
+        self.has_ended = True
+        if self.streamer is not None and self.work.failure is None:
+            try:
+                self.streamer.end()
+            except Exception as error:
+                self.work.failure = error.with_traceback(None)
+        self.on_end()
+
+    @property
+    def num_columns(self) -> int:
+        """Of its prompt."""
+        return self.ids_1T.shape[1]
 
 
 class Waiting:
@@ -103,13 +121,21 @@ class Waiting:
     def take(self, first: Request, most: int | None = None) -> list[Request]:
         """That one, and those like it that have waited longest. All of them have begun."""
         with self.lock:
-            others = (other for other in self.requests if other is not first and other.kind == first.kind)
-            present = [other for other in others if not other.work.gone.is_set()]
-            batch = [first, *present[: (self.most if most is None else most) - 1]]
+            batch, most = [first], self.most if most is None else most
+            for other in self.requests:
+                is_like = other is not first and other.kind == first.kind and not other.work.gone.is_set()
+                if is_like and len(batch) < most and _have_room([*batch, other]):
+                    batch.append(other)
             self.requests = [other for other in self.requests if other not in batch]
             for request in batch:
                 request.has_begun = True
             return batch
+
+
+def _have_room(batch: list[Request]) -> bool:
+    """Whether the longest prompt and the longest answer fit into the model together: pads count too."""
+    columns = max(request.num_columns for request in batch) + max(request.config.max_new_tokens for request in batch)
+    return columns <= batch[0].model.config.max_position_embeddings
 
 
 class _Rows(StoppingCriteria):
@@ -144,8 +170,10 @@ def run(batch: list[Request], tokenizer: Any) -> None:
                 **_together(batch), generation_config=config, tokenizer=tokenizer, stopping_criteria=[_Rows(batch)]
             )
     except Exception as error:
+        LOG.error("a batch of %s could not go on:\n%s", len(batch), format_exc())
         for request in batch:
-            request.work.failure = error
+            if not request.has_ended:
+                request.fail(error)
     for request in batch:
         request.end()
 
@@ -175,8 +203,9 @@ def counted(model: Any, batch: list[Request]) -> Iterator[None]:
             shares_B = (output.executed.sum((0, 2)) / len(output.executed)).tolist()
         for request, share in zip(batch, shares_B, strict=True):
             if not request.has_ended:
-                request.work.num_tokens = request.ids_1T.shape[1] + len(request.new)
-                request.work.share_of_tokens += share
+                request.work.num_tokens = request.num_columns + len(request.new)
+                before = 0.0 if model.model.policy.looks_back else request.work.share_of_tokens  # it reads all anew
+                request.work.share_of_tokens = before + share
 
     if not isinstance(model, MidskipForCausalLM):
         yield

@@ -9,6 +9,7 @@ from typing import Any
 from midskip.serving.errors import ApiError
 
 Check = tuple[Callable[[Any], bool], str]
+LONGEST_STOP = 128  # characters; transformers looks through the whole vocabulary for each
 
 
 def _is_number(value: Any) -> bool:
@@ -19,9 +20,14 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_text(value: Any) -> bool:
+    """JSON has halves of characters, which no encoding has."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _is_stop(value: Any) -> bool:
     texts = value if isinstance(value, list) else [value]
-    return 1 <= len(texts) <= 4 and all(isinstance(text, str) and text for text in texts)
+    return 1 <= len(texts) <= 4 and all(_is_text(text) and 0 < len(text) <= LONGEST_STOP for text in texts)
 
 
 def _is_dicts(value: Any) -> bool:
@@ -56,9 +62,9 @@ FIELDS: dict[str, Check] = {
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and up to 1"),
     "frequency_penalty": (lambda value: _is_number(value) and -1 < value <= 2, "a number above -1 and up to 2"),
     "seed": (lambda value: _is_whole(value) and 0 <= value < 2**63, "a whole number from 0 to below 2**63"),
-    "stop": (_is_stop, "a text, or a list of up to 4 texts, none of them empty"),
+    "stop": (_is_stop, f"a text of 1 to {LONGEST_STOP} characters, or a list of up to 4 of them"),
     "stream": (lambda value: isinstance(value, bool), "true or false"),
-    "suffix": (lambda value: isinstance(value, str), "a text"),
+    "suffix": (_is_text, "a text"),
     "n": ONE,
     "best_of": ONE,
     "echo": NOT_TAKEN,

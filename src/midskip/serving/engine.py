@@ -6,8 +6,10 @@ requests with other budgets cannot mix.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
@@ -62,9 +64,18 @@ class BatchManager(GenerateManager):
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *others: Any, **named: Any
     ) -> Any:
-        request: Any = Request(self.waiting, model, REQUEST.get(), inputs, gen_config)
+        """As transformers' own, but it ends with the request, and not when its turn comes."""
+        request = Request(self.waiting, model, REQUEST.get(), inputs, gen_config)
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        request.on_end = lambda: loop.call_soon_threadsafe(ended.set)
         self.waiting.add(request)
-        return await super().generate_non_streaming(request, processor, inputs, gen_config, *others, **named)
+        self.submit(request.generate, tokenizer=processor)
+        await ended.wait()
+        if request.work.failure is not None:
+            raise request.work.failure
+        new = torch.tensor(request.new)
+        return processor.decode(new, skip_special_tokens=True), request.num_columns, new
 
 
 class OneManager(GenerationState):

@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from midskip.plugins import search_folder
 from midskip.serving.app import check_installed, load_app
 from midskip.serving.settings import ServeSettings
@@ -39,6 +41,7 @@ def served_on_ray(settings: ServeSettings, host: str, port: int, replicas: int) 
     from midskip.serving.served import load_served
 
     load_served(settings)  # what is wrong with it is told here, in one line, and not by each replica
+    torch.cuda.empty_cache()  # it was on the GPU that the replicas get
     settings = replace(settings, folder=str(Path(settings.folder).resolve()), name=settings.model_name)
     here = str(Path.cwd())
 
@@ -58,8 +61,7 @@ def served_on_ray(settings: ServeSettings, host: str, port: int, replicas: int) 
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"})
         deployment: Any = serve.deployment(
             num_replicas=replicas,
-            max_ongoing_requests=settings.max_requests,
-            max_queued_requests=settings.max_requests,
+            max_ongoing_requests=2 * settings.max_requests,  # more than `Admission` takes: it tells the others
             health_check_period_s=HEALTH_S,
             ray_actor_options={"num_cpus": int(cpus) if cpus > 1 else cpus, "num_gpus": min(1, gpus)},
         )(serve.ingress(build)())

@@ -38,7 +38,7 @@ def run_sweep(
     store, died = Store(sweep.output), []
     store.make()
     store.tidy(sweep.keep_runs)
-    store.forget_failures(sweep.runs(store.losses(sweep)))
+    store.forget_failures(sweep)
     store.write_index(sweep)
     with watched(sweep, console or Console(stderr=True)):
         if ray:
@@ -56,7 +56,7 @@ def run_sweep(
         raise FailedRunsError(
             f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}. The first said: "
             f"{next(iter(failed.values()))} (all are in {str(store.output / 'failed')!r}, and "
-            "are tried again at the next call)"
+            "are tried again at the next call, but for learning rates that diverged)"
         )
 
 
@@ -66,7 +66,8 @@ def listed(sweep: Sweep) -> Iterator[str]:
     losses = store.losses(sweep)
     waiting = 0
     for point in sweep.points:
-        waiting += 0 if point.of_seeds(losses) else point.num_runs() - len(point.learning_rates)
+        tried = 0 if point.tuned_at is not None else len(point.learning_rates)
+        waiting += 0 if point.of_seeds(losses) else point.num_runs() - tried
     for run in sweep.runs(losses):
         if (loss := store.loss(run.key)) is not None:
             state = f"done, loss {loss:.4f}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from midskip.runs import RECIPE_FILE, REPORT_FILE, to_json, write_atomically
-from midskip.sweep.plan import Run, Sweep
+from midskip.sweep.plan import Sweep
 from midskip.train.checkpoints import HISTORY_FILE
 
 KEPT = (REPORT_FILE, RECIPE_FILE, HISTORY_FILE)  # of the folder of a run that has ended
@@ -126,10 +126,15 @@ class Store:
                 if not keep_runs and self.path("results", key).is_file():
                     strip(self.path("runs", key))
 
-    def forget_failures(self, runs: Iterable[Run]) -> None:
-        """They are tried again."""
-        for run in runs:
-            self.path("failed", run.key).unlink(missing_ok=True)
+    def forget_failures(self, sweep: Sweep) -> None:
+        """They are tried again, but for learning rates that diverged: these are known, and points wait for them."""
+        trials = {trial.key for point in sweep.points for trial in point.trials()}
+        for run in sweep.runs(self.losses(sweep)):
+            if run.key in trials and (self.failure(run.key) or "").startswith(DIVERGED):
+                continue
+            with self.claimed(run.key) as is_ours:  # else another process is at it
+                if is_ours:
+                    self.path("failed", run.key).unlink(missing_ok=True)
 
 
 def strip(folder: Path) -> None:
