@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-SEND_S = 0.02  # between two parts of a stream, at least
+SEND_S = 0.03  # between two parts of a stream, at least
 
 
 class Grouped:
