@@ -18,6 +18,8 @@ from midskip.bench.models import Side
 from midskip.bench.results import work_of
 from midskip.budget.monitor import BudgetDriftError, DriftMonitor
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
@@ -29,7 +31,6 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     return report, folder, screen.file.getvalue()
 
 
-@pytest.mark.integration
 def test_every_case_has_a_row_for_each_side(result: tuple[dict[str, Any], Path, str]) -> None:
     report, folder, _ = result
     assert json.loads((folder / "bench.json").read_text(encoding="utf-8")) == json.loads(json.dumps(report))
@@ -104,7 +105,6 @@ def test_agreement_is_part_of_the_report(result: tuple[dict[str, Any], Path, str
     assert {"llama", "llama, static cache", "ours with Llama's weights"} <= {one["side"] for one in report["agreement"]}
 
 
-@pytest.mark.integration
 def test_llama_is_checked_once_a_dtype(tmp_path: Path) -> None:
     few = {"shares": (0.5,), "tasks": ("prefill",), "prompt_tokens": 4, "repeats": 1}
     given = settings(dtypes=("float32", "bfloat16"), gates=("fixed", "fractional"), **few)
@@ -143,7 +143,6 @@ def test_joules_stand_beside_the_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "joules a token" in screen.file.getvalue() and "at rest (box " in screen.file.getvalue()
 
 
-@pytest.mark.integration
 def test_a_trained_model_on_text(make_model: Callable[..., MidskipForCausalLM], tmp_path: Path) -> None:
     model = make_model("mixed", DTYPE, num_hidden_layers=5).eval()
     given = run_settings(model, "mine", batch_sizes=(2,), repeats=1)
@@ -174,7 +173,6 @@ def test_a_trained_model_on_text(make_model: Callable[..., MidskipForCausalLM], 
         run_settings(make_model("mixed", intermediate_size=[24, 24, 24, 32]), "mine")
 
 
-@pytest.mark.integration
 def test_only_the_tasks_asked_for_need_rows_and_columns(
     make_model: Callable[..., MidskipForCausalLM], tmp_path: Path
 ) -> None:
@@ -196,7 +194,6 @@ def test_only_the_tasks_asked_for_need_rows_and_columns(
         assert {one["num_tokens"] for one in report["agreement"] if one["dtype"] == "float64"} == {24}
 
 
-@pytest.mark.integration
 def test_a_trained_model_under_a_budget(
     make_model: Callable[..., MidskipForCausalLM], calibrated: MidskipForCausalLM, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_options_that_cannot_be_used(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.integration
 def test_the_smallest_sizes(tmp_path: Path) -> None:
     sizes = {"prompt_tokens": 1, "context_tokens": 1, "new_tokens": 1, "batch_sizes": (1,), "repeats": 1}
     report = bench(settings(tasks=("prefill", "decode"), **sizes), tmp_path, Console(file=StringIO()))
@@ -90,6 +91,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         settings(device=3)
 
 
+@pytest.mark.integration
 def test_the_largest_seed(tmp_path: Path) -> None:
     given = settings(seed=2**32 - 1, tasks=("prefill",), repeats=1)
     assert bench(given, tmp_path, Console(file=StringIO()))["rows"]
@@ -105,6 +107,7 @@ def test_settings_that_a_run_brings_itself(make_model: Callable[..., MidskipForC
     assert (changed.shape["num_hidden_layers"], changed.repeats) == (3, 9)
 
 
+@pytest.mark.integration
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--shape tiny --tasks prefill --shares 0.5 --dtypes float32 --gates fixed --repeats 1 --device cpu"
     assert main(["bench", *arguments.split(), "--num_hidden_layers", "3", "--output", str(tmp_path / "out")]) == 0
@@ -114,6 +117,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "time to first token" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_the_command_on_a_run(
     make_model: Callable[..., MidskipForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -334,9 +334,7 @@ def test_the_first_tokens_of_a_layer_broken_off_at_any_line() -> None:
 
 
 def test_a_cache_is_what_its_history_makes_it() -> None:
-    run_state_machine_as_test(
-        Passes, settings=few(100, stateful_step_count=24, phases=[Phase.explicit, Phase.generate])
-    )
+    run_state_machine_as_test(Passes, settings=few(60, stateful_step_count=24, phases=[Phase.explicit, Phase.generate]))
 
 
 @pytest.mark.slow

@@ -158,6 +158,7 @@ def test_with_gradient_checkpointing(make_model: Make, backend: str, skip_unit: 
         assert meter.layers == other.layers
 
 
+@pytest.mark.integration
 def test_names_copies_and_files_stay_what_they_were(make_model: Make, tmp_path: Path) -> None:
     plain, compiled = pair(make_model, "eager")
     batch = {"input_ids": torch.randint(31, (2, 7))}

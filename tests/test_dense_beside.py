@@ -12,7 +12,7 @@ from tiny_runs import QUIET, history, weights
 from midskip.runs import load_run
 from midskip.train import Recipe, train
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("on_the_cpu", "no_pictures")]
 MakeRecipe = Callable[..., Recipe]
 HALF = ("target_share", {"target_share": 0.5})
 
