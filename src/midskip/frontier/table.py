@@ -79,7 +79,7 @@ def _rows(result: Mapping[str, Any], cost: str) -> list[tuple[Mapping[str, Any],
 def _comparison(point: Mapping[str, Any], cost: str) -> tuple[str, str, str]:
     """The last three cells."""
     if point["dense"]:
-        where = {True: "dense", False: "dense, above the envelope", None: "dense, not on this scale"}
+        where = {True: "dense", False: "dense, above the envelope", None: "dense, loss or cost not known"}
         return "", "", where[point["on_envelope"][cost]]
     against = point["against_dense"][cost]
     distance, interval, percent = against["distance"], against["interval"], against["cost_percent"]

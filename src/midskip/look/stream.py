@@ -41,7 +41,7 @@ def stream(
         raise ValueError(f"the prompt has {len(ids)} tokens; expected 1 to {room}, which is what the model takes")
     ends = model.config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
-    looks_back = model.model.policy.looks_back  # it runs without a cache
+    looks_back = model.model.policy.looks_back  # then there is no cache, and each pass reads all anew
     generator = torch.Generator(model.device).manual_seed(seed)
     written, blocks = list(ids), []
     given, cache = torch.tensor([written], device=model.device), None
@@ -49,7 +49,8 @@ def stream(
         with torch.no_grad(), step():
             output = model(given, past_key_values=cache, use_cache=not looks_back, logits_to_keep=1)
         cache, logits_V = output.past_key_values, output.logits[0, -1].float()
-        blocks += output.executed[:, 0].sum(0).tolist()[-1 if looks_back and blocks else 0 :]
+        ran = output.executed[:, 0].sum(0).tolist()
+        blocks = ran if looks_back else blocks + ran
         yield list(written), list(blocks)
         if not left or (written[-1] in ends and len(written) > len(ids)):
             return
