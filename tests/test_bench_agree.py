@@ -20,6 +20,8 @@ from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Attention
 from midskip.policies.middle_out import MiddleOut
 
+pytestmark = pytest.mark.integration
+
 
 def test_a_wrong_gate_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One key's gate of one layer, in the packed computation alone."""

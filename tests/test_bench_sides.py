@@ -24,6 +24,8 @@ from midskip.bench.settings import CHECKED_COLUMNS, CHECKED_ROWS
 from midskip.bench.tasks import Decode, Prefill, Training
 from midskip.policies.controls import FixedDepths
 
+pytestmark = pytest.mark.integration
+
 
 def test_rows_of_a_batch_have_depths_of_their_own() -> None:
     given = settings()

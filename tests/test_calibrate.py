@@ -161,6 +161,7 @@ def by_hand(model: MidskipForCausalLM, windows: list[dict[str, Tensor]]) -> dict
     return found
 
 
+@pytest.mark.integration
 @torch.no_grad()
 def test_the_curve_is_what_the_model_does(make_model: Make, windows: list[dict[str, Tensor]], tmp_path: Path) -> None:
     model = make_model("mixed")

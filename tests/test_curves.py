@@ -22,7 +22,7 @@ from midskip.train.optimizer import build_optimizer, build_scheduler
 from midskip.train.peak import known_name, measured_flops, peak_flops
 
 MakeRecipe = Callable[..., Recipe]
-pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("on_the_cpu", "no_pictures")]
 RELEASED = {"policy_settings": {"start": "released"}, "initializer_range": 0.3}
 TARGETS = {"mean_targets": [0.9, 0.2], "coef_update_multiplier": 1.0}
 
@@ -264,7 +264,6 @@ def test_a_known_device_has_the_peak_of_its_data_sheet(monkeypatch: pytest.Monke
     assert known_name("NVIDIA L400") is None
 
 
-@pytest.mark.integration
 def test_another_device_is_measured(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     peak, source = peak_flops(TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))

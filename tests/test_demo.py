@@ -88,6 +88,7 @@ def small(*arguments: Any) -> Recipe:
     return replace(recipe, model=replace(recipe.model, **shape), dense_layers=[1])
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("quick")
 def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

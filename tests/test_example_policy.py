@@ -20,6 +20,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
 
 
+@pytest.mark.integration
 def test_it_keeps_the_contract() -> None:
     check_policy("rare_words:RareWords", num_layers=4, skipped_kv="drop")
 

@@ -9,6 +9,8 @@ from tiny_frontier import point, write_sweep
 
 from midskip.cli import main
 
+pytestmark = pytest.mark.integration
+
 LOSSES, DENSE = (
     [2.7, 2.71, 2.72],
     {"dense": [point([3.0] * 3, 1e6, True, trials=1), point([2.6] * 3, 4e6, True, trials=1)]},

@@ -14,13 +14,12 @@ from midskip.runs import load_run
 from midskip.train import Recipe, train
 from midskip.train.trainer import MidskipTrainer
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("on_the_cpu", "no_pictures")]
 MakeRecipe = Callable[..., Recipe]
 BUDGET = ("target_share", {"target_share": 0.5, "outer": 1, "lowest_share": 0.3, "ramp_steps": 3})
 HARD = {"model": {"num_hidden_layers": 6, "policy_settings": {"gates": "hard", "scores": "difficulty"}}}
 
 
-@pytest.mark.integration
 def test_a_resumed_run_equals_one_that_never_stopped(make_recipe: MakeRecipe) -> None:
     whole = make_recipe(*BUDGET, output="whole", max_steps=8, save_steps=4, **HARD)
     train(whole, console=QUIET)

@@ -16,7 +16,7 @@ from midskip.train import Recipe, train
 from midskip.train.initial import InitialWeights
 from midskip.train.trainer import MidskipTrainer
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("on_the_cpu", "no_pictures")]
 
 
 @pytest.fixture

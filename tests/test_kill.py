@@ -11,16 +11,16 @@ from killing import Program, die_after, mix_times, set_clock_back
 
 
 def kill(name: str, folder: str, num_kills: int, seed: int) -> dict[str, Any]:
-    """Makes trials, each killed up to three times, and then called until it ends. Gives what they took, and how many
+    """Makes trials, each killed up to five times, and then called until it ends. Gives what they took, and how many
     kills fell at a change of the folder and at a moment."""
     trials, moments = Trials(name, Path(folder)), random.Random(f"{name} {seed}")
     fell = {"change": 0, "moment": 0}
     while sum(fell.values()) < num_kills:
-        where, more = trials.begin(), []
-        for _ in range(moments.randint(1, 3)):
-            kind, clock = moments.choice(list(fell)), random.Random(moments.random())
-            after_s = moments.uniform(0, trials.whole.seconds)
-            number = moments.randint(1, trials.whole.num_changes)
+        where, more, left = trials.begin(), [], 1.0
+        for _ in range(moments.randint(1, 5)):
+            kind, clock, part = moments.choice(list(fell)), random.Random(moments.random()), left * moments.random()
+            after_s, number = part * trials.whole.seconds, 1 + int(part * trials.whole.num_changes)
+            left = min(1.0, left - part + 0.1)  # most of what ran is not run again
 
             def before(is_moment: bool = kind == "moment", after_s: float = after_s, clock: Any = clock) -> None:
                 quick()

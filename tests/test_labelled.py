@@ -36,6 +36,7 @@ def recipe_of(tmp_path: Path, output: str = "run", source: str = "pointers", **m
     )  # fmt: skip
 
 
+@pytest.mark.integration
 def test_a_run_on_pointers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_of(tmp_path, dense_layers=[1])
     folder = Path(recipe.output)
@@ -65,6 +66,7 @@ def test_a_run_on_pointers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         load_run(folder)
 
 
+@pytest.mark.integration
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken, whole = recipe_of(tmp_path, "broken/run"), recipe_of(tmp_path, "whole/run")
     with monkeypatch.context() as patch:

@@ -21,7 +21,7 @@ def _chunks_of_two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.integration)])
 def test_it_is_torchs(dtype: torch.dtype, overwrite: bool, backend: str | None) -> None:
     plain_NV = torch.randn(7, 7, dtype=dtype).requires_grad_()
     ours_NV = plain_NV.detach().clone().requires_grad_()

@@ -160,6 +160,7 @@ def _check_report(report: FitReport, model: MidskipForCausalLM, choice: str) -> 
     assert all(0 < error < 10 for error in report.error)
 
 
+@pytest.mark.integration
 @torch.no_grad()
 def test_layers_are_left_out_in_the_order_asked_for(make_model: Make) -> None:
     """Adjacent ones stay together; by influence they rise in what they change of the direction."""

@@ -29,6 +29,8 @@ from midskip.sweep.store import Store
 from midskip.train import run as train_module
 from midskip.train.trainer import MidskipTrainer
 
+pytestmark = pytest.mark.integration
+
 GRID = {"model.num_hidden_layers": [1, 2], "training.learning_rate": [0.001, 0.002, 0.003, 0.004, 0.005]}
 FORTY = DENSE | {"grid": GRID}  # at four seeds
 

@@ -95,6 +95,7 @@ def test_a_run_from_a_folder_of_text_writes_all_its_files(make_recipe: MakeRecip
     assert not list(folder.rglob("*.part"))
 
 
+@pytest.mark.integration
 @quick
 def test_the_loss_falls_on_text_that_repeats_itself(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(max_steps=40, learning_rate=0.02, per_device_train_batch_size=4)
