@@ -149,6 +149,14 @@ def test_what_waits_for_a_learning_rate_is_counted(sweep_of: SweepOf) -> None:
     assert list(listed(sweep))[3:] == ["and 5 runs more, once the learning rates of their points are chosen"]
 
 
+def test_an_arm_with_one_rate_is_not_tuned(sweep_of: SweepOf) -> None:
+    sweep = sweep_of(TUNED, DENSE | {"name": "once", "learning_rates": [0.01]}, tune_seed=5)
+    once = {arm["name"]: arm["points"] for arm in sweep.index({})["arms"]}["once"]
+    assert [(row["trials"], row["learning_rate"], sorted(row["seeds"])) for row in once] == [(1, 0.01, ["0", "1"])] * 2
+    assert not any("tuning" in row for row in once) and [point.num_runs() for point in sweep.points] == [5, 5, 2, 2]
+    assert [run.recipe.training.learning_rate for run in sweep.runs({})].count(0.01) == 4, "no run that chooses"
+
+
 def test_an_arm_may_take_the_rate_of_an_arm_above(sweep_of: SweepOf) -> None:
     wide = TUNED | {"name": "wide", "settings": {"model.hidden_size": 32}}
     first, _, *others = sweep_of(TUNED, wide | {"tune_at": "dense"}).points
@@ -206,8 +214,9 @@ def test_a_run_that_fails_is_told_and_tried_again(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "2 of 4 runs failed: dense num_hidden_layers=1 seed=1, dense num_hidden_layers=2 seed=1." in error
     failed = sorted(path.name for path in (sweep.output / "failed").iterdir())
-    assert failed == sorted(f"{run.key}.txt" for run in sweep.runs({}) if run.seed)
-    assert (sweep.output / "failed" / failed[0]).read_text() == "RuntimeError: no text\n"
+    assert failed == sorted(f"{run.key}.{of}" for run in sweep.runs({}) if run.seed for of in ("txt", "log"))
+    log, why = ((sweep.output / "failed" / name).read_text() for name in failed[:2])
+    assert why == "RuntimeError: no text\n" and log.endswith(why) and "in fails" in log
     assert len(list((sweep.output / "results").iterdir())) == 2
     monkeypatch.setattr(work, "train_run", works)
     assert cli.main(["sweep", str(tmp_path / "sweep.yaml")]) == 0

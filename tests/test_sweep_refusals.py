@@ -39,7 +39,7 @@ GATED = {"model.policy": "middle_out", "regularizer.name": "target_share"}
         ([DENSE], {"keep_runs": "no"}, "keep_runs is 'no'; expected true or false"),
         ([DENSE | {"learning_rates": [0.1, -1]}], {}, "learning_rates has -1; expected numbers above 0"),
         ([TUNED | {"settings": {"training.learning_rate": 1}}], {}, "learning_rates are to be tried; expected one"),
-        ([TUNED, TUNED | {"name": "b", "learning_rates": [1]}], {}, r"numbers of learning_rates \(dense 3, b 1\)"),
+        ([TUNED, TUNED | {"name": "b", "learning_rates": [1, 2]}], {}, r"of learning_rates \(dense 3, b 2\)"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused_before_anything_runs(

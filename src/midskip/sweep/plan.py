@@ -67,7 +67,7 @@ class Point:
         settings: the values of the grid, by name.
         recipe: with these settings; seed and, where it is tuned, learning rate are those of no run.
         seeds: that are wanted.
-        learning_rates: to choose among; empty for the recipe's own.
+        learning_rates: to choose among; with a single one nothing is tried, and empty is the recipe's own.
         tune_seed: of the runs among which it is chosen.
         tuned_at: the point whose trials choose for this one too; by default this one.
     """
@@ -97,6 +97,8 @@ class Point:
 
     def trials(self) -> list[Run]:
         """The runs among which the learning rate is chosen."""
+        if len(self.learning_rates) == 1:
+            return []
         return [(self.tuned_at or self).run(self.tune_seed, rate) for rate in self.learning_rates]
 
     def own_runs(self, losses: Losses) -> dict[str, Run]:
@@ -106,7 +108,9 @@ class Point:
 
     def learning_rate(self, losses: Losses) -> float | None:
         """The best of `learning_rates` by held-out loss, the first of equals; a trial that failed loses. None as long
-        as a trial has not ended, where none succeeded, and where there is nothing to choose."""
+        as a trial has not ended, where none succeeded, and where there are no rates."""
+        if len(self.learning_rates) == 1:
+            return self.learning_rates[0]
         trials = self.trials()
         if not trials or any(trial.key not in losses for trial in trials):
             return None
@@ -125,7 +129,7 @@ class Point:
 
     def num_runs(self) -> int:
         """Once the learning rate is chosen; without trials of another point."""
-        if not self.learning_rates or self.tuned_at is not None:
+        if len(self.learning_rates) < 2 or self.tuned_at is not None:
             return len(self.seeds)
         return len(set(self.seeds) - {self.tune_seed}) + len(self.learning_rates)
 
@@ -178,10 +182,10 @@ class Sweep:
             )
             if point.tuned_at is not None:
                 row["tuned_at"] = point.tuned_at.label
-            if point.learning_rates:
+            if trials := point.trials():
                 row["tuning"] = [
                     {"learning_rate": rate, "seed": point.tune_seed, "key": trial.key}
-                    for rate, trial in zip(point.learning_rates, point.trials(), strict=True)
+                    for rate, trial in zip(point.learning_rates, trials, strict=True)
                 ]
             arms.setdefault(point.arm, []).append(row)
         return {

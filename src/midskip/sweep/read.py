@@ -94,10 +94,13 @@ def _sweep(path: Path, given: Any) -> Sweep:
             raise ValueError(f"arm {name!r}: {error}") from error
         names[name], firsts[name] = len(of_arm[0].learning_rates), of_arm[0]
         points += of_arm
-    tuned = {name: count for name, count in names.items() if count}
+    tuned = {name: count for name, count in names.items() if count > 1}
     if len(set(tuned.values())) > 1:
         told = ", ".join(f"{name} {count}" for name, count in tuned.items())
-        raise ValueError(f"arms try different numbers of learning_rates ({told}); expected as many for all, to be fair")
+        raise ValueError(
+            f"arms try different numbers of learning_rates ({told}); expected as many for all, to be fair, or one for "
+            "an arm that is not tuned"
+        )
     return Sweep(path, Path.cwd(), Path(output), tuple(points), keep_runs)
 
 

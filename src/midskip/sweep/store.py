@@ -2,7 +2,7 @@
 
 sweep.json          the index, see `Sweep.index`
 results/KEY.json    a run that has ended; written last
-failed/KEY.txt      why a run failed
+failed/KEY.txt      why a run failed; KEY.log beside it has the traceback
 runs/KEY/           its run folder
 locks/KEY.lock      held by the process that runs it, and by none after its death
 running/KEY         there while it runs
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,7 +106,9 @@ class Store:
         write_atomically(self.path("results", key), to_json(result) + "\n")
 
     def write_failure(self, key: str, error: Exception) -> None:
-        write_atomically(self.path("failed", key), f"{type(error).__name__}: {error}\n")
+        path = self.path("failed", key)
+        write_atomically(path.with_suffix(".log"), "".join(traceback.format_exception(error)))
+        write_atomically(path, f"{type(error).__name__}: {error}\n")
 
     def write_index(self, sweep: Sweep) -> None:
         with self.alone("sweep"):
@@ -134,7 +137,8 @@ class Store:
                 continue
             with self.claimed(run.key) as is_ours:  # else another process is at it
                 if is_ours:
-                    self.path("failed", run.key).unlink(missing_ok=True)
+                    for path in (why := self.path("failed", run.key)), why.with_suffix(".log"):
+                        path.unlink(missing_ok=True)
 
 
 def strip(folder: Path) -> None:
