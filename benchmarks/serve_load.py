@@ -163,7 +163,8 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "per_token_p50_ms": [round(1000 * statistics.median(found["each"]), 2) for found in rounds],
         "tokens_per_s": [round(found["tokens"] / found["seconds"], 1) for found in rounds],
     }
-    ends = [statistics.median(found["megabytes"][-10:]) for found in rounds]
+    memory = [found["megabytes"] for found in rounds]
+    by_minute = [[statistics.median(of[start : start + 60]) for start in range(0, len(of), 60)] for of in memory]
     tokens = sum(found["tokens"] for found in rounds)
     return {
         "first_token_ms": quantiles("first"),
@@ -172,8 +173,8 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_s": round(tokens / sum(found["seconds"] for found in rounds), 1),
         **{name: sum(found[name] for found in rounds) for name in ("whole", "left", "failed")},
         "by_round": by_round,
-        "megabytes_at_round_ends": [round(end, 1) for end in ends],
-        "memory_growth_after_first_round": round(ends[-1] / ends[0] - 1, 4),
+        "megabytes_by_minute": [[round(median, 1) for median in minutes] for minutes in by_minute],
+        "memory_growth_after_first_minute": round(by_minute[-1][-1] / by_minute[0][0] - 1, 4),
     }
 
 

@@ -132,16 +132,22 @@ def test_a_batch_fits_into_the_model(server: Running, together: Any) -> None:
     assert batches == [1, 1] and [usage.completion_tokens for _, usage in found] == [count, most - 2]
 
 
-def test_an_answer_does_not_wait_for_its_turn(server: Running, together: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three that wait, the first and the last run as one batch; the last is answered before the second is."""
-    answered, plainly = [], ask
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Prompts, in the order in which they are answered."""
+    prompts, plainly = [], ask
 
     def ask_and_tell(server: Running, request: dict[str, Any]) -> tuple[str, Any]:
         answer = plainly(server, request)
-        answered.append(request["prompt"])
+        prompts.append(request["prompt"])
         return answer
 
     monkeypatch.setattr(sys.modules[__name__], "ask", ask_and_tell)
+    return prompts
+
+
+def test_an_answer_does_not_wait_for_its_turn(server: Running, together: Any, answered: list[str]) -> None:
+    """Of three that wait, the first and the last run as one batch; the last is answered before the second is."""
     slow = server.served.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     other = {"prompt": "the dog", "extra_body": {"budget": 0.25}}
     try:
@@ -150,6 +156,23 @@ def test_an_answer_does_not_wait_for_its_turn(server: Running, together: Any, mo
         slow.remove()
     assert answered[:2] == ["another", "short"], "a short answer does not wait for the longest of its batch"
     assert set(answered[2:4]) == {"first", "last"} and answered[4] == "the dog"
+
+
+def test_a_stream_that_fails_does_not_wait_for_its_turn(server: Running, together: Any, answered: list[str]) -> None:
+    """Of three that wait, the first and the last run as one batch; the last fails before the second is answered."""
+
+    def fail(_: Any, arguments: Any, named: dict[str, Any]) -> None:
+        time.sleep(0.02)
+        if len(named["input_ids"]) > 1:
+            raise RuntimeError("it broke")
+
+    hook = server.served.model.register_forward_pre_hook(fail, with_kwargs=True)
+    breaks = {"stream": True, "fails": "it broke"}
+    try:
+        together({"prompt": "a"} | breaks, {"prompt": "b", "extra_body": {"budget": 0.25}}, {"prompt": "c"} | breaks)
+    finally:
+        hook.remove()
+    assert answered[0] == "another" and set(answered[1:3]) == {"a", "c"} and answered[3] == "b"
 
 
 @pytest.mark.parametrize("send_s", [0, 1e9])

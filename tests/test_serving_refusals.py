@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -19,6 +20,7 @@ pytest.importorskip("fastapi")
 from tiny_server import Running, running, write_served  # noqa: E402
 
 from midskip.serving import admission  # noqa: E402
+from midskip.serving.work import REQUEST  # noqa: E402
 
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "the cat", "max_tokens": 4}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "the cat"}], "max_tokens": 4}
@@ -142,6 +144,29 @@ def test_a_request_that_does_not_arrive_gives_its_place_back(server: Running, mo
         answer.begin()
         error = json.loads(answer.read())["error"]
     assert (answer.status, error["code"]) == (408, "request_timeout")
+
+
+def test_a_client_that_does_not_read_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stream that is longer than what systems hold between them."""
+    monkeypatch.setattr(admission, "READ_S", 0.2)
+    given = [{"type": "http.request", "body": b"{}", "more_body": False}]
+    works = []
+
+    async def receive() -> Any:
+        return given.pop() if given else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            await asyncio.Event().wait()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        works.append(REQUEST.get())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"text", "more_body": True})
+
+    stands = admission.Admission(app, max_requests=1, max_body=100)
+    asyncio.run(stands({"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}, receive, send))
+    assert stands.num_requests == 0 and works[0].gone.is_set()
 
 
 def test_no_budget_without_a_calibration_and_no_chat_without_a_template(saved_model: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from midskip.serving.work import REQUEST, Work
 
 ROUTES = {"/v1/completions": "POST", "/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}
 BODY_S = 60  # for a request to arrive; it holds a place meanwhile
+READ_S = 60  # for a client to read what it was sent; likewise
 
 
 def _stopped() -> ApiError:
@@ -78,13 +79,21 @@ class Admission:
         async def send_on(message: dict[str, Any]) -> None:
             nonlocal has_begun
             has_begun = True
-            await send(message)
+            try:
+                async with asyncio.timeout(READ_S):
+                    await send(message)
+            except TimeoutError:
+                leave()
+                raise
+
+        def leave() -> None:
+            work.gone.set()
+            gone.set()
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            work.gone.set()
-            gone.set()
+            leave()
 
         async def receive_again() -> dict[str, Any]:
             if given:
@@ -101,6 +110,9 @@ class Admission:
                 await send({"type": "http.response.body", "body": error_part(_stopped()).encode("ascii")})
             else:
                 await send_error(send, _stopped())
+        except Exception:
+            if not gone.is_set():  # else nobody is there to be told
+                raise
         finally:
             work.gone.set()  # whatever still generates for it ends
             watcher.cancel()

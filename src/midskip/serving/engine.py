@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerateManager, GenerationState
+from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
 
 from midskip.serving.batches import Request, Waiting
 from midskip.serving.stream import Joined
@@ -58,6 +58,13 @@ class BatchManager(GenerateManager):
     ) -> Any:
         request: Any = Request(self.waiting, model, REQUEST.get(), inputs, gen_config)
         queue, streamer = super().generate_streaming(request, processor, inputs, gen_config, *others, **named)
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:  # now, and not when its turn comes
+            if (failure := request.work.failure) is not None:
+                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(str(failure)))
+
+        request.on_end = tell
         self.waiting.add(request, streamer)
         return Joined(queue), streamer
 
