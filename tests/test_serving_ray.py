@@ -1,4 +1,5 @@
-"""Two replicas under Ray Serve, of which one is killed under load: nothing is lost in silence."""
+"""Two replicas under Ray Serve: of which one is killed under load, and under more load than they take; nothing is lost
+in silence."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +39,10 @@ def replicas(server: psutil.Process) -> set[int]:
     return found
 
 
-def test_a_replica_is_killed_under_load(saved_model: Path, tmp_path: Path) -> None:
-    folder = write_served(saved_model, tmp_path / "model", max_position_embeddings=2000)
-    command = [sys.executable, "-m", "midskip", "serve", str(folder), "--name", "tiny", "--port", "8971"]
+@contextmanager
+def two_replicas(folder: Path, *options: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Their address, and the process that started them."""
+    command = [sys.executable, "-m", "midskip", "serve", str(folder), "--name", "tiny", "--port", "8971", *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     with subprocess.Popen([*command, "--replicas", "2"], stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -46,11 +50,39 @@ def test_a_replica_is_killed_under_load(saved_model: Path, tmp_path: Path) -> No
             lines = iter(process.stdout.readline, "")
             line = next((line for line in lines if line.startswith("serving")), "it has not started")
             assert "2 replicas" in line, line
-            under_load(line.split()[3].rstrip(","), psutil.Process(process.pid))
+            yield line.split()[3].rstrip(","), psutil.Process(process.pid)
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=120)
         finally:
             process.kill()
+
+
+@pytest.fixture
+def folder(saved_model: Path, tmp_path: Path) -> Path:
+    return write_served(saved_model, tmp_path / "model", max_position_embeddings=2000)
+
+
+def test_a_replica_is_killed_under_load(folder: Path) -> None:
+    with two_replicas(folder) as (url, server):
+        under_load(url, server)
+
+
+def test_too_many_requests_are_told_to_come_again(folder: Path) -> None:
+    with two_replicas(folder, "--max_requests", "2") as (url, _):
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+
+        def ask(number: int) -> str:
+            try:
+                client.completions.create(model="tiny", prompt="the cat", max_tokens=400)
+            except openai.APIStatusError as error:
+                return f"{error.status_code} {error.code}"
+            return "whole"
+
+        with ThreadPoolExecutor(24) as pool:
+            seen = Counter(pool.map(ask, range(24)))
+        client.close()
+    print(dict(seen))
+    assert set(seen) == {"whole", "503 overloaded"} and seen["whole"] >= 2
 
 
 def under_load(url: str, server: psutil.Process) -> None:
