@@ -17,7 +17,6 @@ N packed tokens, L layers.
 """
 
 import argparse
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -209,24 +208,44 @@ def draw(found: dict[str, dict[str, Any]], file: Path) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for name, row in found.items():
-        layers = range(1, len(row["layers"]) + 1)
+        depth = [(at + 1) / len(row["layers"]) for at in range(len(row["layers"]))]
         blocks = [(at, loss) for at, loss in enumerate(row["loss_by_blocks"]) if loss is not None]
-        for axis, x, y in (
-            (axes[0, 0], layers, [math.nan if at["exchanged"] is None else at["exchanged"] for at in row["layers"]]),
-            (axes[0, 1], layers, [-at["mean"] for at in row["gradients"]]),
-            (axes[1, 0], layers, [at["share"] for at in row["layers"]]),
-            (axes[1, 1], [at for at, _ in blocks], [loss for _, loss in blocks]),
+        run = [
+            (x, at, slope) for x, at, slope in zip(depth, row["layers"], row["gradients"], strict=True) if at["share"]
+        ]
+        for axis, points in (
+            (axes[0, 0], [(x, at["exchanged"]) for x, at, _ in run if at["exchanged"] is not None]),
+            (axes[0, 1], [(x, -slope["mean"]) for x, _, slope in run]),
+            (axes[1, 0], [(x, at["share"]) for x, at, _ in run]),
+            (axes[1, 1], blocks),
         ):
-            axis.plot(x, y, marker="o", markersize=3, label=name)
+            axis.plot(*zip(*points, strict=True) if points else ([], []), marker="o", markersize=3, label=name)
     for axis, title, what in zip(
         axes.flat,
         ("Tokens exchanged in one layer", "What a layer is worth, by its gradient", "Tokens that run a layer", "Loss"),
         ("nats for each exchanged token", "nats for each token that ran", "share", "nats"),
         strict=True,
     ):
-        axis.set(title=title, ylabel=what, xlabel="layers run" if title == "Loss" else "layer")
-    axes[0, 0].legend(fontsize=8)
+        axis.set(title=title, ylabel=what, xlabel="layers run" if title == "Loss" else "depth, of all layers")
+    axes[0, 1].legend(fontsize=8, ncols=2)
     figure.savefig(file, dpi=120)
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown: what exchanges cost, the mean of all layers in which they are possible; how much of the number of
+    layers is told by the token; and layers run by place in a word: none, the first, the third."""
+    lines = [
+        "| run | exchanged | only skipped | only run | layers told by the token | layers run: no word, first, third |",
+        "| --- " * 6 + "|",
+    ]
+    for name, row in found.items():
+        costs = {half: [at[half] for at in row["layers"] if at[half] is not None] for half in HALVES}
+        told = [f"{fmean(of):+.2f}" if of else "" for of in costs.values()]
+        by_token = "" if row["told_by_token"] is None else f"{row['told_by_token']:.0%}"
+        places = {of["place"]: of["layers"] for of in row["words"] or ()}
+        layers = ", ".join(f"{places[place]:.1f}" for place in (0, 1, 3) if place in places)
+        lines.append(f"| {' | '.join([name, *told, by_token, layers])} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -241,10 +260,7 @@ def main() -> None:
         write_atomically(options.output, to_json({"machine": machine(), "runs": found}) + "\n")
     if options.picture:
         draw(found, options.picture)
-    for name, row in found.items():
-        costs = [at["exchanged"] for at in row["layers"] if at["exchanged"] is not None]
-        mean = f"{sum(costs) / len(costs):+.4f}" if costs else "none skip"
-        print(f"{name}: loss {row['loss']:.4f}, {row['executed_share']:.1%} ran; exchanged, nats a token: {mean}")
+    print(table(found))
 
 
 if __name__ == "__main__":
