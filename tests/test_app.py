@@ -97,7 +97,8 @@ def test_no_text_becomes_markup(session: Session) -> None:
     ]
     assert set(pages[1].tags) <= {*pages[0].tags, "s"} and pages[1].names <= {*pages[0].names, "data-from"}
     assert "<script>alert(1)</script>" in pages[1].text and "\x1b" not in pages[1].text
-    assert not re.search("[\u202e\u2066]", pages[1].text), "nothing steers the order of letters"
+    shown = pages[1].text + json.dumps(pages[1].data, ensure_ascii=False)  # the script shows what is in `data-look`
+    assert not re.search("[\u202e\u2066]", shown) and "\\u001b" not in shown, "nothing steers the order of letters"
 
 
 def test_the_card_has_every_number(session: Session) -> None:
@@ -138,6 +139,20 @@ def test_text_goes_on_under_the_limits(session: Session) -> None:
         token_texts(tokenizer, ids), blocks
     )]  # fmt: skip
     assert "data-look" not in stream_html(tokens, 4), "the card waits for the whole"
+    assert "26 tokens before these are not read" in stream_html(tokens, 4, left_out=26)
+    first, _ = next(iter(session.go_on(prompt, LIMITS, 400, 0.0, 0)))
+    assert len(first) >= 32, "half of the context, however much is to come"
+
+
+@pytest.mark.extras
+def test_as_trained_lifts_all_limits(session: Session) -> None:
+    pytest.importorskip("gradio")
+    from midskip.app.blocks import _keep, _limits
+
+    assert _limits(session, "runs/tiny", True, 0.5, 2) == LIMITS
+    assert _limits(session, "runs/tiny", False, 0.5, 2) == Limits("runs/tiny", 0.5, 2)
+    assert _keep("the cat", ("the cat", "the cat sat"))[0] == "the cat sat", "stopped, it keeps what came"
+    assert _keep("my own", ("the cat", "the cat sat"))[0] != "the cat sat", "changed meanwhile"
 
 
 def test_each_number_of_layers_has_its_shades() -> None:
@@ -152,6 +167,7 @@ def test_each_number_of_layers_has_its_shades() -> None:
 
 def test_amounts_are_short() -> None:
     assert [amount(value) for value in (0, 12, 2134567, 3.4e12)] == ["0", "12", "2.13 M", "3.4 T"]
+    assert (amount(999_600), duration(0.9996)) == ("1 M", "1 s"), "rounded up to the next unit"
     assert [duration(value) for value in (2, 0.0123, 4.5e-6)] == ["2 s", "12.3 ms", "4.5 µs"]
 
 

@@ -15,7 +15,7 @@ from tiny_curve import CURVE
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.budget.weights import hashes_of
-from midskip.card import MARK, Measured, model_card
+from midskip.card import MARK, Measured, model_card, try_card
 from midskip.cli import main
 
 
@@ -57,13 +57,37 @@ def test_times_of_another_shape_are_not_shown(whole: Path) -> None:
 
 
 def test_the_command_refuses_what_it_cannot_show(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (whole / "evaluated.json").write_text('{"as_trained": {}, "budgets": []}')
+    broken = {"as_trained": {}, "budgets": [], "calibration": evaluated()["calibration"]}
+    (whole / "evaluated.json").write_text(json.dumps(broken))
     assert main(["card", str(whole)]) == 2 and not (whole / "README.md").exists()
     assert "cannot be made of what lies beside the model (KeyError: 'executed_share')" in capsys.readouterr().err
     (whole / "evaluated.json").unlink()
     (whole / "README.md").write_text("My own words.")
     assert main(["card", str(whole)]) == 2 and (whole / "README.md").read_text() == "My own words."
     assert "has a README.md that midskip did not write, or that is yours now" in capsys.readouterr().err
+
+
+def test_budgets_of_another_calibration_are_not_shown(whole: Path) -> None:
+    """As of weights from before a fine-tune."""
+    config = json.loads((whole / "config.json").read_text())
+    curve = {name: few[:3] if isinstance(few, list) else few for name, few in CURVE.items()}
+    curve |= {"share": [1.0, 0.9, 0.8], "loss": [1.0, 1.1, 1.2]}
+    (whole / "config.json").write_text(json.dumps(config | {"calibration": curve}))
+    assert main(["card", str(whole)]) == 0
+    text = (whole / "README.md").read_text()
+    assert "Measured on text" not in text and "| 0.800 | 1.2000 | 2 |" in text
+    assert "`model.set_budget(0.8)` lets the model run at most 0.8 " in text, "a budget that it can run at"
+
+
+def test_at_the_end_of_a_run_a_bad_file_is_a_warning(whole: Path) -> None:
+    (whole / "bench.json").write_text("{")
+    config = MidskipConfig.from_pretrained(whole)
+    with pytest.warns(UserWarning, match="no model card was written: .*bench.json' cannot be read"):
+        try_card(whole, config, 7)
+    (whole / "bench.json").unlink()
+    (whole / "README.md").write_bytes("Caf\u00e9".encode("latin-1"))
+    try_card(whole, config, 7)
+    assert (whole / "README.md").read_bytes() == b"Caf\xe9", "it is not ours"
 
 
 def test_the_command_refuses_numbers_of_other_weights(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,15 +103,17 @@ def test_the_command_refuses_numbers_of_other_weights(whole: Path, capsys: pytes
 def test_license_and_language_of_a_user_stay(whole: Path, hub: dict[str, Any]) -> None:
     assert main(["card", str(whole)]) == 0
     card = ModelCard((whole / "README.md").read_text())
-    card.data.license, card.data.language, card.data.base_model = "mit", ["en", "de"], "somebody/dense"
-    (whole / "README.md").write_text(str(card))
+    card.data.license, card.data.language, card.data.base_model = "mit", ["en", "no"], "somebody/dense"
+    card.data.license_name = "My Licence 1.0"
+    (whole / "README.md").write_text(str(card).replace("'no'", "no"))  # which YAML takes for False
     assert main(["card", str(whole)]) == 0
-    hub["card"] = f"---\nlicense: bsd-3-clause\nlicense_link: https://a.example/b\n---\n{MARK}\n# An earlier one"
+    hub["card"] = f"---\nlicense: bsd-3-clause\nlicense_link: https://a.example/b?id=3#a\n---\n{MARK}\n# An earlier one"
     MidskipForCausalLM.from_pretrained(whole).push_to_hub("somebody/skipper")
     for text in ((whole / "README.md").read_text(), pushed_card(hub)):
         data = ModelCard(text).data
-        assert (data.license, data.language, data.base_model) == ("mit", ["en", "de"], "somebody/dense")
-    assert ModelCard(pushed_card(hub)).data.license_link == "https://a.example/b"
+        assert (data.license, data.language, data.base_model) == ("mit", ["en", "no"], "somebody/dense")
+        assert data.license_name == "My Licence 1.0"
+    assert ModelCard(pushed_card(hub)).data.license_link == "https://a.example/b?id=3#a"
 
 
 @pytest.mark.parametrize(

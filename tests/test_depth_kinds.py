@@ -19,6 +19,9 @@ def test_shapes_go_by_characters_and_by_what_stands_before() -> None:
         "word start", "word start", "part of a word", "word start", "punctuation", "word start", "digits", "digits",
         "punctuation", "space", "word start", "part of a word", "space", "word start", "part of a word", "punctuation",
     ]  # fmt: skip
+    texts = ["don", "'", "t", " ‘", "ab", "cafe\u0301", "teria", "नि", "र्देश", " snake", "_case"]
+    assert [number for number, shape in enumerate(shapes(of(*texts))) if shape == "word start"] == [0, 4, 9]
+    assert shapes(of("ab", "Cd"), starts={1}) == ["word start"] * 2, "another text"
     assert shapes([TokenDepth("é", 1, part=part, num_parts=2) for part in (0, 1)]) == ["word start", "part of a word"]
 
 

@@ -155,6 +155,7 @@ def test_the_layer_left_is_the_innermost() -> None:
     assert one_earlier((True,) * 5, mirrored) == (True, True, False, True, True)
     assert one_earlier((True, True, False, True, True), mirrored) == (True, False, False, False, True)
     assert one_earlier((True, False, True, False), (None,) * 4) == (True, False, False, False)
+    assert one_earlier((True,) * 4, (0,) * 4) == (True, True, True, False), "early exits, which have one gate for all"
     assert one_earlier((False,) * 4, (None,) * 4) is None
 
 

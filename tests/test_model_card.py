@@ -212,7 +212,8 @@ def test_no_text_formats_the_page(run: Path, evil: str) -> None:
     recipe |= {"regularizer": {"name": evil, "settings": {"a": evil, evil: 1}}, "dense_layers": [evil]}
     config = MidskipConfig(policy=evil, policy_settings={evil: evil}, calibration=CURVE | {"text": evil})
     bench = timed(evil) | {"settings": {"run": evil, "shape": {}}}
-    measured = Measured(report, recipe, retrofitted(evil), evaluated(evil), bench, {"license": evil})
+    budgets = evaluated(evil) | {"calibration": Calibration.from_dict(config.calibration).fingerprint()}
+    measured = Measured(report, recipe, retrofitted(evil), budgets, bench, {"license": evil})
     text = model_card(evil, config, 7, measured, [evil])
     card = ModelCard(text)
     assert card.data.tags[-1] == evil and card.data.eval_results[0].dataset_name == f"{evil}, held out"
@@ -250,7 +251,10 @@ def test_a_data_set_of_the_hub_is_named(run: Path) -> None:
     report, recipe = read_run(run)
     assert report is not None and recipe is not None
     recipe["data"]["source"] = "hub:somebody/texts:small:train"
-    data = ModelCard(model_card("mine", MidskipConfig(), 7, Measured(report, recipe))).data
+    recipe["model"]["init_from"] = "/home/me/runs/first"
+    card = model_card("mine", MidskipConfig(), 7, Measured(report, recipe))
+    assert "init_from: first\n" in card and "/home/me" not in card, "no path of a machine"
+    data = ModelCard(card).data
     assert data.datasets == ["somebody/texts"] and data.eval_results[0].dataset_type == "somebody/texts"
 
 

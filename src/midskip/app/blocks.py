@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
 
-from midskip.app.session import Choices, Limits, Seen, Session
+from midskip.app.session import Choices, Limits, Seen, Session, clean
 from midskip.app.style import SCRIPT, style
 from midskip.app.view import HINT, charts_html, picked_html, stream_html, view_html
 from midskip.data.token_text import token_texts
@@ -61,7 +61,7 @@ def build(session: Session, text: str = EXAMPLE) -> Any:
         with gr.Accordion("How it goes on", open=False), gr.Row():
             count = gr.Slider(1, 400, 80, step=1, label="New tokens")
             temperature = gr.Slider(0, 1.5, 0.8, step=0.05, label="Temperature (0: the most likely token)")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53)
         with gr.Row():
             left = _pane(session, names, names[0], "a", visible=True)
             right = _pane(session, names, names[min(1, len(names) - 1)], "b", visible=False)
@@ -85,10 +85,12 @@ def build(session: Session, text: str = EXAMPLE) -> Any:
         def write(*given: Any) -> Iterator[Any]:
             yield from _write(session, *given)
 
+        written = gr.State(None)  # the text and what was added to it, while it is written
         writing = go_on.click(
-            write, [box, *left.settings, count, temperature, seed], [box, *left.shown], show_progress="hidden"
+            write, [box, *left.settings, count, temperature, seed], [box, *left.shown, written], show_progress="hidden"
         )
-        stop.click(None, cancels=[writing]).then(_seer(session), [box, *left.settings], left.shown)
+        kept = stop.click(None, cancels=[writing]).then(_keep, [box, written], [box, written])
+        kept.then(_seer(session), [box, *left.settings], left.shown)
     return page
 
 
@@ -114,7 +116,7 @@ def _why(choices: Choices) -> str:
 
 
 def _of_trained(choices: Choices) -> dict[str, Any]:
-    return {"interactive": choices.lowest is not None}
+    return {"interactive": choices.lowest is not None or choices.adjustable}
 
 
 def _of_budget(choices: Choices) -> dict[str, Any]:
@@ -134,7 +136,9 @@ def _of_ceiling(choices: Choices) -> dict[str, Any]:
 
 def _limits(session: Session, run: str, trained: bool, budget: float, ceiling: int) -> Limits:
     choices = session.choices[run]
-    free = trained or choices.lowest is None
+    if trained:
+        return Limits(run)
+    free = choices.lowest is None
     open_ = not choices.adjustable or ceiling >= choices.num_layers
     return Limits(
         run,
@@ -167,8 +171,12 @@ def _connect(session: Session, pane: Pane, box: Any) -> None:
             return (gr.skip(),) * 4  # nothing was changed: what is picked stays
         return see(text, *settings)
 
-    for change in (pane.ceiling.input, pane.trained.input):
-        change(moved, [pane.seen, box, *pane.settings], pane.shown, **quick)
+    def ceiling_moved(before: Seen | None, text: str, run: str, trained: bool, *sliders: Any) -> tuple[Any, ...]:
+        found = moved(before, text, run, False, *sliders)
+        return (gr.skip() if found[0] == gr.skip() else False, *found)
+
+    pane.trained.input(moved, [pane.seen, box, *pane.settings], pane.shown, **quick)
+    pane.ceiling.input(ceiling_moved, [pane.seen, box, *pane.settings], [pane.trained, *pane.shown], **quick)
 
     def run_changed(run: str) -> tuple[Any, ...]:
         choices = session.choices[run]
@@ -194,13 +202,13 @@ def _write(
     session: Session, text: str, run: str, trained: bool, budget: float, ceiling: int, count: float,
     temperature: float, seed: float | None,
 ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-    """The view, as tokens come, and at the end the whole text and what `see` gives."""
-    limits = _limits(session, run, trained, budget, ceiling)
+    """The view and the text, as tokens come, and at the end the whole text and what `see` gives."""
+    text, limits = clean(text), _limits(session, run, trained, budget, ceiling)
     tokenizer, num_layers = session.runs[run][1], session.choices[run].num_layers
     if not text:
-        yield gr.skip(), f"<p class=ms-hint>{HINT}</p>", None, "", ""
+        yield gr.skip(), f"<p class=ms-hint>{HINT}</p>", None, "", "", None
         return
-    drawn, ids, start = 0.0, [], None
+    drawn, ids, start, count_all = 0.0, [], None, session.num_tokens(text, run)
     for ids, blocks in session.go_on(text, limits, int(count), float(temperature), int(seed or 0)):
         start = len(ids) if start is None else start
         if time.monotonic() - drawn < REDRAW_S:
@@ -208,9 +216,15 @@ def _write(
         drawn = time.monotonic()
         texts = token_texts(tokenizer, ids)
         tokens = [TokenDepth(one.text, ran, part=one.part, num_parts=one.num_parts) for one, ran in zip(texts, blocks)]
-        yield gr.skip(), stream_html(tokens, num_layers), None, "", gr.skip()
+        whole = text + text_of_new(tokenizer, ids, start)
+        yield gr.skip(), stream_html(tokens, num_layers, count_all - start), None, "", gr.skip(), (text, whole)
     whole = text + text_of_new(tokenizer, ids, start or 0)
-    yield whole, *_seer(session)(whole, run, trained, budget, ceiling)
+    yield whole, *_seer(session)(whole, run, trained, budget, ceiling), None
+
+
+def _keep(text: str, written: tuple[str, str] | None) -> tuple[Any, None]:
+    """What was written before it was stopped, unless the text was changed meanwhile."""
+    return (written[1] if written is not None and clean(text) == written[0] else gr.skip()), None
 
 
 def serve(session: Session, text: str, host: str, port: int | None, in_browser: bool) -> tuple[Any, str]:

@@ -99,13 +99,17 @@ class Session:
             model = self.runs[seen.limits.run][0]
             return what_if(model, ids[start:end], token - start, ids[end] if end < len(ids) else None)
 
+    def num_tokens(self, text: str, run: str) -> int:
+        return len(ids_of(self.runs[run][1], text))
+
     def go_on(
         self, text: str, limits: Limits, max_new_tokens: int, temperature: float, seed: int
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """`look.stream` of the text, of which the end is the prompt if it is too long."""
+        """`look.stream` of the text, of which the end is the prompt if it is too long: half of the context at least."""
         model, tokenizer = self.runs[limits.run]
         ids = ids_of(tokenizer, text)
-        room = max(1, model.config.max_position_embeddings - max_new_tokens)
+        most = model.config.max_position_embeddings
+        room = max(1, most - max_new_tokens, most // 2)
         return stream(model, ids[-room:], max_new_tokens, temperature, seed=seed, step=lambda: self._limited(limits))
 
     @contextmanager
@@ -117,6 +121,10 @@ class Session:
                 yield
 
 
+def clean(text: str) -> str:
+    """What is no Unicode in a text becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Of a text; what is no Unicode in it becomes a question mark."""
-    return tokenizer(text.encode("utf-8", "replace").decode(), verbose=False)["input_ids"] if text else []
+    return tokenizer(clean(text), verbose=False)["input_ids"] if text else []

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from midskip.app.session import Seen
 from midskip.look import Outcome
-from midskip.report import TokenDepth, heat_map, kinds_html, safe, token_html
+from midskip.report import TokenDepth, heat_map, kinds_html, safe, token_html, visible
 
 HINT = "Type or paste text above: each token gets the colour of the number of blocks that it ran."
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -18,7 +18,7 @@ PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def amount(value: float, unit: str = "") -> str:
     """Three digits and a prefix: 2.13 M."""
     for size, prefix in PREFIXES:
-        if value >= size:
+        if value >= 0.9995 * size:
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".strip()
 
@@ -26,9 +26,9 @@ def amount(value: float, unit: str = "") -> str:
 def duration(seconds: float) -> str:
     return (
         f"{seconds * 1e6:.3g} µs"
-        if seconds < 1e-3
+        if seconds < 0.9995e-3
         else f"{seconds * 1e3:.3g} ms"
-        if seconds < 1
+        if seconds < 0.9995
         else f"{seconds:.3g} s"
     )
 
@@ -70,9 +70,11 @@ def charts_html(seen: Seen | None) -> str:
     return f"<div class=ms><h4>Depth by kind of token</h4>{table}<p class=ms-note>{note}</p></div>"
 
 
-def stream_html(tokens: Sequence[TokenDepth], num_layers: int) -> str:
-    """The text and the legend alone, while tokens come."""
-    return f'<div class="ms l{num_layers}">{text_html(tokens)}{legend_html(tokens, num_layers)}</div>'
+def stream_html(tokens: Sequence[TokenDepth], num_layers: int, left_out: int = 0) -> str:
+    """The text and the legend alone, while tokens come. `left_out`: tokens before them that the model does not read."""
+    told = f"{left_out:,} tokens before these are not read: the context has no room for them and for what is new."
+    hint = f"<p class=ms-hint>{told}</p>" if left_out else ""
+    return f'<div class="ms l{num_layers}">{hint}{text_html(tokens)}{legend_html(tokens, num_layers)}</div>'
 
 
 def legend_html(tokens: Sequence[TokenDepth], num_layers: int) -> str:
@@ -105,7 +107,7 @@ def _data(seen: Seen) -> str:
         {
             "layers": look.num_layers,
             "vocabulary": seen.vocab_size,
-            "text": [token.text for token in look.tokens],
+            "text": [visible(token.text) for token in look.tokens],
             "part": [f"{token.part + 1} of {token.num_parts}" if token.num_parts > 1 else 0 for token in look.tokens],
             "blocks": [token.blocks for token in look.tokens],
             "loss": [_short(token.loss_nats) for token in look.tokens],

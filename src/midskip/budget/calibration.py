@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
@@ -54,6 +56,10 @@ class Calibration:
     loss_std: list[float]
     rule: str = "loss"
     weights: dict[str, str] | None = None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all of it, by which one calibration is told from another."""
+        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_dict(cls, values: Any) -> Calibration:

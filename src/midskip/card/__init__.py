@@ -12,7 +12,7 @@ from midskip.card.folder import (
     read_run,
 )
 from midskip.card.markdown import plain, source_name
-from midskip.card.page import model_card, write_card
+from midskip.card.page import model_card, try_card, write_card
 
 __all__ = [
     "CARD_FILE",
@@ -27,5 +27,6 @@ __all__ = [
     "read_measured",
     "read_run",
     "source_name",
+    "try_card",
     "write_card",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,11 @@ def calibrated(calibration: Calibration) -> list[str]:
         (f"{share:.3f}", f"{loss:.4f}", f"{score_scale:.4g}")
         for share, loss, score_scale in zip(calibration.share, calibration.loss, calibration.score_scale, strict=True)
     ]
+    share = min(calibration.share, key=lambda share: abs(share - 0.5))  # one that it can run
+    budget = f"{math.ceil(100 * share) / 100:g}"
     intro = (
-        "`model.set_budget(0.5)` lets the model run at most half of its block-tokens on average, by this curve, "
-        f"measured on {calibration.num_tokens:,} tokens of {plain(source_name(calibration.text))}."
+        f"`model.set_budget({budget})` lets the model run at most {budget} of its block-tokens on average, by this "
+        f"curve, measured on {calibration.num_tokens:,} tokens of {plain(source_name(calibration.text))}."
     )
     return [
         "## A budget at run time",

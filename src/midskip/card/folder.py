@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +55,7 @@ def read_measured(folder: str | Path) -> Measured:
         retrofit=_read(folder / RETROFIT_FILE, json.loads, {"settings": dict, "stages": dict}),
         evaluated=_read(folder / EVALUATED_FILE, json.loads, {"as_trained": dict, "budgets": list}),
         bench=_read(bench, json.loads, {"machine": dict, "settings": dict, "rows": list}) if bench else None,
-        header=header_of(card.read_text(encoding="utf-8")) if card.is_file() else {},
+        header=header_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {},
     )
 
 
@@ -80,12 +79,21 @@ def header_of(card: str) -> dict[str, Any]:
         found = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, TypeError, yaml.YAMLError):
         return {}
+    if "language" in found:
+        found["language"] = _norwegian(found["language"])
     return {key: value for key in KEPT if _is_words(value := found.get(key))}
+
+
+def _norwegian(value: Any) -> Any:
+    """YAML takes its code, no, for False."""
+    if isinstance(value, list):
+        return [_norwegian(one) for one in value]
+    return "no" if value is False else value
 
 
 def _is_words(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(one, str) and re.fullmatch(r"[\w./:@+-]{1,200}", one) for one in values)
+    return bool(values) and all(isinstance(one, str) and one.isprintable() and 0 < len(one) <= 200 for one in values)
 
 
 def _read(file: Path, read: Callable[[str], Any], keys: Mapping[str, type]) -> dict[str, Any] | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,10 @@ def _model_card(name: str, config: MidskipConfig, num_parameters: int, measured:
     if measured.retrofit is not None and measured.retrofit["stages"]:
         parts += retrofitted(measured.retrofit)
     if curve is not None:
-        parts += calibrated(Calibration.from_dict(curve))
-        parts += [] if measured.evaluated is None else evaluated(measured.evaluated)
+        calibration, found = Calibration.from_dict(curve), measured.evaluated
+        parts += calibrated(calibration)
+        if found is not None and found.get("calibration") == calibration.fingerprint():
+            parts += evaluated(found)
     parts += [] if measured.bench is None else speed(measured.bench, config)
     parts += _architecture(config, num_parameters)
     if report is not None:
@@ -87,13 +91,25 @@ def write_card(
         ValueError: a file in the folder that cannot be read or shown.
     """
     file = Path(folder, CARD_FILE)
-    if file.is_file() and MARK not in file.read_text(encoding="utf-8"):
+    if file.is_file() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
         return None
     text = model_card(name or Path(folder).resolve().name, config, num_parameters, measured or read_measured(folder))
     part = file.with_name(f"{CARD_FILE}.part")
     part.write_text(text, encoding="utf-8", newline="\n")
     part.replace(file)  # whole or not there: half a page may lack our mark
     return file
+
+
+def try_card(folder: str | Path, config: MidskipConfig, num_parameters: int, **known: Any) -> None:
+    """As `write_card`, at the end of a long command: what is wrong with a file there is a warning.
+
+    Args:
+        known: of `Measured`, instead of what lies in the folder.
+    """
+    try:
+        write_card(folder, config, num_parameters, measured=replace(read_measured(folder), **known))
+    except ValueError as error:
+        warnings.warn(f"no model card was written: {error}", stacklevel=2)
 
 
 # ---- the parts
@@ -243,6 +259,15 @@ def _architecture(config: MidskipConfig, num_parameters: int) -> list[str]:
     return ["## Architecture", table(("", ""), [(plain(left), plain(right)) for left, right in rows])]
 
 
+def _without_places(value: Any) -> Any:
+    """The same, with paths that begin at the root or at home by their last part alone."""
+    if isinstance(value, str):
+        return source_name(value)
+    if isinstance(value, dict):
+        return {key: _without_places(one) for key, one in value.items()}
+    return [_without_places(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def _training(report: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> list[str]:
     training = report["training"]
     parts = [f"{training['steps']:,} optimizer steps over {training['num_tokens']:,} tokens."]
@@ -252,8 +277,6 @@ def _training(report: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> li
     if signs:
         parts.append(f"**Signs of a collapse were seen in training**: {'; '.join(signs)}.")
     if recipe is not None:
-        shown = {key: value for key, value in recipe.items() if key != "output"}
-        places = {key: recipe["data"].get(key) for key in ("source", "validation", "tokenizer")}
-        shown["data"] = recipe["data"] | {key: source_name(place) for key, place in places.items() if place}
+        shown = _without_places({key: value for key, value in recipe.items() if key != "output"})
         parts += ["The recipe:", code(yaml.safe_dump(shown, sort_keys=False).strip(), "yaml")]
     return ["## Training", *parts]

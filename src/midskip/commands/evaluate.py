@@ -79,6 +79,7 @@ def run(arguments: list[str]) -> None:
         result = evaluate(model, windows, num_bytes, options.batch_size, progress=True)
         if calibration:
             result["as_trained"] = beside_calibration(calibration, 1.0, result)
+            result["calibration"] = calibration.fingerprint()
             result["budgets"] = loss_by_budget(model, windows, options.budgets, options.batch_size, progress=True)
     if rank:
         return

@@ -69,13 +69,13 @@ def what_if(
 
 def one_earlier(layers: Sequence[bool], gate_of_layer: Sequence[int | None]) -> tuple[bool, ...] | None:
     """bool [L]: the layers that are left if a token skips the innermost gate that it passed, or the last layer where
-    layers have no gates. None if it ran none."""
+    layers have no gates, or all have one. None if it ran none."""
     ran = [layer for layer, one in enumerate(layers) if one]
     if not ran:
         return None
     gates = [gate_of_layer[layer] for layer in ran]
     known = [gate for gate in gates if gate is not None]
-    if len(known) < len(gates):
+    if len(known) < len(gates) or (len(layers) > 2 and len(set(gate_of_layer)) == 1):
         dropped = {ran[-1]}
     else:
         dropped = {layer for layer, gate in zip(ran, gates, strict=True) if gate == max(known)}

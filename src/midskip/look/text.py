@@ -168,9 +168,9 @@ def _run(
 
 
 def ranks_of(logits_NV: Tensor, target_N: Tensor) -> Tensor:
-    """int64 [N]: 1 where no logit is larger than the target's."""
+    """int64 [N]: 1 where no logit is larger than the target's. One that is no number counts as larger than all."""
     target_N1 = target_N.clamp(min=0)[:, None]
-    return (logits_NV > logits_NV.gather(1, target_N1)).sum(1) + 1
+    return (~(logits_NV <= logits_NV.gather(1, target_N1))).sum(1).clamp(max=logits_NV.shape[1] - 1) + 1
 
 
 def scores_of_layers(

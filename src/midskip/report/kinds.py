@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -31,11 +31,21 @@ class Kind:
     next_loss_nats: float | None
 
 
-def shapes(tokens: Sequence[TokenDepth]) -> list[str]:
-    """Of each token, one of `SHAPES`: what its characters are, and what stands before them."""
+JOINS = "'’_"  # within a word, they do not end it
+
+
+def _is_of_word(character: str) -> bool:
+    """Letters, digits, and the marks on them."""
+    return character.isalnum() or unicodedata.category(character)[0] == "M"
+
+
+def shapes(tokens: Sequence[TokenDepth], starts: Container[int] = ()) -> list[str]:
+    """Of each token, one of `SHAPES`: what its characters are, and what stands before them. `starts`: tokens with which
+    a text begins, beside the first."""
     found, before = [], " "
-    for token in tokens:
+    for number, token in enumerate(tokens):
         text, bare = token.text, token.text.strip()
+        before = " " if number in starts else before
         if token.part:
             found.append("part of a word")
             continue
@@ -44,12 +54,13 @@ def shapes(tokens: Sequence[TokenDepth]) -> list[str]:
         elif all(unicodedata.category(one)[0] == "N" for one in bare):
             shape = "digits"
         elif any(one.isalpha() for one in bare):
-            goes_on = text[0].isalnum() and before.isalnum()
+            goes_on = (_is_of_word(text[0]) or text[0] in JOINS) and _is_of_word(before)
             shape = "part of a word" if goes_on else "word start"
         else:
             shape = "punctuation" if all(unicodedata.category(one)[0] in "PS" for one in bare) else "other"
         found.append(shape)
-        before = text[-1:] or before
+        at_end = text[-2:-1] or before if text[-1:] in tuple(JOINS) else text[-1:]
+        before = at_end if _is_of_word(at_end or " ") else text[-1:] or before
     return found
 
 
@@ -64,10 +75,11 @@ def frequencies(tokens: Sequence[TokenDepth]) -> list[str]:
     return ["rare" if counts[key] == 1 else "frequent" if key in frequent else "in between" for key in keys]
 
 
-def depth_by_kind(tokens: Sequence[TokenDepth]) -> list[Kind]:
-    """Of each kind that there is, in the order of `SHAPES` and `FREQUENCIES`. A token is of one kind of each."""
+def depth_by_kind(tokens: Sequence[TokenDepth], starts: Container[int] = ()) -> list[Kind]:
+    """Of each kind that there is, in the order of `SHAPES` and `FREQUENCIES`. A token is of one kind of each.
+    `starts`: as of `shapes`."""
     found = []
-    for names, known in ((shapes(tokens), SHAPES), (frequencies(tokens), FREQUENCIES)):
+    for names, known in ((shapes(tokens, starts), SHAPES), (frequencies(tokens), FREQUENCIES)):
         for name in known:
             some = [token for token, its in zip(tokens, names, strict=True) if its == name]
             losses = [token.next_loss_nats for token in some if token.next_loss_nats is not None]
@@ -77,10 +89,10 @@ def depth_by_kind(tokens: Sequence[TokenDepth]) -> list[Kind]:
     return found
 
 
-def kinds_html(tokens: Sequence[TokenDepth], num_layers: int) -> str:
+def kinds_html(tokens: Sequence[TokenDepth], num_layers: int, starts: Container[int] = ()) -> str:
     """A table with a bar for the mean blocks of each kind; `kinds_style` colours it."""
     rows = []
-    for kind in depth_by_kind(tokens):
+    for kind in depth_by_kind(tokens, starts):
         share = kind.mean_blocks / num_layers
         bar = f'<svg viewBox="0 0 100 1" preserveAspectRatio="none"><rect class="k{round(8 * share)}"'
         bar += f' width="{100 * share:.1f}" height="1"/></svg>'

@@ -9,7 +9,7 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 from midskip.report.heat import heat_map, heat_style
@@ -37,6 +37,7 @@ def write_page(
         raise ValueError("there are no passages to show; expected at least one (heading, tokens) pair")
     style = _style(num_layers)
     everything = [token for _, tokens in passages for token in tokens]
+    starts = set(accumulate(len(tokens) for _, tokens in passages))
     for number, (heading, tokens) in enumerate(passages):
         check_tokens(tokens, num_layers, f"passage {number} ({heading!r})")
     digest = b64encode(sha256(style.encode()).digest()).decode()
@@ -53,7 +54,7 @@ def write_page(
 <p>The colour of a token says how many of the {num_layers} blocks it ran.
 Point at it, tap it, or reach it with Tab to see more.</p>
 {_legend(everything, num_layers)}
-<details open><summary>Depth by kind of token</summary>{kinds_html(everything, num_layers)}
+<details open><summary>Depth by kind of token</summary>{kinds_html(everything, num_layers, starts)}
 <p>Frequent and rare are meant within these texts; nats are of the predictions that these tokens made.</p>
 </details></header>
 <main>{"".join(_passage(heading, tokens, num_layers) for heading, tokens in passages)}</main></body></html>

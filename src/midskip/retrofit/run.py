@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree as remove_folder
 from typing import Any
@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from midskip.budget.calibration import Calibration
-from midskip.card import read_measured, write_card
+from midskip.card import try_card
 from midskip.data import TokenWindows, encode_source
 from midskip.distributed import num_launched
 from midskip.locks import LOCK_FILE, locked
@@ -197,8 +197,7 @@ def _finish(
     for place in (folder / stage, folder):
         save_whole(place, model, tokenizer)
     report["stages"][stage] = more | {"prices": rows}
-    measured = replace(read_measured(folder), retrofit=report)
-    write_card(folder, model.config, model.num_parameters(), measured=measured)
+    try_card(folder, model.config, model.num_parameters(), retrofit=report)
     write_atomically(folder / REPORT, to_json(report) + "\n")  # last: then the stage is done
     console.print(price_table(rows, stage))
 

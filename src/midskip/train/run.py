@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from midskip.card import source_name, write_card
+from midskip.card import source_name, try_card
 from midskip.data import DataError, LabelledData, token_bytes
 from midskip.data.labelled import Items
 from midskip.distributed import first_goes_first, num_launched
@@ -180,7 +180,7 @@ def _train(
     if (folder / BEST_FOLDER / BEST_FILE).is_file():
         report["best"] = json.loads((folder / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))
     (folder / REPORT_FILE).write_text(to_json(report) + "\n", encoding="utf-8")
-    write_card(folder, model.config, model.num_parameters())
+    try_card(folder, model.config, model.num_parameters())
     write_pages(folder, model, text.tokenizer, validation, report, trainer.history)
     return report
 
