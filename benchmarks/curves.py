@@ -1,46 +1,67 @@
-"""The curves and the report of runs, in one file small enough to keep.
+"""How training went: share of block-tokens that ran, and loss, by step, of runs side by side.
 
-    python benchmarks/curves.py runs/wiki-tiny-gated runs/wiki-tiny-dense --output FILE.json [--note TEXT]
+    python benchmarks/curves.py RUN [RUN ...] [--every 25] [--output curves.json] [--picture curves.png]
 
-Of each run: its recipe, its report, and of its history every row in which the curves by layer were logged.
+Each number is the mean of as many steps. Runs whose folders differ only in what follows the last dash, as seeds, are
+drawn in one colour.
 """
 
 import argparse
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from midskip.bench.results import machine
-from midskip.runs import RECIPE_FILE, REPORT_FILE, to_json
+from midskip.runs import to_json, write_atomically
 from midskip.train.checkpoints import HISTORY_FILE
-from midskip.train.recipe import read_recipe
 
 
-def rounded(value: Any) -> Any:
-    """Numbers with five digits."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return {name: rounded(item) for name, item in value.items()} if isinstance(value, dict) else value
+def curves_of(rows: Sequence[dict[str, Any]], every: int) -> dict[str, list[float]]:
+    """Means over stretches of `every` rows of a history; what is left at the end is one more stretch."""
+    parts = [rows[start : start + every] for start in range(0, len(rows), every)]
+    return {
+        "step": [part[-1]["step"] for part in parts],
+        "executed_share": [round(fmean(row["executed_share"] for row in part), 4) for part in parts],
+        "cross_entropy": [round(fmean(row["cross_entropy"] for row in part), 4) for part in parts],
+    }
+
+
+def draw(found: dict[str, dict[str, list[float]]], file: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    arms = list(dict.fromkeys(name.rpartition("-")[0] for name in found))
+    for name, row in found.items():
+        arm = name.rpartition("-")[0]
+        is_first = next(other for other in found if other.rpartition("-")[0] == arm) == name
+        for axis, what in zip(axes, ("executed_share", "cross_entropy"), strict=True):
+            axis.plot(row["step"], row[what], color=f"C{arms.index(arm)}", label=arm if is_first else None)
+    axes[0].set(xlabel="step", ylabel="share of block-tokens that ran", ylim=(0, 1.02))
+    axes[1].set(xlabel="step", ylabel="training loss, nats a token", ylim=(3.0, 4.5))
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--note", default="")
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {"machine": machine(), "note": arguments.note}
-    for run in arguments.runs:
-        rows = [json.loads(line) for line in (run / HISTORY_FILE).read_text(encoding="utf-8").splitlines()]
-        result[run.name] = {
-            "recipe": asdict(read_recipe(run / RECIPE_FILE)),
-            "report": json.loads((run / REPORT_FILE).read_text(encoding="utf-8")),
-            "history": rounded([row for row in rows if "tokens_per_s" in row]),
-        }
-    arguments.output.write_text(to_json(result) + "\n", encoding="utf-8")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    found = {}
+    for run in options.runs:
+        lines = (run / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
+        found[run.name] = curves_of([json.loads(line) for line in lines], options.every)
+    if options.output:
+        write_atomically(options.output, to_json(found) + "\n")
+    if options.picture:
+        draw(found, options.picture)
+    for name, row in found.items():
+        print(
+            f"{name}: share {min(row['executed_share']):.2f} at its least, {row['executed_share'][-1]:.2f} at the end"
+        )
 
 
 if __name__ == "__main__":
