@@ -193,39 +193,49 @@ def test_it_goes_on_with_the_text(page: Any) -> None:
     assert page.locator("#ms-view-a b").count() > 20
 
 
-def test_stopped_it_keeps_what_was_written(browser: Any, saved_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SLOWLY = """
+import sys, time
+from midskip.app.blocks import serve
+from midskip.app.session import Session
+from midskip.runs import load_run
+
+def slowly(*arguments):
+    for step in go_on(*arguments):
+        yield step
+        time.sleep(0.3)
+
+session = Session({"run": load_run(sys.argv[1])})
+go_on, session.go_on = session.go_on, slowly
+print(serve(session, sys.argv[2], "127.0.0.1", None, False)[1], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_stopped_it_keeps_what_was_written(browser: Any, saved_model: Path) -> None:
     """With a model that takes its time."""
-    pytest.importorskip("gradio")
-    from midskip.app.blocks import serve
-    from midskip.app.session import Session
-    from midskip.runs import load_run
-
-    def slowly(*arguments: Any) -> Iterator[Any]:
-        for step in go_on(*arguments):
-            yield step
-            time.sleep(0.3)
-
-    session = Session({"run": load_run(saved_model)})
-    go_on = session.go_on
-    monkeypatch.setattr(session, "go_on", slowly)
-    served, address = serve(session, SENTENCE, "127.0.0.1", None, False)
+    command = [sys.executable, "-c", SLOWLY, str(saved_model), SENTENCE]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     page = browser.new_page()
-    try:
-        page.goto(address)
-        page.wait_for_selector("#ms-view-a .ms[data-look]")
-        before = page.locator("#ms-view-a b").count()
-        page.locator("#ms-go-on").click()
-        page.wait_for_function(f"document.querySelectorAll('#ms-view-a b').length > {before + 2}")
-        assert page.locator("#ms-box textarea").input_value() == SENTENCE, "it is still being written"
-        page.locator("#ms-stop").click()
-        page.wait_for_function(f"document.querySelector('#ms-box textarea').value.length > {len(SENTENCE)}")
-        page.wait_for_selector("#ms-view-a .ms[data-look]")
-        kept = page.locator("#ms-box textarea").input_value()
-        time.sleep(1)
-        assert page.locator("#ms-box textarea").input_value() == kept and kept.startswith(SENTENCE)
-    finally:
-        page.close()
-        served.close()
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            page.goto(process.stdout.readline().strip())
+            page.wait_for_selector("#ms-view-a .ms[data-look]")
+            before = page.locator("#ms-view-a b").count()
+            page.locator("#ms-go-on").click()
+            page.wait_for_function(f"document.querySelectorAll('#ms-view-a b').length > {before + 2}")
+            assert page.locator("#ms-box textarea").input_value() == SENTENCE, "it is still being written"
+            page.locator("#ms-stop").click()
+            page.wait_for_function(f"document.querySelector('#ms-box textarea').value.length > {len(SENTENCE)}")
+            page.wait_for_selector("#ms-view-a .ms[data-look]")
+            kept = page.locator("#ms-box textarea").input_value()
+            time.sleep(1)
+            assert page.locator("#ms-box textarea").input_value() == kept and kept.startswith(SENTENCE)
+        finally:
+            page.close()
+            process.kill()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
