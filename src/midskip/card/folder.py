@@ -80,14 +80,14 @@ def header_of(card: str) -> dict[str, Any]:
     except (ValueError, TypeError, yaml.YAMLError):
         return {}
     if "language" in found:
-        found["language"] = _norwegian(found["language"])
+        found["language"] = _language(found["language"])
     return {key: value for key in KEPT if _is_words(value := found.get(key))}
 
 
-def _norwegian(value: Any) -> Any:
-    """YAML takes its code, no, for False."""
+def _language(value: Any) -> Any:
+    """Codes of languages as they were written: YAML takes that of Norwegian, no, for False."""
     if isinstance(value, list):
-        return [_norwegian(one) for one in value]
+        return [_language(one) for one in value]
     return "no" if value is False else value
 
 

@@ -145,7 +145,7 @@ def _arm(
         made = read_recipe(found, [f"--{name}={_argument(value)}" for name, value in (of_all | own | at).items()])
         _check(made)
         points.append(Point(arm["name"], at, made, seeds, rates, tune_seed, tuned_at))
-        if tune_at == "first_point":
+        if tune_at == "first_point" and len(rates) > 1:
             tuned_at = points[0]
     return points
 
