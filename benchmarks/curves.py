@@ -1,4 +1,4 @@
-"""How training went: share of block-tokens that ran, and loss, by step, of runs side by side.
+"""How training went: share of block-tokens that ran, their mean gate, and loss, by step, of runs side by side.
 
     python benchmarks/curves.py RUN [RUN ...] [--every 25] [--output curves.json] [--picture curves.png]
 
@@ -23,22 +23,29 @@ def curves_of(rows: Sequence[dict[str, Any]], every: int) -> dict[str, list[floa
     return {
         "step": [part[-1]["step"] for part in parts],
         "executed_share": [round(fmean(row["executed_share"] for row in part), 4) for part in parts],
+        "gate": [round(fmean(map(mean_gate, part)), 4) for part in parts],
         "cross_entropy": [round(fmean(row["cross_entropy"] for row in part), 4) for part in parts],
     }
+
+
+def mean_gate(row: dict[str, Any]) -> float:
+    """Of the block-tokens that ran, the mean of their gates."""
+    return sum(row["gate_mean_by_layer"]) / sum(row["share_by_layer"])
 
 
 def draw(found: dict[str, dict[str, list[float]]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     arms = list(dict.fromkeys(name.rpartition("-")[0] for name in found))
     for name, row in found.items():
         arm = name.rpartition("-")[0]
         is_first = next(other for other in found if other.rpartition("-")[0] == arm) == name
-        for axis, what in zip(axes, ("executed_share", "cross_entropy"), strict=True):
+        for axis, what in zip(axes, ("executed_share", "gate", "cross_entropy"), strict=True):
             axis.plot(row["step"], row[what], color=f"C{arms.index(arm)}", label=arm if is_first else None)
     axes[0].set(xlabel="step", ylabel="share of block-tokens that ran", ylim=(0, 1.02))
-    axes[1].set(xlabel="step", ylabel="training loss, nats a token", ylim=(3.0, 4.5))
+    axes[1].set(xlabel="step", ylabel="mean gate of those that ran", ylim=(0, 1.02))
+    axes[2].set(xlabel="step", ylabel="training loss, nats a token", ylim=(3.0, 4.5))
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
 

@@ -52,11 +52,12 @@ def test_one_launch_computes_what_a_call_for_each_sequence_does(
         batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": position_BT}
     model = make_model(**POLICIES[policy], skipped_kv=skipped_kv, num_key_value_heads=2)
     found = []
-    for in_one in (False, True):
-        monkeypatch.setattr(attention, "_has_varlen", lambda x, in_one=in_one: in_one)
+    for way in ("each", "padded", "in one"):
+        monkeypatch.setattr(attention, "_has_varlen", lambda x, way=way: way == "in one")
+        monkeypatch.setattr(attention, "_alone_is_cheaper", lambda device, way=way: way == "each")
         output = outputs(model(**batch, labels=batch["input_ids"], output_hidden_states=True))
         found.append(output | {name: x for name, x in gradients(model, output).items() if x is not None})
-        assert bool(launches) is in_one
+        assert bool(launches) is (way == "in one")
     if kind == "ragged":  # a cache takes no documents
         with torch.no_grad():
             into_cache = model.eval()(**batch, labels=batch["input_ids"], output_hidden_states=True, use_cache=True)

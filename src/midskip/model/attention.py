@@ -117,10 +117,11 @@ def attend(q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: PackedBatch, ke
         length = queries.seqlens[0]
         q, k, v = (x.unflatten(0, (-1, length)) for x in (q_NHJ, k_MGJ, v_MGJ))
         return _attend(q, k, v, scale).flatten(0, 1)
-    if not _has_varlen(q_NHJ):
+    in_one = _has_varlen(q_NHJ)
+    if not in_one and _alone_is_cheaper(q_NHJ.device):
         return torch.cat(_attend_each(q_NHJ, k_MGJ, v_MGJ, queries, keys, scale))
     if queries is keys:
-        return _attend_varlen(q_NHJ, k_MGJ, v_MGJ, keys, scale)
+        return (_attend_varlen if in_one else _attend_padded)(q_NHJ, k_MGJ, v_MGJ, keys, scale)
     assert queries.indices_N is not None, "queries are kept from the keys"
     # a query at the place of its own key; nobody reads the other places
     q_MHJ = q_NHJ.new_zeros(keys.num_tokens, *q_NHJ.shape[1:]).index_copy(0, queries.indices_N, q_NHJ)
@@ -142,6 +143,18 @@ def _attend_varlen(q_NHJ: Tensor, k_NGJ: Tensor, v_NGJ: Tensor, batch: PackedBat
     ends, longest = batch.cu_seqlens, max(batch.seqlens)
     # -1, 0: all to the left, none to the right
     return kernel(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))[..., :num_features]
+
+
+def _attend_padded(q_NHJ: Tensor, k_NGJ: Tensor, v_NGJ: Tensor, batch: PackedBatch, scale: float) -> Tensor:
+    """One launch for all sequences, padded to the longest: for dtypes that torch's kernel does not take."""
+    shape, num_features = (len(batch.seqlens), max(batch.seqlens)), q_NHJ.shape[2]
+    place_N = batch.sequence_N * shape[1] + batch.index_in_sequence_N
+    wide = (F.pad(x, (0, -num_features % 8)) for x in (q_NHJ, k_NGJ, v_NGJ))  # fused kernels take no other widths
+    q, k, v = (
+        x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, place_N, x).unflatten(0, shape) for x in wide
+    )
+    # pads stand behind, where nobody looks
+    return _attend(q, k, v, scale).flatten(0, 1).index_select(0, place_N)[..., :num_features]
 
 
 def _attend_each(
