@@ -151,12 +151,21 @@ def test_who_ran_nothing_cannot_leave_earlier(make_model: Callable[..., MidskipF
 
 
 def test_the_layer_left_is_the_innermost() -> None:
-    mirrored = (0, 1, 2, 1, 0)
-    assert one_earlier((True,) * 5, mirrored) == (True, True, False, True, True)
-    assert one_earlier((True, True, False, True, True), mirrored) == (True, False, False, False, True)
-    assert one_earlier((True, False, True, False), (None,) * 4) == (True, False, False, False)
-    assert one_earlier((True,) * 4, (0,) * 4) == (True, True, True, False), "early exits, which have one gate for all"
-    assert one_earlier((False,) * 4, (None,) * 4) is None
+    assert one_earlier((True,) * 5, True) == (True, True, False, True, True)
+    assert one_earlier((True, True, False, True, True), True) == (True, False, False, False, True)
+    assert one_earlier((True, False, True, False), False) == (True, False, False, False)
+    assert one_earlier((True,) * 2, False) == (True, False), "two layers, each other's mirrors by place only"
+    assert one_earlier((False,) * 4, True) is None
+
+
+@pytest.mark.parametrize("kind", ["middle_out", "independent", "early_exit"])
+def test_a_policy_says_whether_layers_are_mirrored(make_model: Callable[..., MidskipForCausalLM], kind: str) -> None:
+    model = make_model(policy="random", policy_settings={"kind": kind, "share": 0.5}).eval()
+    assert model.model.policy.is_mirrored is (kind == "middle_out")
+    found = what_if(model, ids_of(9), 8)
+    layers = found["as_it_is"].layers
+    if any(layers):
+        assert sum(layers) - sum(found["one_earlier"].layers) == (2 if kind == "middle_out" else 1)
 
 
 def test_a_skip_path_is_taken_where_the_token_now_leaves() -> None:

@@ -61,24 +61,23 @@ def what_if(
     plain = _pass(model, ids, column, next_id, None)
     num_layers = len(plain.layers)
     found = {"as_it_is": plain, "everything": _pass(model, ids, column, next_id, (True,) * num_layers)}
-    earlier = one_earlier(plain.layers, model.model.policy.gate_of_layer)
+    earlier = one_earlier(plain.layers, model.model.policy.is_mirrored)
     if earlier is not None:
         found["one_earlier"] = _pass(model, ids, column, next_id, earlier)
     return found
 
 
-def one_earlier(layers: Sequence[bool], gate_of_layer: Sequence[int | None]) -> tuple[bool, ...] | None:
-    """bool [L]: the layers that are left if a token skips the innermost gate that it passed, or the last layer where
-    layers have no gates, or all have one. None if it ran none."""
+def one_earlier(layers: Sequence[bool], is_mirrored: bool) -> tuple[bool, ...] | None:
+    """bool [L]: the layers that are left if a token skips the last one that it ran; where layers are mirrored, the
+    innermost and its mirror. None if it ran none."""
     ran = [layer for layer, one in enumerate(layers) if one]
     if not ran:
         return None
-    gates = [gate_of_layer[layer] for layer in ran]
-    known = [gate for gate in gates if gate is not None]
-    if len(known) < len(gates) or (len(layers) > 2 and len(set(gate_of_layer)) == 1):
-        dropped = {ran[-1]}
-    else:
-        dropped = {layer for layer, gate in zip(ran, gates, strict=True) if gate == max(known)}
+    last = len(layers) - 1
+    dropped = {ran[-1]}
+    if is_mirrored:
+        depth = max(min(layer, last - layer) for layer in ran)
+        dropped = {depth, last - depth}
     return tuple(one and layer not in dropped for layer, one in enumerate(layers))
 
 

@@ -93,6 +93,7 @@ class Policy(nn.Module):
             one batch.
         looks_back: whether `decide` reads hidden states of a token's past beside its own; a subclass that does sets it.
             A cache does not hold those, so such a model runs without one.
+        is_mirrored: whether a token that skips layer l skips its mirror, layer L - 1 - l, and all between them too.
         is_hard: whether every gate is exactly 0 or 1 (see `Decision.hard`).
         skip_path_layers: layers that have a skip path in models that have any; all by default. See `skip_path_end`.
         has_skip_paths: whether the model has any; set by the model.
@@ -107,6 +108,7 @@ class Policy(nn.Module):
 
     adjustable: bool = False
     looks_back: bool = False
+    is_mirrored: bool = False
     is_hard: bool = False
     needs_target_share: bool = False
 

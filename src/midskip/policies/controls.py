@@ -30,6 +30,8 @@ class FixedDepths(Policy):
         seed: of the draw, from 0 to `LARGEST_SEED`.
     """
 
+    is_mirrored = True
+
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, skip_share: float = 0.5,
         fractional: bool = False, seed: int = 0,

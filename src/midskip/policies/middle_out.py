@@ -61,7 +61,7 @@ class MiddleOut(Policy):
         first_tokens: of hard gates: positions at the beginning of each sequence whose tokens run every layer.
     """
 
-    adjustable = True
+    adjustable = is_mirrored = True
 
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, start: str = "open", gates: str = "soft",

@@ -53,7 +53,7 @@ class RandomSkips(Policy):
             raise ValueError(f"redraw is {redraw!r}; expected true or false")
         if by not in DRAWN_BY:
             raise ValueError(f"by is {by!r}; expected one of {', '.join(map(repr, DRAWN_BY))}")
-        self.kind, self.redraw, self.by = kind, redraw, by
+        self.kind, self.redraw, self.by, self.is_mirrored = kind, redraw, by, kind == "middle_out"
         self.num_steps = torch.nn.Buffer(torch.tensor(0))
         if shares is not None:
             self.present = _checked(shares, num_layers)
