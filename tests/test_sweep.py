@@ -103,7 +103,7 @@ def test_every_run_is_done_once_and_leaves_a_result(sweep_of: SweepOf, ran: list
     points = index_of(sweep)["dense"]
     assert [point["settings"] for point in points] == [{"model.num_hidden_layers": layers} for layers in (1, 2)]
     assert [key for seed in "01" for key in (point["seeds"][seed] for point in points)] == keys_of(sweep)
-    assert [point["trials"] for point in points] == [0, 0]
+    assert [point["trials"] for point in points] == [1, 1]
     assert not any((sweep.output / "running").iterdir())
     run_sweep(sweep, console=QUIET)
     assert len(ran) == 4, "what is done is not done again"

@@ -18,8 +18,8 @@ def test_the_examples_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     in_bytes = read_sweep("sweeps/bytes.yaml").points  # whose learning rates stand above its arms
     dense = [point for point in in_bytes if point.arm in ("dense", "dense, d 96", "dense, d 48")]
     assert all(point.num_runs() == 3 + 2 for point in dense) and len(dense) == 8, "the opponent is tuned at each"
-    assert {len(point.learning_rates) for point in in_bytes} == {1, 3}
-    assert {len(point.learning_rates) for point in read_sweep("sweeps/paper.yaml").points} == {1}
+    assert {len(point.learning_rates) for point in in_bytes} == {0, 3}
+    assert {len(point.learning_rates) for point in read_sweep("sweeps/paper.yaml").points} == {0}
     assert [run.label for run in depth.runs({})][:4] == [
         *(f"dense num_hidden_layers={layers} seed=0" for layers in (2, 4, 8)), "gated seed=0",
     ]  # fmt: skip

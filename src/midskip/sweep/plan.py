@@ -67,7 +67,7 @@ class Point:
         settings: the values of the grid, by name.
         recipe: with these settings; seed and, where it is tuned, learning rate are those of no run.
         seeds: that are wanted.
-        learning_rates: to choose among; with a single one nothing is tried, and empty is the recipe's own.
+        learning_rates: to choose among, two or more; empty if it is the recipe's own.
         tune_seed: of the runs among which it is chosen.
         tuned_at: the point whose trials choose for this one too; by default this one.
     """
@@ -97,8 +97,6 @@ class Point:
 
     def trials(self) -> list[Run]:
         """The runs among which the learning rate is chosen."""
-        if len(self.learning_rates) == 1:
-            return []
         return [(self.tuned_at or self).run(self.tune_seed, rate) for rate in self.learning_rates]
 
     def own_runs(self, losses: Losses) -> dict[str, Run]:
@@ -108,11 +106,11 @@ class Point:
 
     def learning_rate(self, losses: Losses) -> float | None:
         """The best of `learning_rates` by held-out loss, the first of equals; a trial that failed loses. None as long
-        as a trial has not ended, where none succeeded, and where there are no rates."""
-        if len(self.learning_rates) == 1:
-            return self.learning_rates[0]
+        as a trial has not ended, and where none succeeded. The recipe's where there are none to choose among."""
         trials = self.trials()
-        if not trials or any(trial.key not in losses for trial in trials):
+        if not trials:
+            return self.recipe.training.learning_rate
+        if any(trial.key not in losses for trial in trials):
             return None
         found = [
             loss if loss is not None and not math.isnan(loss) else math.inf for loss in map(losses.get, keys(trials))
@@ -129,7 +127,7 @@ class Point:
 
     def num_runs(self) -> int:
         """Once the learning rate is chosen; without trials of another point."""
-        if len(self.learning_rates) < 2 or self.tuned_at is not None:
+        if not self.learning_rates or self.tuned_at is not None:
             return len(self.seeds)
         return len(set(self.seeds) - {self.tune_seed}) + len(self.learning_rates)
 
@@ -176,10 +174,8 @@ class Sweep:
         for point in self.points:
             row: dict[str, Any] = {"settings": point.settings}
             row["seeds"] = {str(seed): run.key for seed, run in point.of_seeds(losses).items()}
-            row["trials"] = len(point.learning_rates)
-            row["learning_rate"] = point.learning_rate(losses) or (
-                None if point.learning_rates else point.recipe.training.learning_rate
-            )
+            row["trials"] = max(1, len(point.learning_rates))
+            row["learning_rate"] = point.learning_rate(losses)
             if point.tuned_at is not None:
                 row["tuned_at"] = point.tuned_at.label
             if trials := point.trials():

@@ -94,7 +94,7 @@ def _sweep(path: Path, given: Any) -> Sweep:
             raise ValueError(f"arm {name!r}: {error}") from error
         names[name], firsts[name] = len(of_arm[0].learning_rates), of_arm[0]
         points += of_arm
-    tuned = {name: count for name, count in names.items() if count > 1}
+    tuned = {name: count for name, count in names.items() if count}
     if len(set(tuned.values())) > 1:
         told = ", ".join(f"{name} {count}" for name, count in tuned.items())
         raise ValueError(
@@ -122,17 +122,19 @@ def _arm(
     grid = {name: _values(f"grid: {name}", values) for name, values in grid.items()}
     if both := sorted(own.keys() & grid.keys()):
         raise ValueError(f"{both[0]} is in settings and in grid; expected one of them")
-    rates: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()  # to be tried
     if "learning_rates" in arm:
         rates = tuple(map(_rate, _values("learning_rates", arm["learning_rates"])))
         if len(set(rates)) < len(rates):
             raise ValueError(f"learning_rates is {list(rates)}; expected different ones")
         if "training.learning_rate" in own.keys() | grid.keys():
             raise ValueError("training.learning_rate is set, and learning_rates are to be tried; expected one of them")
+        if len(rates) == 1:
+            own, rates = own | {"training.learning_rate": rates[0]}, ()
     tune_at = arm.get("tune_at", TUNE_AT[0])
     if tune_at not in (*TUNE_AT, *firsts):
         raise ValueError(f"tune_at is {tune_at!r}; expected {', '.join(TUNE_AT)} or the name of an arm above")
-    if "tune_at" in arm and not rates:
+    if "tune_at" in arm and "learning_rates" not in arm:
         raise ValueError(f"tune_at is {tune_at!r} without learning_rates to try; give them, or leave tune_at out")
     tuned_at = None
     if tune_at not in TUNE_AT:
@@ -145,7 +147,7 @@ def _arm(
         made = read_recipe(found, [f"--{name}={_argument(value)}" for name, value in (of_all | own | at).items()])
         _check(made)
         points.append(Point(arm["name"], at, made, seeds, rates, tune_seed, tuned_at))
-        if tune_at == "first_point" and len(rates) > 1:
+        if tune_at == "first_point" and rates:
             tuned_at = points[0]
     return points
 

@@ -79,7 +79,7 @@ def table(sweep: Sweep, store: Store) -> RenderableType:
         done = [key for key in runs if store.result(key)]
         failed = sum(key not in done and store.failure(key) is not None for key in runs)
         ends = [loss for run in point.of_seeds(losses).values() if (loss := store.loss(run.key)) is not None]
-        rate = point.learning_rate(losses) if point.learning_rates else point.recipe.training.learning_rate
+        rate = point.learning_rate(losses)
         cells = (
             point.arm,
             point.label.removeprefix(point.arm).strip(),
