@@ -232,20 +232,28 @@ def draw(found: dict[str, dict[str, Any]], file: Path) -> None:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown: what exchanges cost, the mean of all layers in which they are possible; how much of the number of
-    layers is told by the token; and layers run by place in a word: none, the first, the third."""
+    """Markdown: what exchanges cost, the mean of the layers in which they are possible, weighted by how many tokens are
+    exchanged in each; the share of the variance of the number of layers that is told by the token; and layers run by
+    place in a word: outside of words, the first token of a word, and the third."""
     lines = [
-        "| run | exchanged | only skipped | only run | layers told by the token | layers run: no word, first, third |",
+        "| run | exchanged | only skipped | only run | variance told by the token | "
+        "layers run: no word, first, third |",
         "| --- " * 6 + "|",
     ]
     for name, row in found.items():
-        costs = {half: [at[half] for at in row["layers"] if at[half] is not None] for half in HALVES}
-        told = [f"{fmean(of):+.2f}" if of else "" for of in costs.values()]
+        costs = {half: [(at["share"], at[half]) for at in row["layers"] if at[half] is not None] for half in HALVES}
+        told = [f"{_weighted(of):+.2f}" if of else "" for of in costs.values()]
         by_token = "" if row["told_by_token"] is None else f"{row['told_by_token']:.0%}"
         places = {of["place"]: of["layers"] for of in row["words"] or ()}
         layers = ", ".join(f"{places[place]:.1f}" for place in (0, 1, 3) if place in places)
         lines.append(f"| {' | '.join([name, *told, by_token, layers])} |")
     return "\n".join(lines)
+
+
+def _weighted(of_layers: list[tuple[float, float]]) -> float:
+    """The mean of costs, each with the share of the tokens that ran: as many as are exchanged at most."""
+    weights = [min(MOST, share, 1 - share) for share, _ in of_layers]
+    return sum(weight * cost for weight, (_, cost) in zip(weights, of_layers, strict=True)) / sum(weights)
 
 
 def main() -> None:
