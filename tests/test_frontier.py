@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_frontier import point, write_sweep
 
-from midskip.frontier import Envelope, frontier, mean_interval, t_quantile
+from midskip.frontier import Envelope, frontier, mean_interval, t_quantile, write_frontier
 
 SEEDS = (0.0, 0.03, -0.02)  # what a seed adds to the loss of every model
 DENSE = [(1e6, 3.0), (4e6, 2.6)]  # FLOPs a token, loss; at 2e6 the envelope is at 2.8
@@ -141,6 +141,15 @@ def test_losses_that_cannot_be_compared_are_not(tmp_path: Path) -> None:
     assert not rows[4]["seconds"]["verdict"].startswith("timed")
     assert "results without a finite loss: 1" in result["notes"]
     json.dumps(result, allow_nan=False)
+
+
+def test_seconds_of_another_machine_are_not_drawn(tmp_path: Path) -> None:
+    marks = []
+    for cpu in ("one", "other"):
+        gated = [point(shifted(2.7), 2e6, machine={"cpu": cpu})]
+        write_frontier(tmp_path / "a.svg", frontier(write_sweep(tmp_path / cpu, {"dense": dense(), "gated": gated})))
+        marks.append((tmp_path / "a.svg").read_text(encoding="utf-8").count("<use "))
+    assert marks[0] - marks[1] == 1 + 3, "its mean and its seeds"
 
 
 def test_each_cost_has_its_own_envelope(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from midskip.frontier.notes import notes_on, point_name, remarks_on, seeds_named
 from midskip.frontier.read import COSTS, MEASURES, Point, read_points
 
 LEAST_SEEDS = 3  # for a verdict
+ELSEWHERE = "timed on another machine, or with other versions, than dense models"  # in the place of one
 
 
 def frontier(folder: str | Path) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def _no_distance(
     if len({run.num_targets for run in (*runs.values(), *others)} - {None}) > 1:
         return "not evaluated on the text of the dense models"
     if cost == "seconds" and len({run.machine for run in (*runs.values(), *others)}) > 1:
-        return "timed on another machine, or with other versions, than dense models"
+        return ELSEWHERE
     outside = [seed for seed, run in runs.items() if envelopes[seed].at(run.costs[cost]) is None]
     if outside:
         some = f" ({seeds_named(outside)})" if len(outside) < len(runs) else ""

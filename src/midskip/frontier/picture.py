@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from midskip.frontier.compare import ELSEWHERE
 from midskip.frontier.labels import NAME_LENGTH, amount, shortened
 from midskip.frontier.read import COSTS
 
@@ -88,6 +89,7 @@ def _panel(axes: Any, cost: str, result: Mapping[str, Any], styles: Mapping[tupl
         axes.plot(*ends, color=INK, linewidth=1.5, zorder=1, label="envelope of the dense models")
     for (arm, dense), style in styles.items():
         own = [point for point in result["points"] if (point["arm"], point["dense"]) == (arm, dense)]
+        own = [point for point in own if dense or point["against_dense"][cost]["verdict"] != ELSEWHERE]
         dots = [
             (point["costs_by_seed"][seed][cost], loss)
             for point in own
