@@ -13,6 +13,7 @@ from torch import Tensor
 
 from midskip import MidskipForCausalLM
 from midskip.model import attention
+from midskip.model.packing import PackedBatch
 
 
 @pytest.fixture
@@ -51,13 +52,15 @@ def test_one_launch_computes_what_a_call_for_each_sequence_does(
         ids_BT = torch.randint(31, position_BT.shape)
         batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": position_BT}
     model = make_model(**POLICIES[policy], skipped_kv=skipped_kv, num_key_value_heads=2)
-    found = []
+    each, alone, found = attention._attend_each, [], []
+    monkeypatch.setattr(attention, "_attend_each", lambda *given: alone.append(1) or each(*given))
     for way in ("each", "padded", "in one"):
         monkeypatch.setattr(attention, "_has_varlen", lambda x, way=way: way == "in one")
         monkeypatch.setattr(attention, "_alone_is_cheaper", lambda device, way=way: way == "each")
         output = outputs(model(**batch, labels=batch["input_ids"], output_hidden_states=True))
         found.append(output | {name: x for name, x in gradients(model, output).items() if x is not None})
-        assert bool(launches) is (way == "in one")
+        assert bool(launches) is (way == "in one") and bool(alone) is (way == "each")
+        alone.clear()
     if kind == "ragged":  # a cache takes no documents
         with torch.no_grad():
             into_cache = model.eval()(**batch, labels=batch["input_ids"], output_hidden_states=True, use_cache=True)
@@ -66,3 +69,10 @@ def test_one_launch_computes_what_a_call_for_each_sequence_does(
         for name, tensor in got.items():
             if name in found[0]:
                 same(tensor, found[0][name], name)
+
+
+@pytest.mark.parametrize(("seqlens", "mostly"), [([100] + [1] * 9, True), ([100] + [50] * 9, False), ([7], False)])
+def test_what_would_be_mostly_pads_is_not_padded(seqlens: list[int], mostly: bool) -> None:
+    places = torch.arange(sum(seqlens))
+    batch = PackedBatch(len(seqlens), max(seqlens), places, places, seqlens)
+    assert attention._is_mostly_pads(batch) is mostly

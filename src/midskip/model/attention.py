@@ -18,6 +18,8 @@ from midskip.model.layer_cache import NO_COLUMN, LayerCache
 from midskip.model.ops import rotate
 from midskip.model.packing import PackedBatch, Rotary
 
+MOST_PADDED = 8  # times as many places as tokens
+
 
 class Attention(nn.Module):
     """Its three methods run in this order. The first and the last are arithmetic on rows, which torch.compile may fuse
@@ -118,7 +120,7 @@ def attend(q_NHJ: Tensor, k_MGJ: Tensor, v_MGJ: Tensor, queries: PackedBatch, ke
         q, k, v = (x.unflatten(0, (-1, length)) for x in (q_NHJ, k_MGJ, v_MGJ))
         return _attend(q, k, v, scale).flatten(0, 1)
     in_one = _has_varlen(q_NHJ)
-    if not in_one and _alone_is_cheaper(q_NHJ.device):
+    if not in_one and (_alone_is_cheaper(q_NHJ.device) or _is_mostly_pads(keys)):
         return torch.cat(_attend_each(q_NHJ, k_MGJ, v_MGJ, queries, keys, scale))
     if queries is keys:
         return (_attend_varlen if in_one else _attend_padded)(q_NHJ, k_MGJ, v_MGJ, keys, scale)
@@ -143,6 +145,11 @@ def _attend_varlen(q_NHJ: Tensor, k_NGJ: Tensor, v_NGJ: Tensor, batch: PackedBat
     ends, longest = batch.cu_seqlens, max(batch.seqlens)
     # -1, 0: all to the left, none to the right
     return kernel(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))[..., :num_features]
+
+
+def _is_mostly_pads(batch: PackedBatch) -> bool:
+    """Whether sequences that are padded to the longest would take much more memory than their tokens."""
+    return len(batch.seqlens) * max(batch.seqlens) > MOST_PADDED * batch.num_tokens
 
 
 def _attend_padded(q_NHJ: Tensor, k_NGJ: Tensor, v_NGJ: Tensor, batch: PackedBatch, scale: float) -> Tensor:
