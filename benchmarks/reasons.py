@@ -227,7 +227,7 @@ def draw(found: dict[str, dict[str, Any]], file: Path) -> None:
         strict=True,
     ):
         axis.set(title=title, ylabel=what, xlabel="layers run" if title == "Loss" else "depth, of all layers")
-    axes[0, 1].legend(fontsize=8, ncols=2)
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=3)
     figure.savefig(file, dpi=120)
 
 
