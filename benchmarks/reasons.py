@@ -251,7 +251,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _weighted(of_layers: list[tuple[float, float]]) -> float:
-    """The mean of costs, each with the share of the tokens that ran: as many as are exchanged at most."""
+    """Mean of (share that ran, cost) of layers, weighted by the share of tokens that an exchange moves there."""
     weights = [min(MOST, share, 1 - share) for share, _ in of_layers]
     return sum(weight * cost for weight, (_, cost) in zip(weights, of_layers, strict=True)) / sum(weights)
 

@@ -164,8 +164,8 @@ def test_a_policy_says_whether_layers_are_mirrored(make_model: Callable[..., Mid
     assert model.model.policy.is_mirrored is (kind == "middle_out")
     found = what_if(model, ids_of(9), 8)
     layers = found["as_it_is"].layers
-    if any(layers):
-        assert sum(layers) - sum(found["one_earlier"].layers) == (2 if kind == "middle_out" else 1)
+    assert any(layers), "else there is nothing to leave out"
+    assert sum(layers) - sum(found["one_earlier"].layers) == (2 if kind == "middle_out" else 1)
 
 
 def test_a_skip_path_is_taken_where_the_token_now_leaves() -> None:

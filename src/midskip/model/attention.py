@@ -154,14 +154,11 @@ def _is_mostly_pads(batch: PackedBatch) -> bool:
 
 def _attend_padded(q_NHJ: Tensor, k_NGJ: Tensor, v_NGJ: Tensor, batch: PackedBatch, scale: float) -> Tensor:
     """One launch for all sequences, padded to the longest: for dtypes that torch's kernel does not take."""
-    shape, num_features = (len(batch.seqlens), max(batch.seqlens)), q_NHJ.shape[2]
-    place_N = batch.sequence_N * shape[1] + batch.index_in_sequence_N
-    wide = (F.pad(x, (0, -num_features % 8)) for x in (q_NHJ, k_NGJ, v_NGJ))  # fused kernels take no other widths
-    q, k, v = (
-        x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, place_N, x).unflatten(0, shape) for x in wide
-    )
+    num_features = q_NHJ.shape[2]
+    # fused kernels take no other widths
+    q, k, v = (batch.pad(F.pad(x, (0, -num_features % 8))) for x in (q_NHJ, k_NGJ, v_NGJ))
     # pads stand behind, where nobody looks
-    return _attend(q, k, v, scale).flatten(0, 1).index_select(0, place_N)[..., :num_features]
+    return _attend(q, k, v, scale).flatten(0, 1).index_select(0, batch.padded_index_N)[..., :num_features]
 
 
 def _attend_each(
@@ -204,13 +201,9 @@ def attend_past(q_NHK: Tensor, queries: PackedBatch, past: LayerCache) -> Tensor
     if _alone_is_cheaper(q_NHK.device):
         return torch.cat(_attend_past_each(q_NHK, column_N, queries, past))
     # one launch for all, with queries in the places of those that do not ask
-    place_N = queries.sequence_N * max(queries.seqlens) + queries.index_in_sequence_N
-    shape = queries.batch_size, max(queries.seqlens)
-    q_BTHK = q_NHK.new_zeros(shape[0] * shape[1], *q_NHK.shape[1:]).index_copy_(0, place_N, q_NHK).unflatten(0, shape)
-    column_BT = None
-    if column_N is not None:
-        column_BT = column_N.new_zeros(shape[0] * shape[1]).index_copy_(0, place_N, column_N).view(shape)
-    return _attend_slots(q_BTHK, column_BT, past).flatten(0, 1).index_select(0, place_N)
+    column_BT = None if column_N is None else queries.pad(column_N)
+    out_BTHK = _attend_slots(queries.pad(q_NHK), column_BT, past)
+    return out_BTHK.flatten(0, 1).index_select(0, queries.padded_index_N)
 
 
 def _alone_is_cheaper(device: torch.device) -> bool:

@@ -130,6 +130,17 @@ class PackedBatch:
         return torch.arange(self.num_tokens, device=sequence_N.device) - start_S.index_select(0, sequence_N)
 
     @cached_property
+    def padded_index_N(self) -> Tensor:
+        """int64 [N], index of each token if every sequence is padded at its end to the longest."""
+        return self.sequence_N * max(self.seqlens) + self.index_in_sequence_N
+
+    def pad(self, x_N: Tensor) -> Tensor:
+        """[S, longest, ...] of [N, ...]: a row for each sequence, zeros behind."""
+        shape = len(self.seqlens), max(self.seqlens)
+        flat = x_N.new_zeros(shape[0] * shape[1], *x_N.shape[1:])
+        return flat.index_copy_(0, self.padded_index_N, x_N).unflatten(0, shape)
+
+    @cached_property
     def previous_token_N(self) -> Tensor:
         """int64 [N], the token before each one in its sequence, one in a cache too; -1 where there is none."""
         assert self.token_N is not None, "the model was given no ids"
