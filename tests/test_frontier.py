@@ -178,6 +178,22 @@ def test_means_are_over_the_seeds_that_dense_models_have(tmp_path: Path) -> None
     assert own["seeds"] == ["0", "1", "2"] and again["measures"]["executed_share"] == 0.5
 
 
+def test_models_held_to_one_of_them_are_compared_seed_by_seed_whatever_they_cost(tmp_path: Path) -> None:
+    gated = [point(shifted(2.7, (0, 0.01, -0.01)), 2e6), point([*shifted(2.9)[:2], None], 1e6)]
+    folder = write_sweep(tmp_path, {"dense": dense(), "gated": gated})
+    cheap, dear, first, second = (row["against_other"] for row in frontier(folder, "gated")["points"])
+    assert first["verdict"] == "itself" and first["distance"] is None, "the name of an arm stands for its first point"
+    assert cheap["distances"] == pytest.approx({"0": 0.3, "1": 0.29, "2": 0.31})
+    assert cheap["interval"] == pytest.approx(mean_interval([0.3, 0.29, 0.31])) and cheap["verdict"] == "higher loss"
+    assert cheap["cost_percents"]["flops"] == pytest.approx(-50) and dear["verdict"] == "lower loss"
+    assert list(second["distances"]) == ["0", "1"] and second["verdict"] == "not enough seeds (2 of 3)"
+    named = frontier(folder, "dense size=1")
+    assert named["points"][1]["against_other"]["verdict"] == "itself"
+    assert [row["loss"] for row in named["points"]] == [row["loss"] for row in frontier(folder)["points"]]
+    with pytest.raises(ValueError, match="no arm with a result is called 'gaated'; did you mean 'gated'"):
+        frontier(folder, "gaated")
+
+
 # ---- what is said
 
 

@@ -53,6 +53,20 @@ def test_it_writes_numbers_and_pictures_and_prints_a_table(tmp_path: Path, capsy
     assert (tmp_path / "out" / "frontier.svg").is_file() and not (folder / "frontier.json").exists()
 
 
+def test_it_holds_models_to_one_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_sweep(tmp_path, DENSE | {"gated": [point(LOSSES, 2e6, trials=1)]})
+    assert main(["frontier", str(folder), "--against", "gated"]) == 0
+    out = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in out.split("\n")]
+    assert ["arm", "loss, nats", "from gated, nats"] in lines
+    first = lines.index(["dense", "1 M", "100%", "3.0000", "+0.2900", "-50.0 %", "higher loss"])
+    assert lines[first + 1] == ["size=0", "3.0000 3.0000 3.0000", "+0.2731 to +0.3069"]
+    written = (folder / "frontier.md").read_text(encoding="utf-8")
+    assert "| from gated, nats, 90% interval | cost, beside it |" in written
+    assert main(["frontier", str(folder), "--against", "other"]) != 0
+    assert "expected one of 'dense', 'gated'" in capsys.readouterr().err
+
+
 def test_one_file_stands_for_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_sweep(tmp_path / "sweep", DENSE | {"a|b": [point(LOSSES, 2e6), point([2.6, None], 2e6)]})
     failed = folder / "failed" / "run-1-1-1.txt"

@@ -25,11 +25,15 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="folder for numbers and pictures (default: that folder)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="also write all results into this one file of JSON")
     parser.add_argument("--cost", choices=list(COSTS), default="flops", help="of the table (default: %(default)s)")
+    parser.add_argument(
+        "--against", metavar="ARM", help="hold all models to this one in place of dense ones of the same cost: an arm, "
+        "or an arm and settings as in the table, for example 'dense num_hidden_layers=12'",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     from midskip.report import visible
     from midskip.runs import to_json, write_atomically
 
-    result = frontier(options.folder)
+    result = frontier(options.folder, options.against)
     table = frontier_table(result, options.cost)  # first, since it refuses a cost that was not measured
     source = Path(options.folder)
     output = options.output or (source.parent if source.is_file() else source)

@@ -8,20 +8,24 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from midskip.frontier.against import against, point_named, verdict
 from midskip.frontier.envelope import Envelope
 from midskip.frontier.intervals import CONFIDENCE, mean_interval
 from midskip.frontier.notes import notes_on, point_name, remarks_on, seeds_named
 from midskip.frontier.read import COSTS, MEASURES, Point, read_points
 
-LEAST_SEEDS = 3  # for a verdict
 ELSEWHERE = "timed on another machine, or with other versions, than dense models"  # in the place of one
 
 
-def frontier(folder: str | Path) -> dict[str, Any]:
+def frontier(folder: str | Path, other: str | None = None) -> dict[str, Any]:
     """Held-out loss of every point of a sweep against its costs, and its distance to dense models of the same cost.
 
     docs/frontier.md says how each number is found. The means of dense models are over the seeds that all of them have;
     those of another point are over the seeds that it shares with them.
+
+    Args:
+        folder: that `midskip sweep` wrote, or a file of `save_results`.
+        other: the name of an arm, or of an arm and its settings, that each point is also held to.
 
     Returns:
         `confidence` of the intervals; `seeds` that all dense models have; `costs`, the names that were measured;
@@ -32,10 +36,11 @@ def frontier(folder: str | Path) -> dict[str, Any]:
         [low, high], cost_percent (of cost at equal loss, below 0 is cheaper), verdict. A dense point has `on_envelope`
         by cost instead, None where loss or cost is not known; `missing`: arm, settings, seed and key of results that
         are not there, and why the run failed, if it did; `notes`: what else limits the numbers, in words. A number that
-        is not known is None.
+        is not known is None. With `other`: the name as `other`, and of each point `against_other`, see
+        `midskip.frontier.against`.
 
     Raises:
-        ValueError: no folder, no result, no dense model, or no seed that all dense models have.
+        ValueError: no folder, no result, no dense model, no seed that all dense models have, or no such `other`.
     """
     points = read_points(folder)
     missing = [
@@ -53,8 +58,14 @@ def frontier(folder: str | Path) -> dict[str, Any]:
         had = "; ".join(f"{point_name(point.arm, point.settings)}: {', '.join(point.runs)}" for point in dense[:5])
         raise ValueError(f"the dense models have no seed in common, so none can be compared with others. Seeds: {had}")
     envelopes = {cost: found for cost in COSTS if (found := _envelopes(dense, seeds, cost))}
+    rows = [_row(point, dense, seeds, envelopes) for point in points]
+    if other is not None:
+        held_to = point_named(points, other)
+        for row, point in zip(rows, points, strict=True):
+            row["against_other"] = against(point, held_to)
     return {
         "confidence": CONFIDENCE,
+        "other": other,
         "seeds": seeds,
         "costs": list(envelopes),
         "envelopes": {
@@ -65,7 +76,7 @@ def frontier(folder: str | Path) -> dict[str, Any]:
             }
             for cost, found in envelopes.items()
         },
-        "points": [_row(point, dense, seeds, envelopes) for point in points],
+        "points": rows,
         "missing": missing,
         "notes": notes_on(points, dense, seeds, envelopes, missing, unknown),
     }
@@ -137,14 +148,8 @@ def _against(
         "distances": distances,
         "interval": interval and list(interval),
         "cost_percent": None if None in percents else fmean(percents),
-        "verdict": _verdict(interval, len(paired)),
+        "verdict": verdict(interval, len(paired), "better", "worse"),
     }
-
-
-def _verdict(interval: tuple[float, float] | None, num_seeds: int) -> str:
-    if interval is None or num_seeds < LEAST_SEEDS:
-        return f"not enough seeds ({num_seeds} of {LEAST_SEEDS})"
-    return "better" if interval[1] < 0 else "worse" if interval[0] > 0 else "no difference"
 
 
 def _no_distance(

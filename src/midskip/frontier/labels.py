@@ -24,9 +24,9 @@ def settings_label(settings: Mapping[str, Any], names: Mapping[str, str] = {}) -
     return ", ".join(f"{names.get(name, name)}={value}" for name, value in values.items())
 
 
-def short_names(points: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Of each setting what stands behind its last dot, unless two of them would be the same."""
-    full = sorted({name for point in points for name in point["settings"]})
+def short_names(settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of each setting of all points what stands behind its last dot, unless two of them would be the same."""
+    full = sorted({name for of_point in settings for name in of_point})
     last = [name.rsplit(".", 1)[-1] for name in full]
     return {name: short if last.count(short) == 1 else name for name, short in zip(full, last, strict=True)}
 

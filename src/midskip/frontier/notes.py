@@ -14,21 +14,21 @@ from midskip.frontier.read import COSTS, Point
 SHOWN = 6  # names in a note
 
 
-def remarks_on(point: Point, dense: Sequence[Point]) -> list[str]:
-    """What makes the comparison unequal, though it can be made."""
+def remarks_on(point: Point, others: Sequence[Point], called: str = "dense") -> list[str]:
+    """What makes the comparison with these unequal, though it can be made."""
     remarks = [f"{seeds_named(list(point.failed))} failed"] if point.failed else []
-    theirs = {other.trials for other in dense}
+    theirs = {other.trials for other in others}
     if theirs != {point.trials}:
         own = "an unknown number of" if point.trials is None else point.trials
-        remarks.append(f"tuned with {own} trial{'s' * (own != 1)}, dense with {_range(theirs)}")
+        remarks.append(f"tuned with {own} trial{'s' * (own != 1)}, {called} with {_range(theirs)}")
     if point.tuned_at is not None:
         remarks.append(f"learning rate of {shortened(point.tuned_at, SETTINGS_LENGTH)}")
-    if elsewhere := sum(other.tuned_at is not None for other in dense):
-        remarks.append(f"learning rate tried at another for {elsewhere} of {len(dense)} dense models")
+    if elsewhere := sum(other.tuned_at is not None for other in others):
+        remarks.append(f"learning rate tried at another for {elsewhere} of {len(others)} {called} models")
     tokens = {run.num_tokens for run in point.runs.values()} - {None}
-    dense_tokens = {run.num_tokens for other in dense for run in other.runs.values()} - {None}
-    if tokens and dense_tokens and tokens != dense_tokens:
-        remarks.append(f"trained on {_range(tokens)} tokens, dense on {_range(dense_tokens)}")
+    their_tokens = {run.num_tokens for other in others for run in other.runs.values()} - {None}
+    if tokens and their_tokens and tokens != their_tokens:
+        remarks.append(f"trained on {_range(tokens)} tokens, {called} on {_range(their_tokens)}")
     return remarks
 
 

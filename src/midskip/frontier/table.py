@@ -16,7 +16,8 @@ from midskip.frontier.read import COSTS
 def frontier_table(result: Mapping[str, Any], cost: str = "flops") -> Table:
     """Of what `frontier` gave: dense points by cost, then the others in the order of the sweep. Two lines a point.
 
-    A seed that is missing is "-".
+    A seed that is missing is "-". The last three columns are of the distance to dense models, or to the `other` model
+    that `frontier` was given.
 
     Raises ValueError for a cost that is not among the measured ones.
     """
@@ -25,8 +26,9 @@ def frontier_table(result: Mapping[str, Any], cost: str = "flops") -> Table:
     table = Table(title=Text(title), title_justify="left", box=SIMPLE)
     interval = f"{result['confidence']:.0%} interval"
     table.add_column("arm\nsettings", overflow="fold")
+    distance, relative = _headings(result)
     for heading in (
-        COSTS[cost].heading, "share run", "loss, nats\nby seed", f"from dense, nats\n{interval}", "cost at\nequal loss"
+        COSTS[cost].heading, "share run", "loss, nats\nby seed", f"{distance}, nats\n{interval}", relative
     ):  # fmt: skip
         table.add_column(heading, justify="right", overflow="fold")
     table.add_column("verdict", overflow="fold")
@@ -42,9 +44,10 @@ def frontier_markdown(result: Mapping[str, Any], cost: str = "flops") -> str:
     _check(result, cost)
     from midskip.card.markdown import plain, table  # which imports torch
 
+    distance, relative = map(plain, _headings(result))
     columns = (
         "arm, settings", COSTS[cost].heading, "share run", "loss, nats, and by seed",
-        f"from dense, nats, {result['confidence']:.0%} interval", "cost at equal loss", "verdict",
+        f"{distance}, nats, {result['confidence']:.0%} interval", relative, "verdict",
     )  # fmt: skip
     rows = [["<br>".join(map(plain, cell.strip().split("\n"))) for cell in cells] for _, cells in _rows(result, cost)]
     return table(columns, rows)
@@ -56,9 +59,16 @@ def _check(result: Mapping[str, Any], cost: str) -> None:
         raise ValueError(f"the dense models have no {cost!r} that was measured; expected one of: {measured}")
 
 
+def _headings(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Of the columns of distance and cost."""
+    if result["other"] is None:
+        return "from dense", "cost at equal loss"
+    return f"from {shortened(result['other'], NAME_LENGTH)}", "cost, beside it"
+
+
 def _rows(result: Mapping[str, Any], cost: str) -> list[tuple[Mapping[str, Any], tuple[str, ...]]]:
     """Each point and its cells."""
-    names = short_names(result["points"])
+    names = short_names([point["settings"] for point in result["points"]])
     dense = sorted((point for point in result["points"] if point["dense"]), key=lambda point: _cost(point, cost))
     rows = []
     for point in (*dense, *(point for point in result["points"] if not point["dense"])):
@@ -78,16 +88,19 @@ def _rows(result: Mapping[str, Any], cost: str) -> list[tuple[Mapping[str, Any],
 
 def _comparison(point: Mapping[str, Any], cost: str) -> tuple[str, str, str]:
     """The last three cells."""
-    if point["dense"]:
+    if (other := point.get("against_other")) is not None:
+        found = other | {"cost_percent": other["cost_percents"].get(cost)}
+    elif point["dense"]:
         where = {True: "dense", False: "dense, above the envelope", None: "dense, loss or cost not known"}
         return "", "", where[point["on_envelope"][cost]]
-    against = point["against_dense"][cost]
-    distance, interval, percent = against["distance"], against["interval"], against["cost_percent"]
+    else:
+        found = point["against_dense"][cost]
+    distance, interval, percent = found["distance"], found["interval"], found["cost_percent"]
     between = "" if interval is None else f"\n{interval[0]:+.4f} to {interval[1]:+.4f}"
     return (
         "" if distance is None else f"{distance:+.4f}{between}",
         "" if percent is None else f"{percent:+.1f} %",
-        "\n".join((against["verdict"], *point["remarks"])),
+        "\n".join((found["verdict"], *found.get("remarks", point["remarks"]))),
     )
 
 
