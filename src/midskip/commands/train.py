@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str]) -> None:
-    from midskip.train.recipe import read_recipe, recipe_parser
+    from midskip.train.read import read_recipe, recipe_parser
 
     parser = Parser(
         "train",

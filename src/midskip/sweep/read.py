@@ -16,25 +16,13 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.names import near
 from midskip.sweep.plan import Point, Sweep
 from midskip.train.memory import check_memory
-from midskip.train.recipe import (
-    DataSettings,
-    ModelSettings,
-    Recipe,
-    RegularizerSettings,
-    TrainingSettings,
-    read_recipe,
-)
+from midskip.train.read import GROUPS, read_recipe
+from midskip.train.recipe import Recipe
 
 OF_ALL_ARMS = ("recipe", "learning_rates", "tune_at")  # may stand above the arms, for those that do not have their own
 FILE_KEYS = ("output", "seeds", "arms", "settings", "tune_seed", "keep_runs", *OF_ALL_ARMS)
 TUNE_AT = ("each_point", "first_point")
 ARM_KEYS = ("name", "settings", "grid", *OF_ALL_ARMS)
-GROUPS = {
-    "data": DataSettings,
-    "model": ModelSettings,
-    "regularizer": RegularizerSettings,
-    "training": TrainingSettings,
-}
 SETTINGS = tuple(f"{group}.{field.name}" for group, settings in GROUPS.items() for field in fields(settings))
 OPEN = ("model.policy_settings", "regularizer.settings")  # whose parts are not ours to know
 SWEEPS_OWN = {

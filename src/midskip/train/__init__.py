@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from midskip.lazy import lazy_names
-from midskip.train.recipe import Recipe, read_recipe
+from midskip.train.read import read_recipe
+from midskip.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from midskip.train.run import train

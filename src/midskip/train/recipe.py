@@ -1,17 +1,11 @@
-"""A recipe: everything that decides a run, typed, from YAML and the command line."""
+"""A recipe: everything that decides a run, typed."""
 
 import math
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from jsonargparse import SUPPRESS, ArgumentParser
-
-from midskip.names import near
 
 if TYPE_CHECKING:  # else `midskip train --help` would wait for torch
     from midskip.model.config import MidskipConfig
@@ -251,92 +245,6 @@ class Recipe:
         from midskip.runs import write_atomically
 
         write_atomically(path, yaml.safe_dump(asdict(self), sort_keys=False))
-
-
-GROUPS = {
-    "data": DataSettings,
-    "model": ModelSettings,
-    "regularizer": RegularizerSettings,
-    "training": TrainingSettings,
-}
-
-
-def recipe_parser() -> ArgumentParser:
-    """The settings of a recipe on the command line, as --group.name=value, and how `read_recipe` gives it a file."""
-    parser = ArgumentParser("midskip train RECIPE.yaml", exit_on_error=False, allow_abbrev=False, default_env=False)
-    parser.add_argument("--config", action="config", help=SUPPRESS)  # the command names the recipe by itself
-    parser.add_class_arguments(Recipe, as_group=False)
-    return parser
-
-
-def read_recipe(path: str | Path | None = None, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in a YAML file, with `--group.name=value` overrides.
-
-    Raises:
-        ValueError: no such file, not YAML, an unknown setting or one of the wrong type, null where that means nothing,
-            or out of range, with its name.
-    """
-    arguments = [] if path is None else ["--config", str(path)]
-    if path is not None and not Path(path).is_file():
-        raise ValueError(f"there is no recipe at {str(path)!r}; expected a YAML file")
-    parser = recipe_parser()
-    try:
-        parsed = parser.parse_args(arguments + (overrides or []))
-    except Exception as error:  # jsonargparse raises its own kinds for YAML, names and types
-        hints = filter(None, map(_meant, _names(path, overrides or [])))
-        raise ValueError(f"the recipe cannot be used: {error}{next(hints, '')}") from error
-    for name in _names(path, []):
-        if (hint := _meant(name)) is not None:  # jsonargparse drops unknown names with nothing in them
-            raise ValueError(f"the recipe cannot be used: there is no setting {name!r}{hint}")
-    given = parsed.as_dict()
-    for name, group in GROUPS.items():
-        if not isinstance(given[name], dict):
-            raise ValueError(f"the recipe cannot be used: {name} is {given[name]!r}; expected settings by name")
-        _check_values(f"{name}.", given[name], group)
-    _check_values("", given, Recipe)
-    settings = {name: group(**given[name]) for name, group in GROUPS.items()}
-    return Recipe(given["output"], **settings, dense_layers=given["dense_layers"])
-
-
-def _names(path: str | Path | None, overrides: list[str]) -> Iterator[str]:
-    """Of all settings that are given, as `group.name`, known or not; none of a file that is not YAML."""
-    with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        for group, settings in ({} if path is None else yaml.safe_load(Path(path).read_bytes())).items():
-            is_group = isinstance(settings, dict) and settings
-            yield from (f"{group}.{name}" for name in settings) if is_group else (str(group),)
-    for override in overrides:
-        if override.startswith("--"):
-            yield override[2:].partition("=")[0]
-
-
-def _meant(name: str) -> str | None:
-    """A hint at the setting that is meant by one that is not known, maybe empty; None for one that is."""
-    known = {"": [one.name for one in fields(Recipe)]}
-    known |= {group: [one.name for one in fields(settings)] for group, settings in GROUPS.items()}
-    group, last = name.split(".")[:2] if "." in name else ("", name)
-    if last in known.get(group, ()):
-        return None
-    elsewhere = [f"{other}.{last}".lstrip(".") for other, names in known.items() if last in names]
-    if group not in known and not elsewhere:
-        return near(group, GROUPS)
-    return near(last, known.get(group, ())) or (f"; did you mean {elsewhere[0]!r}?" if elsewhere else "")
-
-
-def _check_values(prefix: str, given: dict[str, Any], settings: type) -> None:
-    """Refuses null where the annotation has no None (jsonargparse lets it pass), and numbers that nothing can count."""
-    annotations = get_type_hints(settings)
-    defaults = asdict(settings())
-    for one in fields(settings):
-        value = given[one.name]
-        if value is None and NoneType not in get_args(annotations[one.name]):
-            kind = one.type.__name__ if isinstance(one.type, type) else str(one.type).replace("typing.", "")
-            raise ValueError(
-                f"the recipe cannot be used: {prefix}{one.name} is null; expected a value of the type {kind}: "
-                f"leave it out for its default, {defaults[one.name]!r}"
-            )
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and abs(number) >= 2**63:
-                raise ValueError(f"the recipe cannot be used: {prefix}{one.name} has {number}; expected below 2**63")
 
 
 def changes(earlier: Recipe, now: Recipe) -> list[str]:
