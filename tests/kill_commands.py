@@ -17,7 +17,7 @@ from midskip.bench import run as bench
 from midskip.budget import calibrate
 from midskip.cli import main
 from midskip.data import load_tokenizer
-from midskip.train import run
+from midskip.train import report
 
 TEXT = ["--data=text", "--validation=held_out=text"]
 
@@ -103,7 +103,7 @@ COMMANDS = {
 
 def quick() -> None:
     """What takes long and is not looked at here is left out."""
-    run.write_picture = bench.write_speed_picture = lambda path, *args: Path(path).write_bytes(b"slow to draw")
+    report.write_picture = bench.write_speed_picture = lambda path, *args: Path(path).write_bytes(b"slow to draw")
     calibrate.MOST_POINTS = 3
 
 

@@ -220,7 +220,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are slow to draw; for tests of something else."""
-    monkeypatch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
+    monkeypatch.setattr("midskip.train.report.write_picture", lambda *args, **kwargs: None)
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def place(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """whole/run: a run of six steps; stopped/run: the same stopped in its fifth, with checkpoints of steps 2 and 4."""
     place = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
+        patch.setattr("midskip.train.report.write_picture", lambda *args, **kwargs: None)
         for name in ("whole", "stopped"):
             more = {
                 "max_steps": 6,

@@ -93,7 +93,7 @@ def small(*arguments: Any) -> Recipe:
 def test_a_second_demo_takes_the_place_of_the_first_and_of_nothing_else(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("midskip.train.run.write_picture", lambda path, *args: path.write_bytes(b"slow to draw"))
+    monkeypatch.setattr("midskip.train.report.write_picture", lambda path, *args: path.write_bytes(b"slow to draw"))
     monkeypatch.setattr("midskip.demo.demo_recipe", small)
     monkeypatch.setattr("midskip.demo.generate", lambda model, tokenizer, prompt, **_: tokenizer(prompt)["input_ids"])
     first, _ = run(tmp_path / "demo", source, steps=1)

@@ -286,7 +286,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = {"policy_settings": {"gates": "hard", "scores": "hidden_states"}, "num_hidden_layers": 2}
     recipe = tiny_recipe(folder / "shards", folder / "run", model=model, data={"length": 40}, max_steps=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
+        patch.setattr("midskip.train.report.write_picture", lambda *args, **kwargs: None)
         train(recipe, console=QUIET)
     tiny_recipe("../good/shards", "out", model=model, data={"length": 40}, max_steps=1).save(folder / "recipe.yaml")
     return folder

@@ -31,7 +31,7 @@ from midskip.train import train
 def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with hard gates and a dense model beside it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
+        patch.setattr("midskip.train.report.write_picture", lambda *args, **kwargs: None)
         recipe = tiny_recipe(
             prepared, tmp_path_factory.mktemp("runs") / "my_run", "target_share", {"target_share": 0.5},
             model={"policy_settings": {"gates": "hard"}}, dense_layers=[2],

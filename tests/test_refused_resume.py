@@ -23,7 +23,7 @@ def killed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         prepared, folder, "target_share", {"target_share": 0.4}, dense_layers=[2], max_steps=2, save_steps=1
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("midskip.train.run.write_picture", lambda *args, **kwargs: None)
+        patch.setattr("midskip.train.report.write_picture", lambda *args, **kwargs: None)
         train(recipe, console=QUIET)
     for name in ("page.html", "dense-2/page.html"):
         (folder / name).unlink()

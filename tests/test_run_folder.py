@@ -152,7 +152,7 @@ def test_half_a_page_is_not_the_end(make_recipe: MakeRecipe, monkeypatch: pytest
 
     recipe = make_recipe(max_steps=1)
     with monkeypatch.context() as patch:
-        patch.setattr("midskip.train.run.write_page", half)
+        patch.setattr("midskip.train.report.write_page", half)
         with pytest.raises(Stop):
             train(recipe, console=QUIET)
     assert not Path(recipe.output, "page.html").exists()

@@ -26,7 +26,7 @@ from midskip.runs import load_run
 from midskip.sweep import read_sweep, run_sweep, work
 from midskip.sweep.plan import Run, Sweep
 from midskip.sweep.store import Store
-from midskip.train import run as train_module
+from midskip.train import report as train_report
 from midskip.train.trainer import MidskipTrainer
 
 pytestmark = pytest.mark.integration
@@ -92,7 +92,7 @@ def num_lines(folder: Path) -> int:
 def kill_ten_times(folder: Path) -> None:
     """Two processes on a sweep of 40 runs, killed ten times together."""
     write_documents(folder / "text")
-    train_module.write_picture = lambda *args, **kwargs: None  # slow to draw
+    train_report.write_picture = lambda *args, **kwargs: None  # slow to draw
     sweep, moments = read_sweep(write_sweep(folder, FORTY, seeds=[0, 1, 2, 3])), random.Random(0)
     log_runs(folder)
     killed = []

@@ -37,7 +37,7 @@ from midskip.data import WindowOrder
 from midskip.locks import locked
 from midskip.policies import Decision, Policy
 from midskip.regularizers import FixedRegularizer, TargetShare
-from midskip.train import Recipe, read_recipe, run, train
+from midskip.train import Recipe, read_recipe, report, train
 from midskip.train.checkpoints import fault_of
 from midskip.train.trainer import MidskipTrainer
 
@@ -150,7 +150,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
-    run.write_picture = lambda *args: None
+    report.write_picture = lambda *args: None
     be_late(rank)
     written: set[str] = set()
 
@@ -195,7 +195,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     (folder / "foreign-2" / "run" / "thesis.txt").write_text("mine")
     run_program(__file__, folder, timeout_s=120)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "write_picture", lambda *args: None)
+        patch.setattr(report, "write_picture", lambda *args: None)
         for module in (torch.cuda, torch.accelerator):
             patch.setattr(module, "is_available", lambda: False)
         for name in RUNS:

@@ -29,10 +29,10 @@ from midskip.plugins import check_saved
 from midskip.policies import Policy
 from midskip.regularizers import Regularizer
 from midskip.runs import RECIPE_FILE
+from midskip.train.arguments import training_arguments
 from midskip.train.checkpoints import REGULARIZER_FILE, checkpoints_in, fault_of, step_of
 from midskip.train.optimizer import build_optimizer
 from midskip.train.recipe import TrainingSettings
-from midskip.train.run import training_arguments
 from midskip.train.saved import read_saved_recipe
 from midskip.train.trainer import MidskipTrainer
 

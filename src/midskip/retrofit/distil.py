@@ -20,10 +20,10 @@ from midskip.model.loss import divergence
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.retrofit.learning import Original, learning
 from midskip.retrofit.shares import DrawnShares
+from midskip.train.arguments import training_arguments
 from midskip.train.checkpoints import HISTORY_FILE, REGULARIZER_FILE, history_until, newest_checkpoint, step_of
 from midskip.train.progress import ProgressBar
 from midskip.train.recipe import TrainingSettings
-from midskip.train.run import training_arguments
 from midskip.train.trainer import MidskipTrainer
 
 

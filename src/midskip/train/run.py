@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -13,19 +12,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from midskip.card import source_name, try_card
 from midskip.data import DataError, LabelledData, token_bytes
-from midskip.data.labelled import Items
-from midskip.distributed import first_goes_first, num_launched
-from midskip.evaluate import evaluate, passages
+from midskip.distributed import first_goes_first
+from midskip.evaluate import evaluate
 from midskip.locks import locked, tidy
 from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
-from midskip.report import write_page, write_picture
-from midskip.runs import BEST_FILE, BEST_FOLDER, PAGE_FILE, PICTURE_FILE, RECIPE_FILE, REPORT_FILE, save_whole, to_json
+from midskip.runs import BEST_FILE, BEST_FOLDER, REPORT_FILE, save_whole, to_json
+from midskip.train.arguments import check_reporters, training_arguments
 from midskip.train.checkpoints import (
     HISTORY_FILE,
     check_disk,
@@ -36,14 +33,13 @@ from midskip.train.checkpoints import (
     step_of,
 )
 from midskip.train.folder import begin, check_folder, check_start, is_finished, load_regularizer, unless_refused
-from midskip.train.fsdp import check_fsdp, whole_state
-from midskip.train.health import Health
+from midskip.train.fsdp import whole_state
 from midskip.train.initial import initial_weights, start_of
 from midskip.train.memory import check_memory
-from midskip.train.optimizer import num_warmup_steps
 from midskip.train.peak import peak_flops
 from midskip.train.progress import ProgressBar
-from midskip.train.recipe import Recipe, TrainingSettings
+from midskip.train.recipe import Recipe
+from midskip.train.report import report_of, write_pages
 from midskip.train.text import open_windows
 from midskip.train.trainer import MidskipTrainer
 
@@ -75,7 +71,7 @@ def train(
         check_memory(one)
     regularizer = recipe.build_regularizer()
     _count_parameters(recipe, regularizer)  # what is wrong with the model is found before the text is read
-    _check_reporters(settings.report_to)
+    check_reporters(settings.report_to)
     arguments = training_arguments(settings, folder)
     is_first = arguments.process_index == 0
     console = console or Console(stderr=True)
@@ -174,7 +170,7 @@ def _train(
     if state is not None:  # the other processes are gone, and with them their parts of the weights
         model = MidskipForCausalLM.from_pretrained(folder, config=model.config)
         model.to(trainer.args.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    report = _report(recipe, model, metrics, trainer.history, {"flops_per_s": peak, "from": peak_source}, dense)
+    report = report_of(recipe, model, metrics, trainer.history, {"flops_per_s": peak, "from": peak_source}, dense)
     report |= {"labelled": True} if isinstance(text, LabelledData) else {}
     report["text"] = source_name(text.summary.get("settings", {}).get("source") or recipe.data.source)
     if (folder / BEST_FOLDER / BEST_FILE).is_file():
@@ -235,62 +231,6 @@ def train_dense(recipe: Recipe, resume: bool, accept_changes: bool, console: Con
     return rows
 
 
-def write_pages(
-    folder: Path,
-    model: MidskipForCausalLM,
-    tokenizer: PreTrainedTokenizerBase | None,
-    validation: Items,
-    report: dict[str, Any],
-    history: list[dict[str, Any]],
-) -> None:
-    """The picture of shares over training, and the page of held-out text, or of ids of items, coloured by depth."""
-    metrics = report["validation"]
-    drawn = history[:: max(1, len(history) // 500)]
-    shares = [(row["step"], row["share_by_layer"]) for row in drawn]
-    write_picture(folder / PICTURE_FILE, metrics["share_by_layer"], shares, f"Share of tokens that ran: {folder.name}")
-    kind = "held-out text, passage" if tokenizer is not None else "held-out item"
-    shown = [(f"{kind} {number}", tokens) for number, tokens in enumerate(passages(model, tokenizer, validation), 1)]
-    pattern = "{loss:.4f} nats a token, {flops_per_token:,.0f} FLOPs"
-    summary = {"validation": pattern.format(**metrics), "block-tokens that ran": f"{metrics['executed_share']:.1%}"}
-    summary |= {f"dense, {row['num_hidden_layers']} layers": pattern.format(**row) for row in report["dense"]}
-    if not report["dense"] and model.config.policy != "dense":
-        summary["dense model of fewer layers"] = "none was trained (dense_layers)"
-    part = folder / f"{PAGE_FILE}.part"
-    write_page(part, f"Depth by token: {folder.name}", shown, model.config.num_skip_units, summary)
-    part.replace(folder / PAGE_FILE)  # whole or not there: it marks the run as finished
-
-
-def _report(
-    recipe: Recipe,
-    model: MidskipForCausalLM,
-    metrics: dict[str, Any],
-    history: list[dict[str, Any]],
-    peak: dict[str, Any],
-    dense: list[dict[str, Any]],
-) -> dict[str, Any]:
-    logged = [row for row in history if "tokens_per_s" in row]
-    speed = {
-        name: statistics.median(row[name] for row in logged) if logged else None
-        for name in ("tokens_per_s", "utilisation")
-    }
-    return {
-        "validation": metrics,
-        "training": {
-            "steps": history[-1]["step"],
-            "num_tokens": sum(row["num_tokens"] for row in history),
-            "flops": sum(row["flops"] for row in history),
-            "seconds": history[-1]["seconds"],
-            "executed_share": sum(row["executed_share"] for row in history) / len(history),
-            **speed,
-            "peak": peak,
-            "collapse": Health(num_warmup_steps(recipe.training), history).signs,
-        },
-        "dense": dense,
-        "num_parameters": model.num_parameters(),
-        "recipe": RECIPE_FILE,
-    }
-
-
 def _count_parameters(recipe: Recipe, regularizer: Regularizer, vocab_size: int = 2) -> int:
     """Of the model, without making it. Raises ValueError if shape, policy and regularizer do not fit."""
     with torch.device("meta"):
@@ -299,52 +239,7 @@ def _count_parameters(recipe: Recipe, regularizer: Regularizer, vocab_size: int 
     return model.num_parameters()
 
 
-def _check_reporters(names: list[str]) -> None:
-    """ValueError unless each is a reporter of transformers' that is installed."""
-    installed = get_available_reporting_integrations()
-    for name in names:
-        if name not in installed:
-            raise ValueError(
-                f"training.report_to names {name!r}, which is not installed or not known to transformers; installed: "
-                f"{', '.join(sorted(installed)) or 'none'}"
-            )
-
-
 def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
     with suppress(DataError):  # not every kind of tokenizer tells
         return token_bytes(tokenizer)
     return None
-
-
-def training_arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
-    """The settings as transformers has them; making them joins the other processes, if there are any."""
-    on_cpu = not torch.cuda.is_available()
-    check_fsdp(on_cpu)
-    num_processes = num_launched()
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        max_grad_norm=0.0,  # clipped by the trainer's callback, which looks at the norm anyway
-        seed=settings.seed,
-        bf16=settings.bf16,
-        use_cpu=on_cpu,  # else bf16 is refused there
-        ddp_backend="gloo" if on_cpu and num_processes > 1 else None,
-        ddp_find_unused_parameters=False,  # a block that no token reaches has gradients of 0, not none
-        ddp_timeout=7200,  # the others wait while the first prepares text
-        logging_strategy="no",
-        logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if settings.eval_steps else "no",
-        eval_steps=settings.eval_steps or None,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        report_to=settings.report_to,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        use_cache=True,  # is written into the saved configuration; a training pass makes no cache anyway
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # without torchrun one device, not nn.DataParallel over all
-    return arguments
