@@ -21,7 +21,7 @@ API = {  # a page each, and the modules on it
     "regularizers": ["midskip.regularizers"],
     "convert": ["midskip.convert", "midskip.convert.skip_middle"],
     "budget": ["midskip.budget.calibration", "midskip.budget.calibrate", "midskip.budget.monitor"],
-    "cost": ["midskip.cost"],
+    "cost": ["midskip.cost.counting", "midskip.cost.flops"],
     "data": ["midskip.data"],
     "train": ["midskip.train"],
     "retrofit": ["midskip.retrofit"],
