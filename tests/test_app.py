@@ -133,15 +133,17 @@ def test_what_if_is_of_the_tokens_own_window(session: Session) -> None:
 def test_text_goes_on_under_the_limits(session: Session) -> None:
     _, tokenizer = session.runs["runs/tiny"]
     prompt = "the cat " * 60  # more than the model takes: its end is the prompt
-    *_, (ids, blocks) = session.go_on(prompt, Limits("runs/tiny", max_layers=2), 10, 0.0, 0)
+    ids, left_out = session.prompt(prompt, "runs/tiny", 10)
+    assert prompt.endswith(tokenizer.decode(ids)) and left_out == len(tokenizer(prompt)["input_ids"]) - len(ids) > 0
+    *_, (ids, blocks) = session.go_on(ids, Limits("runs/tiny", max_layers=2), 10, 0.0, 0)
     assert 54 < len(ids) == len(blocks) <= 64 and max(blocks) == 2
     tokens = [TokenDepth(text, ran, part=part, num_parts=count) for (text, part, count), ran in zip(
         token_texts(tokenizer, ids), blocks
     )]  # fmt: skip
     assert "data-look" not in stream_html(tokens, 4), "the card waits for the whole"
     assert "26 tokens before these are not read" in stream_html(tokens, 4, left_out=26)
-    first, _ = next(iter(session.go_on(prompt, LIMITS, 400, 0.0, 0)))
-    assert len(first) >= 32, "half of the context, however much is to come"
+    assert len(session.prompt(prompt, "runs/tiny", 400)[0]) == 32, "half of the context, however much is to come"
+    assert session.prompt("", "runs/tiny", 10) == ([], 0)
 
 
 @pytest.mark.extras

@@ -188,7 +188,7 @@ def test_it_goes_on_with_the_text(page: Any) -> None:
     page.locator("#ms-go-on").click()
     page.wait_for_function(f"document.querySelector('#ms-box textarea').value.length > {len(SENTENCE)}")
     written = page.locator("#ms-box textarea").input_value()
-    assert written.startswith(SENTENCE)
+    assert written.startswith(SENTENCE) and written != SENTENCE
     page.wait_for_selector("#ms-view-a .ms[data-look]")
     assert page.locator("#ms-view-a b").count() > 20
 
@@ -211,7 +211,10 @@ sys.stdin.read()
 """
 
 
-def test_stopped_it_keeps_what_was_written(browser: Any, saved_model: Path) -> None:
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_stopped_it_keeps_what_was_written_unless_the_text_was_edited(
+    browser: Any, saved_model: Path, is_edited: bool
+) -> None:
     """With a model that takes its time."""
     command = [sys.executable, "-c", SLOWLY, str(saved_model), SENTENCE]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -223,16 +226,20 @@ def test_stopped_it_keeps_what_was_written(browser: Any, saved_model: Path) -> N
             assert process.stdout is not None
             page.goto(process.stdout.readline().strip())
             page.wait_for_selector("#ms-view-a .ms[data-look]")
-            before = page.locator("#ms-view-a b").count()
+            box, before = page.locator("#ms-box textarea"), page.locator("#ms-view-a b").count()
             page.locator("#ms-go-on").click()
             page.wait_for_function(f"document.querySelectorAll('#ms-view-a b').length > {before + 2}")
-            assert page.locator("#ms-box textarea").input_value() == SENTENCE, "it is still being written"
+            assert box.input_value() == SENTENCE, "it is still being written"
+            if is_edited:
+                box.fill("my own")
             page.locator("#ms-stop").click()
-            page.wait_for_function(f"document.querySelector('#ms-box textarea').value.length > {len(SENTENCE)}")
+            if not is_edited:
+                page.wait_for_function(f"document.querySelector('#ms-box textarea').value.length > {len(SENTENCE)}")
             page.wait_for_selector("#ms-view-a .ms[data-look]")
-            kept = page.locator("#ms-box textarea").input_value()
+            kept = box.input_value()
             time.sleep(1)
-            assert page.locator("#ms-box textarea").input_value() == kept and kept.startswith(SENTENCE)
+            assert box.input_value() == kept and kept.startswith("my own" if is_edited else SENTENCE)
+            assert page.locator("#ms-view-a .ms-text").inner_text().startswith(kept[:6])
         finally:
             page.close()
             process.kill()

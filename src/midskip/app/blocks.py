@@ -87,10 +87,11 @@ def build(session: Session, text: str = EXAMPLE) -> Any:
 
         written = gr.State(None)  # the text and what was added to it, while it is written
         writing = go_on.click(
-            write, [box, *left.settings, count, temperature, seed], [box, *left.shown, written], show_progress="hidden"
+            write, [box, *left.settings, count, temperature, seed], [*left.shown, written], show_progress="hidden"
         )
-        kept = stop.click(None, cancels=[writing]).then(_keep, [box, written], [box, written])
-        kept.then(_seer(session), [box, *left.settings], left.shown)
+        for ended in (writing, stop.click(None, cancels=[writing])):
+            kept = ended.then(_keep, [box, written], [box, written])
+            kept.then(_seer(session), [box, *left.settings], left.shown)
     return page
 
 
@@ -202,28 +203,24 @@ def _write(
     session: Session, text: str, run: str, trained: bool, budget: float, ceiling: int, count: float,
     temperature: float, seed: float | None,
 ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-    """The view and the text, as tokens come, and at the end the whole text and what `see` gives."""
-    text, limits = clean(text), _limits(session, run, trained, budget, ceiling)
+    """The view as tokens come, and the text before and after; that goes into the box when all is written."""
+    text, limits, whole = clean(text), _limits(session, run, trained, budget, ceiling), ""
     tokenizer, num_layers = session.runs[run][1], session.choices[run].num_layers
-    if not text:
-        yield gr.skip(), f"<p class=ms-hint>{HINT}</p>", None, "", "", None
-        return
-    drawn, ids, start, count_all = 0.0, [], None, session.num_tokens(text, run)
-    for ids, blocks in session.go_on(text, limits, int(count), float(temperature), int(seed or 0)):
-        start = len(ids) if start is None else start
+    prompt, left_out = session.prompt(text, run, int(count))
+    drawn, steps = 0.0, session.go_on(prompt, limits, int(count), float(temperature), int(seed or 0)) if prompt else ()
+    for ids, blocks in steps:
+        whole = text + text_of_new(tokenizer, ids, len(prompt))
         if time.monotonic() - drawn < REDRAW_S:
             continue
         drawn = time.monotonic()
         texts = token_texts(tokenizer, ids)
         tokens = [TokenDepth(one.text, ran, part=one.part, num_parts=one.num_parts) for one, ran in zip(texts, blocks)]
-        whole = text + text_of_new(tokenizer, ids, start)
-        yield gr.skip(), stream_html(tokens, num_layers, count_all - start), None, "", gr.skip(), (text, whole)
-    whole = text + text_of_new(tokenizer, ids, start or 0)
-    yield whole, *_seer(session)(whole, run, trained, budget, ceiling), None
+        yield stream_html(tokens, num_layers, left_out), None, "", gr.skip(), (text, whole)
+    yield *(gr.skip(),) * 4, (text, whole)
 
 
 def _keep(text: str, written: tuple[str, str] | None) -> tuple[Any, None]:
-    """What was written before it was stopped, unless the text was changed meanwhile."""
+    """What was written, whole or until it was stopped, unless the text was changed meanwhile."""
     return (written[1] if written is not None and clean(text) == written[0] else gr.skip()), None
 
 

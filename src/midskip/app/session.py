@@ -99,18 +99,20 @@ class Session:
             model = self.runs[seen.limits.run][0]
             return what_if(model, ids[start:end], token - start, ids[end] if end < len(ids) else None)
 
-    def num_tokens(self, text: str, run: str) -> int:
-        return len(ids_of(self.runs[run][1], text))
+    def prompt(self, text: str, run: str, max_new_tokens: int) -> tuple[list[int], int]:
+        """The end of the text that there is room for, half of the context at least, and how many tokens stand before
+        it."""
+        model, tokenizer = self.runs[run]
+        ids, most = ids_of(tokenizer, text), model.config.max_position_embeddings
+        room = max(1, most - max_new_tokens, most // 2)
+        return ids[-room:], max(0, len(ids) - room)
 
     def go_on(
-        self, text: str, limits: Limits, max_new_tokens: int, temperature: float, seed: int
+        self, ids: list[int], limits: Limits, max_new_tokens: int, temperature: float, seed: int
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """`look.stream` of the text, of which the end is the prompt if it is too long: half of the context at least."""
-        model, tokenizer = self.runs[limits.run]
-        ids = ids_of(tokenizer, text)
-        most = model.config.max_position_embeddings
-        room = max(1, most - max_new_tokens, most // 2)
-        return stream(model, ids[-room:], max_new_tokens, temperature, seed=seed, step=lambda: self._limited(limits))
+        """`look.stream` of the prompt."""
+        model = self.runs[limits.run][0]
+        return stream(model, ids, max_new_tokens, temperature, seed=seed, step=lambda: self._limited(limits))
 
     @contextmanager
     def _limited(self, limits: Limits) -> Iterator[None]:
