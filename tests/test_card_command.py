@@ -15,7 +15,7 @@ from tiny_curve import CURVE
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.budget.weights import hashes_of
-from midskip.card import MARK, Measured, model_card, try_card
+from midskip.card import MARK, Measured, model_card, try_card, write_card
 from midskip.cli import main
 
 
@@ -23,7 +23,8 @@ from midskip.cli import main
 def whole(saved_model: Path, tmp_path: Path) -> Path:
     """A folder of a model with all that can have been measured of it."""
     folder = shutil.copytree(saved_model, tmp_path / "my_model")
-    for name, found in (("retrofit", retrofitted()), ("evaluated", evaluated()), ("bench", timed())):
+    times = timed(weights=hashes_of(MidskipForCausalLM.from_pretrained(folder)))
+    for name, found in (("retrofit", retrofitted()), ("evaluated", evaluated()), ("bench", times)):
         (folder / f"{name}.json").write_text(json.dumps(found))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"calibration": CURVE}))
@@ -50,9 +51,13 @@ def test_the_command_shows_all_that_was_measured(whole: Path, hub: dict[str, Any
     assert pushed_card(hub) == text, "the same card"
 
 
-def test_times_of_another_shape_are_not_shown(whole: Path) -> None:
-    (whole / "bench.json").write_text(json.dumps(timed() | {"settings": {"run": "a", "shape": {"hidden_size": 8}}}))
-    assert main(["card", str(whole)]) == 0
+def test_times_of_other_weights_are_not_shown(whole: Path) -> None:
+    model = MidskipForCausalLM.from_pretrained(whole)
+    write_card(whole, model.bfloat16())
+    assert "## Speed" in (whole / "README.md").read_text(), "the same weights"
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(1)
+    write_card(whole, model)
     assert "## Speed" not in (whole / "README.md").read_text()
 
 
@@ -81,12 +86,12 @@ def test_budgets_of_another_calibration_are_not_shown(whole: Path) -> None:
 
 def test_at_the_end_of_a_run_a_bad_file_is_a_warning(whole: Path) -> None:
     (whole / "bench.json").write_text("{")
-    config = MidskipConfig.from_pretrained(whole)
+    model = MidskipForCausalLM.from_pretrained(whole)
     with pytest.warns(UserWarning, match="no model card was written: .*bench.json' cannot be read"):
-        try_card(whole, config, 7)
+        try_card(whole, model)
     (whole / "bench.json").unlink()
     (whole / "README.md").write_bytes("Caf\u00e9".encode("latin-1"))
-    try_card(whole, config, 7)
+    try_card(whole, model)
     assert (whole / "README.md").read_bytes() == b"Caf\xe9", "it is not ours"
 
 

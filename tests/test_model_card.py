@@ -163,7 +163,9 @@ NEEDED = {"task": {"type"}, "dataset": {"type", "name"}, "metrics": {"type", "va
 @pytest.mark.parametrize("kind", ["run", "retrofit", "model"])
 def test_the_header_is_one_that_the_hub_takes(run: Path, kind: str) -> None:
     """Known keys alone, each of its type, and the same after a round trip."""
-    measured = {"run": read_measured(run), "retrofit": Measured(retrofit=retrofitted()), "model": Measured()}[kind]
+    measured = {"run": read_measured(run, None), "retrofit": Measured(retrofit=retrofitted()), "model": Measured()}[
+        kind
+    ]
     card = ModelCard(model_card("somebody/skipper", MidskipConfig(), 7, measured, ["mine"]))
     header = yaml.safe_load(card.content.split("---\n")[1])
     assert header.keys() <= DOCUMENTED
@@ -211,7 +213,7 @@ def test_no_text_formats_the_page(run: Path, evil: str) -> None:
     report |= {"text": evil, "training": report["training"] | {"collapse": signs}}
     recipe |= {"regularizer": {"name": evil, "settings": {"a": evil, evil: 1}}, "dense_layers": [evil]}
     config = MidskipConfig(policy=evil, policy_settings={evil: evil}, calibration=CURVE | {"text": evil})
-    bench = timed(evil) | {"settings": {"run": evil, "shape": {}}}
+    bench = timed(evil)
     budgets = evaluated(evil) | {"calibration": Calibration.from_dict(config.calibration).fingerprint()}
     measured = Measured(report, recipe, retrofitted(evil), budgets, bench, {"license": evil})
     text = model_card(evil, config, 7, measured, [evil])

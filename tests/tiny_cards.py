@@ -27,11 +27,11 @@ def evaluated(text: str = "news") -> dict[str, Any]:
     return {"text": text, "num_tokens": 4096, "as_trained": row} | more
 
 
-def timed(text: str = "trained") -> dict[str, Any]:
+def timed(text: str = "trained", weights: dict[str, str] | None = None) -> dict[str, Any]:
     row = {"task": "prefill", "batch_size": 1, "num_columns": 512, "side": text, "time_s": 0.0525}
     row |= {"ratios": {"llama": {"time": 0.75, "flops": 0.625}}, "work": {"executed_share": 0.5}}
     machine = {"cpu": text, "torch": "2.13.0"}
-    return {"settings": {"run": text, "shape": {"hidden_size": 16}}, "machine": machine, "rows": [row]}
+    return {"machine": machine, "rows": [row], "weights": weights or {}}
 
 
 def pushed_card(hub: dict[str, Any]) -> str:

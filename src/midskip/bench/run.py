@@ -31,6 +31,7 @@ from midskip.bench.timing import WARM_UP_TURNS, Clock
 from midskip.bench.trainer import TrainerSteps
 from midskip.budget.calibrate import Windows
 from midskip.budget.monitor import not_live
+from midskip.budget.weights import hashes_of
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
@@ -125,6 +126,7 @@ def bench_run(
     job = _Bench(settings, Path(output), console)
     job.regularizer = regularizer
     job.result["regularizer"] = regularizer and type(regularizer).__name__
+    job.result["weights"] = hashes_of(model)
     job.result["limits"] = {"score_scale": policy.score_scale, "max_layers": policy.max_layers}
     with not_live():
         return job.run(

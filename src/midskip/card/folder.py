@@ -39,22 +39,26 @@ class Measured:
     header: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_measured(folder: str | Path) -> Measured:
+def read_measured(folder: str | Path, weights: Mapping[str, str] | None) -> Measured:
     """What a folder has.
+
+    Args:
+        weights: of the model, as `midskip.budget.weights.hashes_of` gives them: times of other weights are left out.
 
     Raises:
         ValueError: a file that cannot be read.
     """
     folder = Path(folder)
     card = folder / CARD_FILE
-    bench = next((file for file in (folder / BENCH_FILE, folder / "bench" / BENCH_FILE) if file.is_file()), None)
+    file = next((file for file in (folder / BENCH_FILE, folder / "bench" / BENCH_FILE) if file.is_file()), None)
+    bench = _read(file, json.loads, {"machine": dict, "weights": dict, "rows": list}) if file else None
     report, recipe = read_run(folder)
     return Measured(
         report,
         recipe,
         retrofit=_read(folder / RETROFIT_FILE, json.loads, {"settings": dict, "stages": dict}),
         evaluated=_read(folder / EVALUATED_FILE, json.loads, {"as_trained": dict, "budgets": list}),
-        bench=_read(bench, json.loads, {"machine": dict, "settings": dict, "rows": list}) if bench else None,
+        bench=bench if bench and bench["weights"].items() & (weights or {}).items() else None,
         header=header_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {},
     )
 

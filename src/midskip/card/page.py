@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedModel
 
 from midskip.budget.calibration import Calibration
+from midskip.budget.weights import hashes_of
 from midskip.card.costs import calibrated, evaluated, limits, retrofitted, speed
 from midskip.card.folder import CARD_FILE, MARK, Measured, read_measured
 from midskip.card.markdown import code, decimal, plain, source_name, table
@@ -66,7 +68,7 @@ def _model_card(name: str, config: MidskipConfig, num_parameters: int, measured:
         parts += calibrated(calibration)
         if found is not None and found.get("calibration") == calibration.fingerprint():
             parts += evaluated(found)
-    parts += [] if measured.bench is None else speed(measured.bench, config)
+    parts += [] if measured.bench is None else speed(measured.bench)
     parts += _architecture(config, num_parameters)
     if report is not None:
         parts += _training(report, recipe)
@@ -74,15 +76,12 @@ def _model_card(name: str, config: MidskipConfig, num_parameters: int, measured:
     return "\n\n".join(parts) + "\n"
 
 
-def write_card(
-    folder: str | Path, config: MidskipConfig, num_parameters: int, name: str | None = None,
-    measured: Measured | None = None,
-) -> Path | None:  # fmt: skip
+def write_card(folder: str | Path, model: PreTrainedModel, name: str | None = None, **known: Any) -> Path | None:
     """Writes the page into the folder of a model, from what was measured of it.
 
     Args:
         name: of the repository it will lie in; by default the folder's.
-        measured: by default what lies in the folder.
+        known: of `Measured`, instead of what lies in the folder.
 
     Returns:
         The file; None where there is one that lacks our mark: it is left as it is.
@@ -93,21 +92,19 @@ def write_card(
     file = Path(folder, CARD_FILE)
     if file.is_file() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
         return None
-    text = model_card(name or Path(folder).resolve().name, config, num_parameters, measured or read_measured(folder))
+    measured = replace(read_measured(folder, hashes_of(model)), **known)
+    config: Any = model.config
+    text = model_card(name or Path(folder).resolve().name, config, model.num_parameters(), measured)
     part = file.with_name(f"{CARD_FILE}.part")
     part.write_text(text, encoding="utf-8", newline="\n")
     part.replace(file)  # whole or not there: half a page may lack our mark
     return file
 
 
-def try_card(folder: str | Path, config: MidskipConfig, num_parameters: int, **known: Any) -> None:
-    """As `write_card`, at the end of a long command: what is wrong with a file there is a warning.
-
-    Args:
-        known: of `Measured`, instead of what lies in the folder.
-    """
+def try_card(folder: str | Path, model: PreTrainedModel, **known: Any) -> None:
+    """As `write_card`, at the end of a long command: what is wrong with a file there is a warning."""
     try:
-        write_card(folder, config, num_parameters, measured=replace(read_measured(folder), **known))
+        write_card(folder, model, **known)
     except ValueError as error:
         warnings.warn(f"no model card was written: {error}", stacklevel=2)
 

@@ -76,4 +76,4 @@ def _save(folder: str | Path, model: MidskipForCausalLM, calibration: Calibratio
         save_calibration(folder, calibration)
         if any(Path(folder, name).is_file() for name in MEASURED_FILES):
             model.config.calibration = calibration.to_dict()
-            write_card(folder, model.config, model.num_parameters())
+            write_card(folder, model)

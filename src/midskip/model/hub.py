@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import check_peft_version
 
+from midskip.budget.weights import hashes_of
 from midskip.card import CARD_FILE, MARK, Measured, header_of, model_card, read_measured
 
 TEMPLATE = "This model card has been automatically generated."  # in the card transformers makes where there is none
@@ -68,7 +69,7 @@ class CardedModel(PreTrainedModel):
         measured = Measured()
         if self.name_or_path:
             if self._is_as_in(Path(self.name_or_path)):
-                measured = read_measured(self.name_or_path)
+                measured = read_measured(self.name_or_path, hashes_of(self))
             else:  # trained further, or loaded from elsewhere: what was measured was another model
                 config = copy.deepcopy(config)
                 config.calibration = None

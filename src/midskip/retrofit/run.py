@@ -197,7 +197,7 @@ def _finish(
     for place in (folder / stage, folder):
         save_whole(place, model, tokenizer)
     report["stages"][stage] = more | {"prices": rows}
-    try_card(folder, model.config, model.num_parameters(), retrofit=report)
+    try_card(folder, model, retrofit=report)
     write_atomically(folder / REPORT, to_json(report) + "\n")  # last: then the stage is done
     console.print(price_table(rows, stage))
 

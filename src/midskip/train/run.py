@@ -176,7 +176,7 @@ def _train(
     if (folder / BEST_FOLDER / BEST_FILE).is_file():
         report["best"] = json.loads((folder / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))
     (folder / REPORT_FILE).write_text(to_json(report) + "\n", encoding="utf-8")
-    try_card(folder, model.config, model.num_parameters())
+    try_card(folder, model)
     write_pages(folder, model, text.tokenizer, validation, report, trainer.history)
     return report
 
