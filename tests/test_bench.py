@@ -17,6 +17,7 @@ from midskip.bench import bench, bench_run, run_settings
 from midskip.bench.models import Side
 from midskip.bench.results import work_of
 from midskip.budget.monitor import BudgetDriftError, DriftMonitor
+from midskip.budget.weights import hashes_of
 
 pytestmark = pytest.mark.integration
 
@@ -152,6 +153,7 @@ def test_a_trained_model_on_text(make_model: Callable[..., MidskipForCausalLM], 
     given = replace(given, dtypes=("bfloat16",))
     report = bench_run(given, model, windows, tmp_path, Console(file=StringIO()))
     assert model.dtype == DTYPE  # and not rounded by the way
+    assert report["weights"] == hashes_of(model)
     assert report["settings"]["run"] == "mine" and report["limits"] == {"score_scale": 1.0, "max_layers": None}
     assert {row["task"] for row in report["rows"]} == {"prefill", "decode", "training"}
     sides = [row["side"] for row in report["rows"] if (row["task"], row["dtype"]) == ("prefill", "bfloat16")]
