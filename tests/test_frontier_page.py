@@ -1,4 +1,4 @@
-"""The tables in docs/frontier.md are those that `midskip frontier` and `benchmarks/reasons.py` make of the committed
+"""The tables in docs/frontier.md are those that `midskip frontier` and scripts in `benchmarks` make of the committed
 results."""
 
 import json
@@ -11,7 +11,7 @@ import pytest
 from midskip.frontier import frontier, frontier_markdown
 
 ROOT = Path(__file__).parent.parent
-REASONS = re.compile(r"<!-- benchmarks/reasons.py (\S+) -->\n(.*?)\n<!-- end -->", re.DOTALL)
+OF_RUNS = re.compile(r"<!-- benchmarks/(reasons|agreement).py (\S+) -->\n(.*?)\n<!-- end -->", re.DOTALL)
 TABLE = re.compile(r"<!-- midskip frontier (\S+) --cost (\w+) -->\n(.*?)\n<!-- end -->", re.DOTALL)
 
 
@@ -22,9 +22,9 @@ def test_the_tables_are_those_of_the_results() -> None:
     assert tables
 
 
-def test_the_table_of_reasons_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_of_runs_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    found = REASONS.findall((ROOT / "docs" / "frontier.md").read_text(encoding="utf-8"))
-    for file, table in found:
-        assert table == import_module("reasons").table(json.loads((ROOT / file).read_text())["runs"])
-    assert found
+    found = OF_RUNS.findall((ROOT / "docs" / "frontier.md").read_text(encoding="utf-8"))
+    for script, file, table in found:
+        assert table == import_module(script).table(json.loads((ROOT / file).read_text())["runs"])
+    assert {script for script, _, _ in found} == {"reasons", "agreement"}
