@@ -1,6 +1,6 @@
 """Why a trained model that skips is as good as it is: does its gate know, and does a gradient reach it?
 
-    python benchmarks/reasons.py RUN [RUN ...] [--output reasons.json] [--picture reasons.png]
+    python benchmarks/reasons.py RUN [RUN ...] [--output reasons.json] [--picture reasons.png] [--trust MODULE]
 
 For each run folder, on held-out text:
 
@@ -17,7 +17,7 @@ N packed tokens, L layers.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from midskip import MidskipForCausalLM
 from midskip.bench.results import machine
-from midskip.commands.parser import items_of, text_of
+from midskip.commands.parser import add_trust, items_of, text_of
 from midskip.data.labelled import Items
 from midskip.evaluate import batch_of, evaluate
 from midskip.policies import Decision
@@ -175,10 +175,10 @@ def by_place_in_word(model: MidskipForCausalLM, tokenizer: Any, windows: Items) 
     ]
 
 
-def reasons(run: Path, num_windows: int) -> dict[str, Any]:
+def reasons(run: Path, num_windows: int, trust: Sequence[str] = ()) -> dict[str, Any]:
     """All of it, of one run."""
-    model, tokenizer = load_any_run(run)
-    given, console = argparse.Namespace(run=str(run), data=None, trust=[]), Console(stderr=True)
+    model, tokenizer = load_any_run(run, trust)
+    given, console = argparse.Namespace(run=str(run), data=None, trust=trust), Console(stderr=True)
     windows: Items = items_of(given, console) if tokenizer is None else text_of(given, model, tokenizer, console)
     windows = [windows[row] for row in range(min(num_windows, len(windows) - 1))]
     plain = evaluate(model, windows, batch_size=WINDOWS)
@@ -262,8 +262,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--picture", type=Path)
+    add_trust(parser)
     options = parser.parse_args()
-    found = {run.name: reasons(run, options.windows) for run in options.runs}
+    found = {run.name: reasons(run, options.windows, options.trust) for run in options.runs}
     if options.output:
         write_atomically(options.output, to_json({"machine": machine(), "runs": found}) + "\n")
     if options.picture:
