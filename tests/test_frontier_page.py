@@ -27,4 +27,6 @@ def test_the_tables_of_runs_are_those_of_the_results(monkeypatch: pytest.MonkeyP
     found = OF_RUNS.findall((ROOT / "docs" / "frontier.md").read_text(encoding="utf-8"))
     for script, file, table in found:
         assert table == import_module(script).table(json.loads((ROOT / file).read_text())["runs"])
-    assert {script for script, _, _ in found} == {"reasons", "agreement"}
+    results = ROOT / "benchmarks" / "results"
+    expected = {file.name for kind in ("reasons", "agreement") for file in results.glob(f"*_{kind}.json")}
+    assert {Path(file).name for _, file, _ in found} == expected, "no result is left out"
