@@ -52,13 +52,18 @@ def correlation(left_N: Tensor, right_N: Tensor) -> float | None:
     return torch.corrcoef(torch.stack([left_N, right_N]))[0, 1].item()
 
 
+def with_held_out_text(run: Path) -> tuple[MidskipForCausalLM, Items]:
+    """The model of a run, and windows of its held-out text."""
+    model, tokenizer = load_run(run)
+    given = argparse.Namespace(run=str(run), data=None, trust=[])
+    return model, text_of(given, model, tokenizer, Console(stderr=True))
+
+
 def agreement(runs: list[Path], num_windows: int) -> dict[str, Any]:
     """Of each pair of the runs."""
     seen: list[tuple[Tensor, Tensor]] = []
     for run in runs:
-        model, tokenizer = load_run(run)
-        given = argparse.Namespace(run=str(run), data=None, trust=[])
-        windows = text_of(given, model, tokenizer, Console(stderr=True))
+        model, windows = with_held_out_text(run)
         seen.append(layers_run(model, [windows[row] for row in range(num_windows)]))
         if not torch.equal(seen[0][0], seen[-1][0]):
             raise ValueError(f"{str(run)!r} has another held-out text than {str(runs[0])!r}")

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from agreement import with_held_out_text
 from torch import Tensor, nn
 
-from midskip.commands.parser import text_of
 from midskip.evaluate import batch_of
 from midskip.model.packing import PackedBatch
 from midskip.policies import Decision, Policy
-from midskip.runs import load_run, to_json, write_atomically
+from midskip.runs import to_json, write_atomically
 
 WINDOWS = 8  # of a pass
 
@@ -59,8 +58,7 @@ class ListedDepths(Policy):
 @torch.no_grad()
 def listed(run: Path) -> list[int]:
     """Of each token id the gates that most of its tokens pass, on held-out text; 1 where there are none."""
-    model, tokenizer = load_run(run)
-    windows = text_of(argparse.Namespace(run=str(run), data=None, trust=[]), model, tokenizer, Console(stderr=True))
+    model, windows = with_held_out_text(run)
     num_gates, size = (model.config.num_skip_units + 1) // 2, model.config.vocab_size
     passed_GV, seen_V = torch.zeros(num_gates, size), torch.zeros(size)
     for start in range(0, len(windows), WINDOWS):

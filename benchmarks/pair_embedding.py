@@ -3,10 +3,11 @@
     python benchmarks/pair_embedding.py SWEEP.yaml --output FILE [--beside FILE --arms ARM ...]
 
 Who runs a layer that is drawn by pair tells the layer which pair it is. So a part of what such a model gains may come
-from that alone. Here every model of a sweep gets it for no FLOPs: a second embedding is added to that of a token, of
-the pair of it and the one before, one of 4,096 buckets by a hash. It goes on after it was killed, as `midskip sweep`
-does, and in several processes at once if it is started several times. `--output` is a file that `midskip frontier`
-reads; `--arms` of the file `--beside` are put into it as well, to be compared with these dense models.
+from that alone. Here every model of a sweep gets it for no FLOPs, by an embedding of hashed bigrams: a second one is
+added to that of a token, of the pair of it and the one before, one of 4,096 buckets by a hash. It goes on after it was
+killed, as `midskip sweep` does, and in several processes at once if it is started several times. `--output` is a file
+that `midskip frontier` reads; `--arms` of the file `--beside` are put into it as well, to be compared with these dense
+models.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from unittest.mock import patch
 
 from torch import Tensor, nn
 
-from midskip.frontier.read import save_results
+from midskip.frontier.read import keys_of, save_results
 from midskip.model import modeling
 from midskip.runs import to_json, write_atomically
 from midskip.sweep import read_sweep
@@ -66,9 +67,7 @@ def beside(saved: dict[str, Any], others: dict[str, Any], arms: list[str]) -> di
     found = [arm for arm in others["sweep"]["arms"] if arm["name"] in arms]
     if missing := set(arms) - {arm["name"] for arm in found}:
         raise ValueError(f"there are no arms {sorted(missing)} beside")
-    rows = [row for arm in found for row in arm["points"]]
-    keys = {key for row in rows for key in (*row["seeds"].values(), *(trial["key"] for trial in row.get("tuning", ())))}
-    results = saved["results"] | {key: others["results"][key] for key in keys & set(others["results"])}
+    results = saved["results"] | {key: others["results"][key] for key in keys_of(found) & set(others["results"])}
     return saved | {"sweep": {"arms": saved["sweep"]["arms"] + found}, "results": results}
 
 

@@ -26,6 +26,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from agreement import mean_by_token
 from rich.console import Console
 from torch import Tensor
 
@@ -136,13 +137,12 @@ def constancy_and_norms(model: MidskipForCausalLM, windows: Items) -> dict[str, 
             for before, after in pairwise(hidden)
         ])  # fmt: skip
     token_N, blocks_N = torch.cat(tokens), torch.cat(blocks).double()
-    counts = torch.bincount(token_N).double()
-    mean_V = torch.bincount(token_N, blocks_N) / counts.clamp(min=1)
     variance = blocks_N.var(unbiased=False).item()
+    told = mean_by_token(token_N, blocks_N).var(unbiased=False).item()
     state, added = torch.tensor(norms).mean(0).T.tolist()
     return {
         "most_frequent": blocks_N.long().bincount().max().item() / len(blocks_N),
-        "told_by_token": mean_V[token_N].var(unbiased=False).item() / variance if variance > 0 else None,
+        "told_by_token": told / variance if variance > 0 else None,
         "rms_of_states": state,
         "rms_of_added": added,
     }

@@ -37,11 +37,11 @@ def point_named(points: Sequence[Point], name: str) -> Point:
     return known[name]
 
 
-def against(point: Point, other: Point) -> dict[str, Any]:
+def difference(point: Point, other: Point) -> dict[str, Any]:
     """How `point` differs from `other` in the seeds that both have: distance in nats (below 0 is better), distances by
     seed, interval [low, high] and verdict as in docs/frontier.md; cost_percents by cost, the mean over these seeds,
     below 0 if `point` is the cheaper one."""
-    none = {"distance": None, "distances": {}, "interval": None, "cost_percents": {}}
+    none = {"distance": None, "distances": {}, "interval": None, "cost_percents": {}, "remarks": []}
     if point is other:
         return {**none, "verdict": "itself"}
     seeds = [seed for seed in point.runs if seed in other.runs]

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from midskip.frontier.against import against, point_named, verdict
+from midskip.frontier.against import difference, point_named, verdict
 from midskip.frontier.envelope import Envelope
 from midskip.frontier.intervals import CONFIDENCE, mean_interval
 from midskip.frontier.notes import notes_on, point_name, remarks_on, seeds_named
@@ -17,7 +17,7 @@ from midskip.frontier.read import COSTS, MEASURES, Point, read_points
 ELSEWHERE = "timed on another machine, or with other versions, than dense models"  # in the place of one
 
 
-def frontier(folder: str | Path, other: str | None = None) -> dict[str, Any]:
+def frontier(folder: str | Path, against: str | None = None) -> dict[str, Any]:
     """Held-out loss of every point of a sweep against its costs, and its distance to dense models of the same cost.
 
     docs/frontier.md says how each number is found. The means of dense models are over the seeds that all of them have;
@@ -25,7 +25,7 @@ def frontier(folder: str | Path, other: str | None = None) -> dict[str, Any]:
 
     Args:
         folder: that `midskip sweep` wrote, or a file of `save_results`.
-        other: the name of an arm, or of an arm and its settings, that each point is also held to.
+        against: the name of an arm, or of an arm and its settings, that each point is also held to.
 
     Returns:
         `confidence` of the intervals; `seeds` that all dense models have; `costs`, the names that were measured;
@@ -36,11 +36,11 @@ def frontier(folder: str | Path, other: str | None = None) -> dict[str, Any]:
         [low, high], cost_percent (of cost at equal loss, below 0 is cheaper), verdict. A dense point has `on_envelope`
         by cost instead, None where loss or cost is not known; `missing`: arm, settings, seed and key of results that
         are not there, and why the run failed, if it did; `notes`: what else limits the numbers, in words. A number that
-        is not known is None. With `other`: the name as `other`, and of each point `against_other`, see
+        is not known is None. With `against`: that name, and of each point `against_other`, see
         `midskip.frontier.against`.
 
     Raises:
-        ValueError: no folder, no result, no dense model, no seed that all dense models have, or no such `other`.
+        ValueError: no folder, no result, no dense model, no seed that all dense models have, or no such arm.
     """
     points = read_points(folder)
     missing = [
@@ -59,13 +59,13 @@ def frontier(folder: str | Path, other: str | None = None) -> dict[str, Any]:
         raise ValueError(f"the dense models have no seed in common, so none can be compared with others. Seeds: {had}")
     envelopes = {cost: found for cost in COSTS if (found := _envelopes(dense, seeds, cost))}
     rows = [_row(point, dense, seeds, envelopes) for point in points]
-    if other is not None:
-        held_to = point_named(points, other)
+    if against is not None:
+        other = point_named(points, against)
         for row, point in zip(rows, points, strict=True):
-            row["against_other"] = against(point, held_to)
+            row["against_other"] = difference(point, other)
     return {
         "confidence": CONFIDENCE,
-        "other": other,
+        "against": against,
         "seeds": seeds,
         "costs": list(envelopes),
         "envelopes": {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,15 +136,19 @@ def save_results(place: str | Path, file: str | Path) -> None:
     found = read_results(place)
     _points(found)
     arms = found.sweep["arms"]
-    points = [row for arm in arms for row in arm["points"]]
-    tried = {trial["key"] for row in points for trial in row.get("tuning", ())}
-    keys = sorted(tried.union(*(row["seeds"].values() for row in points)))
+    keys = sorted(keys_of(arms))
     results = {key: result for key in keys if (result := found.result(key)) is not None}
     for result in results.values():
         for name in BY_POSITION:
             result["report"]["validation"].pop(name, None)
     failed = {key: why for key in keys if key not in results and (why := found.failure(key)) is not None}
     write_atomically(Path(file), to_json({"sweep": {"arms": arms}, "results": results, "failed": failed}) + "\n")
+
+
+def keys_of(arms: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Of all runs that these arms of a `sweep.json` name, trials of learning rates too."""
+    rows = [row for arm in arms for row in arm["points"]]
+    return {key for row in rows for key in (*row["seeds"].values(), *(trial["key"] for trial in row.get("tuning", ())))}
 
 
 def read_points(place: str | Path) -> list[Point]:

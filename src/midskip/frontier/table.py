@@ -16,8 +16,8 @@ from midskip.frontier.read import COSTS
 def frontier_table(result: Mapping[str, Any], cost: str = "flops") -> Table:
     """Of what `frontier` gave: dense points by cost, then the others in the order of the sweep. Two lines a point.
 
-    A seed that is missing is "-". The last three columns are of the distance to dense models, or to the `other` model
-    that `frontier` was given.
+    A seed that is missing is "-". The last three columns are of the distance to dense models, or to the one model
+    that `frontier` was told to compare with.
 
     Raises ValueError for a cost that is not among the measured ones.
     """
@@ -61,9 +61,9 @@ def _check(result: Mapping[str, Any], cost: str) -> None:
 
 def _headings(result: Mapping[str, Any]) -> tuple[str, str]:
     """Of the columns of distance and cost."""
-    if result["other"] is None:
+    if result["against"] is None:
         return "from dense", "cost at equal loss"
-    return f"from {shortened(result['other'], NAME_LENGTH)}", "cost, beside it"
+    return f"from {shortened(result['against'], NAME_LENGTH)}", "cost, beside it"
 
 
 def _rows(result: Mapping[str, Any], cost: str) -> list[tuple[Mapping[str, Any], tuple[str, ...]]]:
@@ -89,18 +89,18 @@ def _rows(result: Mapping[str, Any], cost: str) -> list[tuple[Mapping[str, Any],
 def _comparison(point: Mapping[str, Any], cost: str) -> tuple[str, str, str]:
     """The last three cells."""
     if (other := point.get("against_other")) is not None:
-        found = other | {"cost_percent": other["cost_percents"].get(cost)}
+        found, remarks = other | {"cost_percent": other["cost_percents"].get(cost)}, other["remarks"]
     elif point["dense"]:
         where = {True: "dense", False: "dense, above the envelope", None: "dense, loss or cost not known"}
         return "", "", where[point["on_envelope"][cost]]
     else:
-        found = point["against_dense"][cost]
+        found, remarks = point["against_dense"][cost], point["remarks"]
     distance, interval, percent = found["distance"], found["interval"], found["cost_percent"]
     between = "" if interval is None else f"\n{interval[0]:+.4f} to {interval[1]:+.4f}"
     return (
         "" if distance is None else f"{distance:+.4f}{between}",
         "" if percent is None else f"{percent:+.1f} %",
-        "\n".join((found["verdict"], *found.get("remarks", point["remarks"]))),
+        "\n".join((found["verdict"], *remarks)),
     )
 
 

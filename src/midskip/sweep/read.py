@@ -16,8 +16,8 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.names import near
 from midskip.sweep.plan import Point, Sweep
 from midskip.train.memory import check_memory
-from midskip.train.read import GROUPS, read_recipe
-from midskip.train.recipe import Recipe
+from midskip.train.read import read_recipe
+from midskip.train.recipe import GROUPS, Recipe
 
 OF_ALL_ARMS = ("recipe", "learning_rates", "tune_at")  # may stand above the arms, for those that do not have their own
 FILE_KEYS = ("output", "seeds", "arms", "settings", "tune_seed", "keep_runs", *OF_ALL_ARMS)

@@ -13,14 +13,7 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentParser
 
 from midskip.names import near
-from midskip.train.recipe import DataSettings, ModelSettings, Recipe, RegularizerSettings, TrainingSettings
-
-GROUPS = {
-    "data": DataSettings,
-    "model": ModelSettings,
-    "regularizer": RegularizerSettings,
-    "training": TrainingSettings,
-}
+from midskip.train.recipe import GROUPS, Recipe
 
 
 def recipe_parser() -> ArgumentParser:

@@ -247,10 +247,18 @@ class Recipe:
         write_atomically(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
+GROUPS = {
+    "data": DataSettings,
+    "model": ModelSettings,
+    "regularizer": RegularizerSettings,
+    "training": TrainingSettings,
+}
+
+
 def changes(earlier: Recipe, now: Recipe) -> list[str]:
     """The settings that differ, as `group.name: old -> new`; the output folder may have moved, and is not looked at."""
     found = []
-    for group in ("data", "model", "regularizer", "training"):
+    for group in GROUPS:
         old, new = asdict(getattr(earlier, group)), asdict(getattr(now, group))
         found += [f"{group}.{name}: {old[name]!r} -> {new[name]!r}" for name in old if old[name] != new[name]]
     if earlier.dense_layers != now.dense_layers:
