@@ -146,11 +146,15 @@ def test_the_budget_of_the_server(folder: Path) -> None:
         assert answer.usage.executed_share == pytest.approx(trained, abs=1e-4), "null: as trained"
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_the_command(folder: Path, stop: signal.Signals, tmp_path: Path) -> None:
-    """It is told to stop while it streams, and while another client still sends its request."""
+@pytest.mark.parametrize(
+    ("stop", "before"), [(signal.SIGTERM, ":"), (signal.SIGINT, ":"), (signal.SIGINT, "trap '' INT")]
+)
+def test_the_command(folder: Path, stop: signal.Signals, before: str, tmp_path: Path) -> None:
+    """It is told to stop while it streams, and while another client still sends its request; also where SIGINT was
+    ignored when it began, as a script's shell has it for what runs in the background."""
     long = write_served(folder, tmp_path / "long", max_position_embeddings=100_000)
-    command = [sys.executable, "-m", "midskip", "serve", str(long), "--name", "tiny", "--port", "0"]
+    shell = ["sh", "-c", f'{before}; exec "$@"', "sh"]
+    command = [*shell, sys.executable, "-m", "midskip", "serve", str(long), "--name", "tiny", "--port", "0"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -68,4 +68,8 @@ def run(arguments: list[str]) -> None:
     with socket.create_server((options.host, options.port), family=family) as listener:
         print(f"serving {settings.model_name!r} at http://{options.host}:{listener.getsockname()[1]}/v1", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
-        Server(config).run(sockets=[listener])
+        server = Server(config)
+        server.run(sockets=[listener])
+    if not server.started:
+        raise OSError("the server did not start: see above")
+    raise KeyboardInterrupt  # only a signal stops it; a shell may have SIGINT ignored in what it runs in the background
