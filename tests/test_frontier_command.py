@@ -62,7 +62,7 @@ def test_it_holds_models_to_one_of_them(tmp_path: Path, capsys: pytest.CaptureFi
     first = lines.index(["dense", "1 M", "100%", "3.0000", "+0.2900", "-50.0 %", "higher loss"])
     assert lines[first + 1] == ["size=0", "3.0000 3.0000 3.0000", "+0.2731 to +0.3069"]
     written = (folder / "frontier.md").read_text(encoding="utf-8")
-    assert "| from gated, nats, 90% interval | cost, beside it |" in written
+    assert "| from gated, nats, 90% interval | relative cost |" in written
     assert main(["frontier", str(folder), "--against", "other"]) != 0
     assert "expected one of 'dense', 'gated'" in capsys.readouterr().err
 

@@ -63,7 +63,7 @@ def _headings(result: Mapping[str, Any]) -> tuple[str, str]:
     """Of the columns of distance and cost."""
     if result["against"] is None:
         return "from dense", "cost at equal loss"
-    return f"from {shortened(result['against'], NAME_LENGTH)}", "cost, beside it"
+    return f"from {shortened(result['against'], NAME_LENGTH)}", "relative cost"
 
 
 def _rows(result: Mapping[str, Any], cost: str) -> list[tuple[Mapping[str, Any], tuple[str, ...]]]:
