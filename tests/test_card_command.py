@@ -51,6 +51,15 @@ def test_the_command_shows_all_that_was_measured(whole: Path, hub: dict[str, Any
     assert pushed_card(hub) == text, "the same card"
 
 
+def test_times_under_a_budget_are_said_to_be(whole: Path) -> None:
+    file = whole / "bench.json"
+    for max_layers, told in ((None, "As trained, beside"), (2, "Under a budget or `max_layers`, beside")):
+        found = json.loads(file.read_text())
+        found["limits"]["max_layers"] = max_layers
+        file.write_text(json.dumps(found))
+        assert main(["card", str(whole)]) == 0 and f"\n{told}" in (whole / "README.md").read_text()
+
+
 def test_times_of_other_weights_are_not_shown(whole: Path) -> None:
     model = MidskipForCausalLM.from_pretrained(whole)
     write_card(whole, model.bfloat16())

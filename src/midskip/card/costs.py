@@ -79,7 +79,9 @@ def speed(found: Mapping[str, Any]) -> list[str]:
             )
         )  # fmt: skip
     place = f"{plain(machine.get('gpu') or machine.get('cpu'))}, torch {plain(machine.get('torch'))}"
-    intro = f"Without a budget, beside transformers' Llama of the same shape, in one run on {place}."
+    as_trained = found["limits"] == {"score_scale": 1.0, "max_layers": None}
+    under = "As trained" if as_trained else "Under a budget or `max_layers`"
+    intro = f"{under}, beside transformers' Llama of the same shape, in one run on {place}."
     columns = ("task", "batch", "tokens", "side", "ms", "time, of Llama", "FLOPs, of Llama", "block-tokens that ran")
     return ["## Speed", intro, table(columns, rows)]
 

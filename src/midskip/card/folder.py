@@ -51,7 +51,7 @@ def read_measured(folder: str | Path, weights: Mapping[str, str] | None) -> Meas
     folder = Path(folder)
     card = folder / CARD_FILE
     file = next((file for file in (folder / BENCH_FILE, folder / "bench" / BENCH_FILE) if file.is_file()), None)
-    bench = _read(file, json.loads, {"machine": dict, "weights": dict, "rows": list}) if file else None
+    bench = _read(file, json.loads, {"machine": dict, "weights": dict, "limits": dict, "rows": list}) if file else None
     report, recipe = read_run(folder)
     return Measured(
         report,
