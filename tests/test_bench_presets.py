@@ -71,7 +71,7 @@ def test_of_a_trained_model_a_preset_leaves_out_what_that_brings() -> None:
     options = with_preset("training", {"repeats": 2}, of_a_run=True)
     assert options == {"tasks": ("trainer",), "dtypes": ("float32",), "repeats": 2, "preset": "training"}
     given = {"shares": (0.1,)}  # refused later, by name
-    assert with_preset("hard", given, of_a_run=True)["shares"] == (0.1,)
+    assert with_preset("skipping", given, of_a_run=True)["shares"] == (0.1,)
     assert not {"shares", "gates", "norms", "shape", *SHAPE} & with_preset("tiny", {}, of_a_run=True).keys()
 
 

@@ -190,6 +190,24 @@ def test_saved_configuration_comes_back(tiny: Callable[..., MidskipConfig], tmp_
     assert again.to_dict() == config.to_dict()
 
 
+def test_settings_given_while_loading_are_checked_and_filled_in(
+    tiny: Callable[..., MidskipConfig], tmp_path: Path
+) -> None:
+    MidskipForCausalLM(tiny(policy="dense")).save_pretrained(tmp_path / "dense")
+    for given, message in (
+        ({"skipped_kv": "kept"}, r"skipped_kv is 'kept'; expected one of"),
+        ({"skip_unit": "sublayers"}, r"skip_unit is 'sublayers'; expected one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MidskipForCausalLM.from_pretrained(tmp_path / "dense", **given)
+    model = MidskipForCausalLM.from_pretrained(tmp_path / "dense", policy="early_exit", skip_path="adapter")
+    assert model.config.skip_path_rank == 64
+    model.save_pretrained(tmp_path / "adapter")
+    again = MidskipForCausalLM.from_pretrained(tmp_path / "adapter")
+    place = {"_name_or_path": ""}
+    assert again.config.to_dict() | place == model.config.to_dict() | place
+
+
 def test_unknown_key_in_a_file_is_refused(tiny: Callable[..., MidskipConfig], tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     file = tmp_path / "config.json"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
 from midskip.policies import Decision, Policy
+from midskip.policies.middle_out import MiddleOut
 from midskip.testing import check_policy
 
 
@@ -251,6 +252,21 @@ def test_settings_reach_the_policy_that_is_checked() -> None:
         check_policy("dense", {"start": "open"})
     with pytest.raises(ValueError, match="skipped_kv is 'some'"):
         check_policy("dense", skipped_kv="some")
+
+
+class Rare(MiddleOut):
+    """Hard gates that go by a number of one's own for each token."""
+
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02):
+        super().__init__(num_layers, width, initializer_range, gates="hard")
+
+    def priority(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
+        return (token_N % 5 + 2 * (previous_N < 0)).float() - 2
+
+
+@pytest.mark.parametrize("skipped_kv", ["drop", "keep"])
+def test_middle_out_with_another_priority_is_lawful(skipped_kv: str) -> None:
+    check_policy(f"{__name__}:Rare", num_layers=4, skipped_kv=skipped_kv)
 
 
 def test_checking_leaves_the_random_state_alone() -> None:

@@ -214,3 +214,16 @@ def test_drift_on_live_prompts(calibrated: MidskipForCausalLM, windows: list[dic
     with Meter(calibrated) as meter, DriftMonitor(calibrated, "error"):
         calibrated(whole, logits_to_keep=1)
     assert meter.head_rows == 12, "what the monitor costs is no work of the model"
+
+
+@torch.no_grad()
+def test_drafts_are_not_under_the_budget_that_is_looked_after(make_model: Callable[..., MidskipForCausalLM]) -> None:
+    """Else `as_trained` would drop the budget while drafts run, which put it back when they end."""
+    model = make_model(policy="independent", skipped_kv="keep").eval()
+    model.config.calibration = CURVE
+    model.set_budget(0.5)
+    before = model.model.policy.score_scale
+    prompt = torch.randint(model.config.vocab_size, (1, 12))
+    with DriftMonitor(model, "as_trained") as monitor:
+        model.generate(prompt, max_new_tokens=4, do_sample=False, draft_budget=0.5)
+    assert not monitor.is_over and model.model.policy.score_scale == before

@@ -66,6 +66,15 @@ def test_when_a_pass_makes_a_cache_unless_told(make_model: Make) -> None:
 
 
 @torch.no_grad()
+def test_ids_of_32_bits_give_the_same_gates(make_model: Make) -> None:
+    model, ids_BT = make_model(policy_settings={"gates": "hard"}).eval(), prompt(4, 10)
+    model.model.policy.bias.data.fill_(-0.5)
+    wide = model(ids_BT, use_cache=False)
+    for use_cache in (False, True):
+        narrow = model(ids_BT.int(), use_cache=use_cache)
+        assert torch.equal(narrow.executed, wide.executed) and 0 < wide.executed_share < 1
+
+
 def test_shapes_that_do_not_fit_are_refused_by_name(make_model: Make) -> None:
     model, ids_BT = make_model().eval(), prompt(2, 6)
     for position_ids in (torch.arange(6), torch.tensor(3), torch.zeros(3, 6).long(), torch.zeros(3, 2, 6).long()):

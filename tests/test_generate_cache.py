@@ -253,6 +253,13 @@ def test_other_caches_are_refused_by_name(make_model: Make) -> None:
         counts.clear()
 
 
+def test_drafts_of_the_first_layers_alone_are_refused(make_model: Make) -> None:
+    model = make_model(policy="early_exit").eval()
+    with pytest.raises(ValueError, match=r"assistant_early_exit drafts with .* draft_budget"):
+        generate(model, prompt(1, 4), assistant_early_exit=2)
+    assert model.config.num_hidden_layers == len(model.model.layers)
+
+
 @pytest.mark.filterwarnings("ignore:.*cache_implementation.*")
 def test_every_cache_implementation_is_refused_by_name(make_model: Make) -> None:
     model = make_model().eval()

@@ -1,7 +1,9 @@
 """Gates of exactly 0 or 1: their equations, how they learn, and what they must not change."""
 
+import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,6 +115,21 @@ def test_hidden_states_have_the_gradient_of_one_minus_the_depth_score(scores: st
     assert got[2] is None, "hidden states learn nothing from it"
     with torch.no_grad():
         assert policy(0, h_ND, {}, batch).output_gate_N is None, "without gradients there is nothing to multiply"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_difficulty_stays_in_float32_through_loading(make_model: Make, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make_model(policy_settings={"gates": "hard", "scores": "difficulty"}).float()
+    seen = model.model.policy.difficulty.seen
+    seen[:, 0].normal_(std=1e5)
+    seen[:, 1].fill_(1e5)  # more than float16 can hold
+    for folder, saved in (("wide", model), ("narrow", copy.deepcopy(model).to(dtype))):
+        saved.save_pretrained(tmp_path / folder)
+        for asked in (dtype, "auto"):
+            loaded = MidskipForCausalLM.from_pretrained(tmp_path / folder, dtype=asked)
+            found = loaded.model.policy.difficulty.seen
+            assert found.dtype == torch.float32 and torch.equal(found, seen.float())
 
 
 def test_difficulty_is_the_mean_excess_of_the_pair() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from midskip import MidskipForCausalLM, meter
 from midskip.model.packing import PackedBatch
 from midskip.policies import Policy, build_policy
+from midskip.policies.controls import Redrawn
 from midskip.policies.early_exit import EarlyExit
 from midskip.policies.middle_out import MiddleOut
 from midskip.policies.mixture_of_depths import MixtureOfDepths
@@ -83,6 +84,28 @@ def test_first_tokens_do_not_leave(name: str) -> None:
     assert kept_LN[:, :3].all() and not kept_LN[:, 3:].any()
     policy.set_limits(1.0, max_layers=1)
     assert kept(policy, h_LND, batch).sum(0).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["early_exit", "mixture_of_depths", "reinforce", "random", "Redrawn"])
+def test_what_is_counted_in_training_starts_at_0(name: str) -> None:
+    """A dense model's checkpoint lacks it, and its memory is then not set."""
+    policy = Redrawn(4, 8) if name == "Redrawn" else build_policy(name, 4, 8, 0.02, {})
+    for buffer in policy.buffers():
+        buffer.fill_(7)
+    policy.reset_parameters()
+    assert dict(policy.named_buffers())["num_steps"] == 0 and not any(buffer.any() for buffer in policy.buffers())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scores", ["predicted_loss", "straight_through"])
+def test_first_tokens_that_drop_out_do_not_come_back(scores: str) -> None:
+    policy = make("early_exit", scores=scores, first_tokens=3, layer_dropout=1.0).train()
+    batch = rectangle(8, 5)
+    batch.token_N = torch.randint(31, (40,))
+    policy.bias.fill_(-1e3)
+    kept_LN = kept(policy, torch.randn(6, 40, 8), batch)
+    assert kept_LN[0].all() and not kept_LN[-1].any() and kept_LN[1:-1].any()
+    assert not (kept_LN[1:] & ~kept_LN[:-1]).any()
 
 
 @torch.no_grad()

@@ -164,6 +164,11 @@ def _priorities(policy: Policy, ids_T: Tensor, documents: list[list[int]]) -> Te
     if not isinstance(policy, MiddleOut) or policy.weight is not None:
         return priority_T
     for document in documents:
+        if type(policy).priority is not MiddleOut.priority:  # of a subclass, which alone knows it
+            token_T = ids_T[document]
+            previous_T = torch.cat([token_T.new_tensor([-1]), token_T[:-1]])
+            priority_T[document] = policy.priority(token_T, previous_T).to(torch.float64)
+            continue
         previous = -1
         for t in document:
             token = int(ids_T[t])

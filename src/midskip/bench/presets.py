@@ -11,6 +11,7 @@ from typing import Any
 SHAPE_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 )  # fmt: skip
+GATES = ("fixed", "fractional", "hard")
 OF_A_RUN = ("shape", "shares", "gates", "norms", *SHAPE_FIELDS)  # settings that a trained model brings itself
 
 GPU: dict[str, Any] = {
@@ -35,15 +36,11 @@ PRESETS = {
     ),
     "skipping": Preset(
         "a quarter, half and three quarters skipped: prefill, training, and the bare matrix products of the prefill",
-        {"tasks": ("prefill", "training", "products"), "shares": (0.0, 0.25, 0.5, 0.75)},
-    ),
-    "hard": Preset(
-        "hard gates that go by tokens, beside depths that cost nothing to decide: prefill, decode and training",
-        {"gates": ("fixed", "hard"), "shares": (0.0, 0.5), "batch_sizes": (1, 8)},
+        {"tasks": ("prefill", "training", "products"), "shares": (0.0, 0.25, 0.5, 0.75), "gates": GATES},
     ),
     "decode": Preset(
         "token by token, batches of 1, 8 and 32, against Llama with a growing and with a static cache",
-        {"tasks": ("decode",), "shares": (0.0, 0.5), "batch_sizes": (1, 8, 32)},
+        {"tasks": ("decode",), "shares": (0.0, 0.5), "gates": GATES, "batch_sizes": (1, 8, 32)},
     ),
     "training": Preset(
         "whole optimizer steps in transformers' Trainer, callbacks and batches included; with --run, of its model",

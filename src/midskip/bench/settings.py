@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from midskip.bench.presets import OF_A_RUN, SHAPE_FIELDS
+from midskip.bench.presets import GATES, OF_A_RUN, SHAPE_FIELDS
 from midskip.model.config import MidskipConfig, intermediate_sizes
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies.controls import LARGEST_SEED
 
 TASKS = ("prefill", "decode", "training", "trainer", "products")
 DTYPES = ("float32", "bfloat16", "float16")  # in float64 too Llama would turn by float32 angles, and not agree
-GATES = ("fixed", "fractional", "hard")
 NORMS = ("sandwich", "pre")
 ATTENTION = ("auto", "sdpa", "padded", "flex")
 # of what is checked before anything is timed: sequences, and columns of each pass of the run with a cache. Steps of one

@@ -168,7 +168,9 @@ class MidskipConfig(PretrainedConfig):
             folder = kwargs.get("name_or_path")  # of the Auto classes
             where = "the configuration" if folder is None else f"the configuration of {str(folder)!r}"
             check_saved(config_dict.get("policy"), "policy", trust, where)
-        return super().from_dict(config_dict, **kwargs)
+        found: Any = super().from_dict(config_dict, **kwargs)
+        (found[0] if isinstance(found, tuple) else found)._check()  # transformers sets `kwargs` past the constructor
+        return found
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> Any:

@@ -62,6 +62,12 @@ class CachedGeneration(GenerationMixin):
                 f"cache_implementation is {kind!r}; midskip has one kind of cache, which holds only the tokens that "
                 "ran: leave cache_implementation out"
             )
+        early = kwargs.get("assistant_early_exit"), getattr(generation_config, "assistant_early_exit", None)
+        if early[0] or early[1] or getattr(self.generation_config, "assistant_early_exit", None):
+            raise ValueError(
+                "assistant_early_exit drafts with the first layers alone, which is not how tokens of this model skip: "
+                "leave it out, or give draft_budget"
+            )
         cache = kwargs.get("past_key_values")
         check_kind(cache)
         mask, counts = kwargs.get("attention_mask"), [kwargs.get("max_new_tokens")]

@@ -38,6 +38,7 @@ class MidskipPreTrainedModel(CardedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["difficulty"]  # half precision cannot count so far
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -146,7 +147,7 @@ class MidskipModel(MidskipPreTrainedModel):
             h_ND = batch.pack(inputs_embeds)
         else:
             assert input_ids is not None
-            batch.token_N = batch.pack(input_ids)
+            batch.token_N = batch.pack(input_ids).long()  # hashes need all of int64
             h_ND = self.embed_tokens(batch.token_N)
         h_ND = self.embed_layernorm(h_ND)
         batch.rotary = self.rotary(batch.position_N, h_ND.dtype)

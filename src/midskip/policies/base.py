@@ -122,8 +122,9 @@ class Policy(nn.Module):
         self.closed_layers: frozenset[int] = frozenset()
 
     def reset_parameters(self, init: Any = nn.init) -> None:
-        """Set the starting values of the policy's own parameters, through `init` (`torch.nn.init`, or transformers'
-        own, which leaves alone what a checkpoint has set). Linear layers inside a policy need none of it."""
+        """Set the starting values of the policy's own parameters and buffers, through `init` (`torch.nn.init`, or
+        transformers' own, which leaves alone what a checkpoint has set). What is left out has no value at all where a
+        checkpoint lacks it. Linear layers inside a policy need none of it."""
 
     def forward(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         """`decide`, as a module call, so that hooks (meters, sharded weights) see it."""

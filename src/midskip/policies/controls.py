@@ -76,6 +76,10 @@ class Redrawn(MiddleOut):
         super().__init__(num_layers, width, initializer_range, gates="hard")
         self.redraw_steps, self.num_steps = redraw_steps, nn.Buffer(torch.tensor(0))
 
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        super().reset_parameters(init)
+        init.zeros_(self.num_steps)
+
     def priority(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
         return drawn(token_N, previous_N, int(self.num_steps) // self.redraw_steps)
 

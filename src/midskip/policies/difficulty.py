@@ -24,13 +24,14 @@ class Difficulty(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = nn.Buffer(torch.zeros(2, 2, NUM_KINDS))  # by token, by pair: sum of excess nats, and count
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)  # half precision cannot count so far
+        self.seen = nn.Buffer(torch.zeros(2, 2, NUM_KINDS, dtype=wide))  # by token, by pair: sum of excess nats, count
         self._new: Tensor | None = None  # the same, of passes not absorbed yet; no buffer: each rank has its own
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         kept = self.seen
         super()._apply(fn, recurse)
-        if self.seen.dtype.itemsize < kept.dtype.itemsize:  # half precision cannot count so far
+        if self.seen.dtype.itemsize < kept.dtype.itemsize:
             self.seen = kept.to(self.seen.device)
         return self
 

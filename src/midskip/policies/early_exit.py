@@ -66,6 +66,12 @@ class EarlyExit(ScoredPolicy):
         self.mean_L = nn.Buffer(torch.zeros(num_layers)) if self.predicts else None
         self._new: Tensor | None = None  # sum and count of exit losses in passes not absorbed yet
 
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        super().reset_parameters(init)
+        init.zeros_(self.num_steps)
+        if self.mean_L is not None:
+            init.zeros_(self.mean_L)
+
     def skip_path_end(self, layer: int) -> int:
         return self.num_layers
 
@@ -91,7 +97,10 @@ class EarlyExit(ScoredPolicy):
         if indices_N is not None:
             readiness_N = readiness_N.new_ones(len(h_ND)).index_copy(0, indices_N, readiness_N)
         if self.first_tokens:
-            readiness_N = torch.where(batch.position_N < self.first_tokens, 0, readiness_N)
+            stays_N = batch.position_N < self.first_tokens
+            if before is not None and before.keep_N is not None:  # not those that left by `layer_dropout`
+                stays_N = stays_N & before.keep_N
+            readiness_N = torch.where(stays_N, 0, readiness_N)
         keep_N = readiness_N < 1
         if self.training and self.layer_dropout and layer:
             rate = self.layer_dropout * layer / (self.num_layers - 1)

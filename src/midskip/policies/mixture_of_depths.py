@@ -47,6 +47,10 @@ class MixtureOfDepths(ScoredPolicy):
         self.num_steps = nn.Buffer(torch.tensor(0))
         self._lowest: Tensor | None = None  # [2, G], sums over sequences of the lowest number kept, and their count
 
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        super().reset_parameters(init)
+        init.zeros_(self.num_steps)
+
     def share_profile(self, outer: int) -> list[float | None]:
         return Policy.share_profile(self, outer)  # a ValueError: the capacity holds the share
 

@@ -6,7 +6,7 @@ N packed tokens.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, Policy
@@ -54,7 +54,7 @@ class RandomSkips(Policy):
         if by not in DRAWN_BY:
             raise ValueError(f"by is {by!r}; expected one of {', '.join(map(repr, DRAWN_BY))}")
         self.kind, self.redraw, self.by, self.is_mirrored = kind, redraw, by, kind == "middle_out"
-        self.num_steps = torch.nn.Buffer(torch.tensor(0))
+        self.num_steps = nn.Buffer(torch.tensor(0))
         if shares is not None:
             self.present = _checked(shares, num_layers)
             self.closed_layers = frozenset(n for n, one in enumerate(self.present) if not one)
@@ -69,6 +69,10 @@ class RandomSkips(Policy):
         if mean < 0 or (not num_inner and share < 1):
             raise ValueError(f"share is {share!r} and outer {outer}, whose layers alone are more: lower outer")
         self.present = self._present(profile, mean)
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        super().reset_parameters(init)
+        init.zeros_(self.num_steps)
 
     def _present(self, profile: list[float | None], mean: float) -> list[float]:
         """Share of the tokens in each layer."""

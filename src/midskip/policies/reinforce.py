@@ -40,6 +40,10 @@ class Reinforce(ScoredPolicy):
         self.cost, self.weight = float(cost), float(weight)
         self.num_steps = nn.Buffer(torch.tensor(0))
 
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        super().reset_parameters(init)
+        init.zeros_(self.num_steps)
+
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         number_N = self.routers[layer](h_ND.detach())
         if layer == 0 and self.training:

@@ -1,6 +1,8 @@
 """A regularizer that holds a share of work. L: layers."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +26,10 @@ class TargetShare(Regularizer):
     adds nothing to the loss: after each step it adds gain * (share present - target) to the bias of each gate, so that
     the policy decides which tokens leave and the regularizer how many. The gain of a gate grows while its error keeps
     its sign, since nobody knows where the scores will lie. As trained, the first `outer` layers and their mirrors run
-    for every token. The targets of the others fall, in the order that the policy says (`Policy.share_profile`), by up
-    to 2 d, d = spread * min(m, 1 - m), around the mean m with which all layers together have target_share, and are
-    approached from 1 over `ramp_steps`. The idea is that of load balancing without a loss (Wang et al. 2024, arXiv
-    2408.15664), there between experts.
+    for every token; not so in `early_exit` by predicted loss, where one bias serves all layers. The targets of the
+    others fall, in the order that the policy says (`Policy.share_profile`), by up to 2 d, d = spread * min(m, 1 - m),
+    around the mean m with which all layers together have target_share, and are approached from 1 over `ramp_steps`. The
+    idea is that of load balancing without a loss (Wang et al. 2024, arXiv 2408.15664), there between experts.
 
     With `lowest_share` one model learns to serve every share from there to 1. After the ramp each batch runs three
     times: with everything, at the lowest share, and at a third one, which is `target_share` in every second step, and
@@ -52,7 +54,9 @@ class TargetShare(Regularizer):
         if isinstance(outer, bool) or not isinstance(outer, int) or not 0 <= outer < num_gates:
             raise ValueError(f"outer must be a whole number from 0 to {num_gates - 1}, got {outer!r}")
         self.outer = outer
-        self._aim(*nested(num_layers, outer))  # until `steer` has seen the policy
+        self._aimed_at: tuple[tuple[int | None, ...], list[float | None]] | None = None
+        self._set_targets(*nested(num_layers, outer))  # until `steer` has seen the policy
+        self._begin(len(self.targets))
         self.num_updates = floats(0.0)
         self.lowest_share = None if lowest_share is None else number("lowest_share", lowest_share, 0.01, 0.99)
         if self.lowest_share is not None:
@@ -64,18 +68,18 @@ class TargetShare(Regularizer):
             self.log_scales = torch.zeros(NUM_KNOTS)
             self.changing = (*self.changing, "log_scales")
 
-    def _aim(self, gate_of_layer: tuple[int | None, ...], profile_L: list[float | None]) -> None:
-        """Targets for these gates, and the state of the search for their biases, from its start."""
-        self._aimed_at = gate_of_layer, profile_L
+    def _set_targets(self, gate_of_layer: tuple[int | None, ...], profile_L: list[float | None]) -> None:
+        """Targets for these gates."""
         inner = [layer for layer, depth in enumerate(profile_L) if depth is not None]
         mean = 1 - (1 - self.target_share) * self.num_layers / max(1, len(inner))
-        if mean < 0:
+        if mean < 0 and self._aimed_at is not None:  # other policies may have fewer outer layers
             raise ValueError(
                 f"target_share is {self.target_share} and the layers that run for every token alone are "
                 f"{1 - len(inner) / self.num_layers:.3g} of the blocks: raise it, or lower outer"
             )
         slope = 1 - 2 * floats([profile_L[layer] for layer in inner])
         slope = slope - slope.mean() if inner else slope
+        mean = max(0.0, mean)
         reach = self.spread * min(mean, 1 - mean)
         targets_L = torch.ones(self.num_layers)
         if inner:
@@ -83,8 +87,22 @@ class TargetShare(Regularizer):
         gates = sorted({gate for gate in gate_of_layer if gate is not None})
         self._layers = [[layer for layer, other in enumerate(gate_of_layer) if other == gate] for gate in gates]
         self.targets = torch.stack([targets_L[layers].mean() for layers in self._layers])
-        self.bias = torch.zeros(len(gates))  # beside that of an open start
-        self.gains, self.errors = torch.ones(len(gates)), torch.zeros(len(gates))  # the former times `gain`
+
+    def _begin(self, num_gates: int) -> None:
+        """The search for the biases of so many gates, from its start."""
+        self.bias = torch.zeros(num_gates)  # beside that of an open start
+        self.gains, self.errors = torch.ones(num_gates), torch.zeros(num_gates)  # the former times `gain`
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As in `Regularizer`; before the first `steer` the gates may be as many as the state is of."""
+        before = self.bias, self.gains, self.errors
+        if self._aimed_at is None and isinstance(state.get("bias"), list):
+            self._begin(len(state["bias"]))
+        try:
+            super().load_state_dict(state)
+        except ValueError:
+            self.bias, self.gains, self.errors = before
+            raise
 
     @property
     def drawn_share(self) -> float | None:
@@ -153,7 +171,16 @@ class TargetShare(Regularizer):
             raise ValueError(f"target_share is for {self.num_layers} layers and the model has {policy.num_layers}")
         aim = policy.gate_of_layer, policy.share_profile(self.outer)
         if aim != self._aimed_at:
-            self._aim(*aim)
+            is_first, self._aimed_at = self._aimed_at is None, aim
+            self._set_targets(*aim)
+            fits = len(self.bias) == len(self.targets)
+            if is_first and not fits and self.num_updates > 0:
+                raise ValueError(
+                    f"the state that was loaded is of {len(self.bias)} gates and the policy has {len(self.targets)}: "
+                    "load the state of this policy's run"
+                )
+            if not (is_first and fits):
+                self._begin(len(self.targets))
         bias: Tensor = policy.bias.requires_grad_(False)  # pyright: ignore[reportAssignmentType, reportCallIssue]
         values = policy.open_bias + self.bias
         if isinstance(bias, DTensor):  # sharded weights
