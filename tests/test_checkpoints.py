@@ -23,8 +23,11 @@ from tiny_runs import (
 
 from midskip.data import open_prepared, prepare
 from midskip.regularizers import FeedbackRegularizer, Regularizer, TargetShare, build_regularizer
+from midskip.runs import load_run
 from midskip.train import Recipe, read_recipe, train
 from midskip.train.checkpoints import MARKER_FILE, fault_of
+from midskip.train.optimizer import build_optimizer, build_scheduler
+from midskip.train.trainer import MidskipTrainer
 
 MakeRecipe = Callable[..., Recipe]
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
@@ -231,6 +234,55 @@ def test_a_changed_recipe_is_named_and_needs_a_flag(place: Path, stopped: Path) 
     rows, unchanged = (everything(folder)["history.jsonl"] for folder in (stopped, place / "whole" / "run"))
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert rows[:4] == unchanged[:4] and rows[4] != unchanged[4]
+
+
+def test_accepted_changes_of_the_optimisation_take_effect(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(read_recipe(stopped / "recipe.yaml"), output=str(stopped))
+    changed = {"learning_rate": 1e-4, "gate_learning_rate_scale": 0.5, "weight_decay": 0.2, "adam_beta2": 0.5}
+    changed |= {"adam_epsilon": 1e-3, "save_steps": 1, "eval_steps": 3}
+    settings = replace(recipe.training, **changed)
+    seen: list[list[dict[str, Any]]] = []
+    original = MidskipTrainer.training_step
+
+    def groups_of(scheduler: Any) -> list[dict[str, Any]]:
+        return [group | {"params": None} for group in scheduler.optimizer.param_groups]
+
+    def training_step(trainer: MidskipTrainer, *args: Any, **kwargs: Any) -> Any:
+        seen.append(groups_of(trainer.lr_scheduler))
+        return original(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(MidskipTrainer, "training_step", training_step)
+    train(replace(recipe, training=settings), resume=True, accept_changes=True, console=QUIET)
+    scheduler = build_scheduler(build_optimizer(load_run(stopped)[0], settings), settings)
+    expected = []
+    for _ in range(6):
+        expected += 2 * [groups_of(scheduler)]  # two passes a step
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert seen == expected[8:], "of steps 5 and 6"
+    assert {path.name for path in stopped.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 5, 6)}
+    assert json.loads((stopped / "best" / "evaluation.json").read_text())["step"] == 6, "evaluated there alone"
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "stays"),
+    [
+        (4, {}, True),
+        (5, {}, True),  # the same step will be taken again
+        (4, {"learning_rate": 1e-4}, True),
+        (5, {"learning_rate": 1e-4}, False),
+        (2, {"separate_documents": False}, False),  # losses on windows that are cut otherwise
+    ],
+)
+def test_the_best_model_is_one_of_this_run(stopped: Path, step: int, changes: dict[str, Any], stays: bool) -> None:
+    recipe = replace(read_recipe(stopped / "recipe.yaml"), output=str(stopped))
+    for group in ("data", "training"):
+        own = {name: value for name, value in changes.items() if hasattr(getattr(recipe, group), name)}
+        recipe = replace(recipe, **{group: replace(getattr(recipe, group), **own)})
+    shutil.copytree(stopped / "checkpoint-4", stopped / "best")
+    (stopped / "best" / "evaluation.json").write_text(json.dumps({"step": step, "loss": 0.1}))  # lower than any
+    train(recipe, resume=True, accept_changes=True, console=QUIET)
+    assert (json.loads((stopped / "best" / "evaluation.json").read_text())["loss"] == 0.1) == stays
 
 
 def test_the_shape_of_a_model_never_changes(stopped: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from midskip.data import LabelledData, Prepared
 from midskip.locks import LOCK_FILE
 from midskip.regularizers import Regularizer
-from midskip.runs import PAGE_FILE, RECIPE_FILE, write_atomically
+from midskip.runs import BEST_FILE, BEST_FOLDER, PAGE_FILE, RECIPE_FILE, write_atomically
 from midskip.train.checkpoints import REGULARIZER_FILE, step_of
 from midskip.train.recipe import Recipe, changes
 from midskip.train.saved import read_saved_recipe
@@ -114,14 +114,30 @@ def unless_refused(folder: Path, recipe: Recipe) -> Iterator[None]:
         raise
 
 
-def begin(folder: Path, recipe: Recipe, text: Prepared | LabelledData, start: dict[str, Any]) -> None:
-    """Write down what the run begins with."""
+def begin(
+    folder: Path, recipe: Recipe, text: Prepared | LabelledData, start: dict[str, Any], first_step: int
+) -> None:  # fmt: skip
+    """Write down what the run begins with, or goes on with after `first_step`."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / BEST_FOLDER).exists() and _best_is_of_another(folder, recipe, start, first_step):
+        shutil.rmtree(folder / BEST_FOLDER)
     (folder / PAGE_FILE).unlink(missing_ok=True)  # of a shorter run; from now on this one is not finished
     recipe.save(folder / RECIPE_FILE)  # first of all it writes: it makes the folder that of a run
     write_atomically(folder / START_FILE, json.dumps(start, indent=1))
     if text.tokenizer is not None:
         text.tokenizer.save_pretrained(folder)
+
+
+def _best_is_of_another(folder: Path, recipe: Recipe, start: dict[str, Any], first_step: int) -> bool:
+    """Whether the best model was measured on other text, or by another recipe in a step that is taken again."""
+    try:
+        found = changes(read_saved_recipe(folder / RECIPE_FILE), recipe)
+        shards = json.loads((folder / START_FILE).read_text(encoding="utf-8"))["shards"]
+        step = json.loads((folder / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, LookupError, TypeError):  # who cannot tell keeps none
+        return True
+    other_text = shards != start["shards"] or any(change.startswith("data.") for change in found)
+    return other_text or (bool(found) and step > first_step)
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:

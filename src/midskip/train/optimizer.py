@@ -1,6 +1,7 @@
 """AdamW over weights, norms and gates, and its learning rate: up on a line, down on a cosine."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,19 +20,31 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
         groups["gates" if ".policy." in name else "weights" if parameter.ndim > 1 else "norms"].append(parameter)
     return torch.optim.AdamW(
         [
-            {
-                "name": name,
-                "params": parameters,
-                "lr": settings.learning_rate * (settings.gate_learning_rate_scale if name == "gates" else 1),
-                "weight_decay": settings.weight_decay if name == "weights" else 0.0,
-            }
+            {"name": name, "params": parameters} | group_settings(name, settings)
             for name, parameters in groups.items()
             if parameters
         ],
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
         fused=next(model.parameters()).is_cuda,  # one pass over memory instead of many
     )
+
+
+def group_settings(name: str, settings: TrainingSettings) -> dict[str, Any]:
+    """AdamW's settings of one of the groups."""
+    return {
+        "lr": settings.learning_rate * (settings.gate_learning_rate_scale if name == "gates" else 1),
+        "weight_decay": settings.weight_decay if name == "weights" else 0.0,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+    }
+
+
+def follow_settings(scheduler: LambdaLR, settings: TrainingSettings) -> None:
+    """Give the optimizer of a resumed run the settings of its recipe: a checkpoint brings those that it was saved with,
+    and the recipe may have changed."""
+    for number, group in enumerate(scheduler.optimizer.param_groups):
+        group.update(group_settings(group["name"], settings))
+        scheduler.base_lrs[number] = group["initial_lr"] = group["lr"]
+        group["lr"] *= scheduler.lr_lambdas[number](scheduler.last_epoch)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> LambdaLR:

@@ -98,6 +98,7 @@ def _train(
     is_first = arguments.process_index == 0
     with first_goes_first(), unless_refused(folder, recipe):
         checkpoint, broken = find_checkpoint(folder) if resume else (None, {})
+        first_step = 0 if checkpoint is None else step_of(checkpoint)
         initial = initial_weights(recipe, checkpoint)
         text, training, validation = open_windows(recipe.data, folder, console)
         if initial is not None:
@@ -119,9 +120,8 @@ def _train(
             put_aside(broken, partial(console.print, markup=False, highlight=False, soft_wrap=True))
             if checkpoint is not None:
                 remove_old(folder, settings.save_total_limit)  # one that was half removed
-            begin(folder, recipe, text, start | start_of(initial))
+            begin(folder, recipe, text, start | start_of(initial), first_step)
     dense = train_dense(recipe, resume, accept_changes, console)
-    first_step = 0 if checkpoint is None else step_of(checkpoint)
     trained = checkpoint is not None and first_step >= settings.max_steps
     set_seed(settings.seed)
     pad: Any = None if text.tokenizer is None else text.tokenizer.pad_token_id

@@ -33,7 +33,7 @@ from midskip.runs import BEST_FILE, BEST_FOLDER, save_whole, write_atomically
 from midskip.train.checkpoints import HISTORY_FILE, REGULARIZER_FILE, mark_complete, remove_old
 from midskip.train.fsdp import whole_state
 from midskip.train.health import Health
-from midskip.train.optimizer import build_optimizer, build_scheduler, num_warmup_steps
+from midskip.train.optimizer import build_optimizer, build_scheduler, follow_settings, num_warmup_steps
 from midskip.train.recipe import TrainingSettings
 from midskip.train.record import Profiler, StepRecord
 
@@ -185,6 +185,8 @@ class _AroundStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._steer()
+        follow_settings(self.trainer.lr_scheduler, self.trainer.settings)  # pyright: ignore[reportArgumentType]
+        state.compute_steps(args, state.max_steps)  # of saving and evaluating, likewise
         earlier_s = self.trainer.history[-1]["seconds"] if self.trainer.history else 0.0
         self.started_s = time.perf_counter() - earlier_s
         self.resumed_s = time.perf_counter()
