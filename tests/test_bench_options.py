@@ -40,7 +40,7 @@ from midskip.policies.controls import FixedDepths
         (["--attention", "auto,flex"], "attention has 'flex', which needs a GPU"),
         (["--attention", "padded", "--num_key_value_heads", "1"], "fewer key heads than query heads"),
         (["--tasks", "trainer", "--dtypes", "float16"], "trains in float32 or bfloat16 alone"),
-        (["--preset", "fast"], "preset is 'fast'; expected one of core, skipping, hard, decode, training, memory, gpu"),
+        (["--preset", "fast"], "preset is 'fast'; expected one of core, skipping, decode, training, memory, gpu"),
         (["--device", "toaster"], "device is 'toaster'; expected cpu, cuda or cuda:N"),
         (["--hidden_size", "33"], "hidden_size (33)"),
         (["--data", "text"], "give its run folder by --run"),

@@ -120,6 +120,8 @@ def test_the_best_model_is_evaluated_like_a_run(place: Path, capsys: pytest.Capt
     assert best == json.loads((place / "run" / "report.json").read_text())["best"] and best["step"] in (2, 4)
     assert main(["evaluate", str(place / "run" / "best"), "--data", str(place / "text"), "--json"]) == 0
     assert 0 < json.loads(capsys.readouterr().out)["loss"] < 7
+    assert main(["evaluate", str(place / "run" / "best"), "--json"]) == 0, "on the held-out text of its run"
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(best["loss"], rel=1e-6)
 
 
 def test_evaluate_gives_the_numbers_of_the_report(
@@ -216,7 +218,7 @@ def test_an_error_is_one_line_of_harmless_text(error: Callable[..., str], tmp_pa
         "the recipe cannot be used: unrecognized arguments: --training.␛[31m [bold]=3"
     )
     (tmp_path / "recipe.yaml").write_text("training: {steps: [\n")
-    assert error("train", tmp_path / "recipe.yaml").startswith("the recipe cannot be used: Problems parsing config")
+    assert error("train", tmp_path / "recipe.yaml").startswith("the recipe cannot be used: while parsing")
 
 
 # What is refused

@@ -197,6 +197,13 @@ def test_models_held_to_one_of_them_are_compared_seed_by_seed_whatever_they_cost
 # ---- what is said
 
 
+def test_seconds_of_another_machine_are_not_held_to_one_another(tmp_path: Path) -> None:
+    gated = [point(shifted(2.7), 2e6), point(shifted(2.8), 2e6, machine={"cpu": "other"})]
+    folder = write_sweep(tmp_path, {"dense": dense(), "gated": gated})
+    near, _, far = (row["against_other"]["cost_percents"] for row in frontier(folder, "dense size=0")["points"][1:4])
+    assert list(near) == ["flops", "training_flops", "seconds"] and list(far) == ["flops", "training_flops"]
+
+
 def test_unequal_tuning_and_unequal_training_are_said(tmp_path: Path) -> None:
     gated = [
         point(shifted(2.8), 2e6, trials=3),

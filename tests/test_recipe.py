@@ -61,6 +61,13 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert recipe.data == DataSettings()
 
 
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("output: ~/run\n")
+    for recipe in (read_recipe(tmp_path / "r.yaml"), read_recipe(None, ["--output=~/run"]), Recipe("~/run")):
+        assert recipe.output == str(tmp_path / "run")
+
+
 def test_changes_are_told_by_name() -> None:
     earlier = read_recipe(None, ["--regularizer.settings.target_share=0.5", "--output=there"])
     now = read_recipe(
@@ -96,6 +103,8 @@ def test_a_vocabulary_is_padded_on_request() -> None:
         ("training: {report_to: tensorboard}", r"training\.report_to.*tensorboard"),
         ("model: {norms: post}", r"model\.norms.*sandwich.*pre.*post"),
         ("data: {separate_documents: maybe}", r"data\.separate_documents.*maybe"),
+        ("training: {seed: 1}\ntraining: {max_steps: 3}", "'training' stands twice"),
+        ("training: {seed: 1, max_steps: 3, seed: 2}", "'seed' stands twice"),
         ("training: 3", "training is 3; expected settings by name"),
         ("training: null\noutput: x", "training is None; expected settings by name"),
         ("- a\n- b", "cannot be used"),

@@ -179,6 +179,17 @@ def test_shards_are_trained_on_as_they_are(make_recipe: MakeRecipe, shards: Path
     [
         ({"validation": None}, r"train_\*\.bin', shards of tokens, and there is no data\.validation\."),
         ({"tokenizer": "bpe"}, r"The tokenizer 'bpe' is trained on text, and shards hold tokens"),
+        *(
+            ({name: value}, rf"shards of tokens, and data\.{name} is {value!r}, a setting of text .* leave it out")
+            for name, value in {
+                "max_tokens": 100,
+                "max_validation_tokens": 50,
+                "vocab_size": 999,
+                "validation_share": 0.2,
+                "text_field": "body",
+                "pad_token": "<pad>",
+            }.items()
+        ),
         ({"validation": "none_*.bin"}, r"none_\*\.bin"),
         ({"length": 100_000}, r"\d+ tokens \(.*train_000000\.bin and 2 more\), which make 0 windows of 100000"),
     ],

@@ -180,6 +180,12 @@ def test_folders_globs_and_lists_of_paths(tmp_path: Path, monkeypatch: pytest.Mo
     assert read("b.txt, a/*.jsonl,a/b") == ["b.txt", "line", "a/b/c.txt"]
     assert read("b.txt,*.txt,a,a/b") == ["b.txt", "odd [1].txt", "a/b/c.txt", "line", "a/z.txt"], "each once"
     assert read("~/b.txt") == ["b.txt"]
+    (tmp_path / "linked").mkdir()
+    for name, where in (("linked/a", "a"), ("linked/up", "linked"), ("linked/same.txt", "b.txt")):
+        (tmp_path / name).symlink_to(tmp_path / where)
+    assert read("linked") == ["a/b/c.txt", "line", "a/z.txt", "b.txt"], "in linked folders too, each entered once"
+    assert read(f"b.txt,{tmp_path / 'b.txt'},linked/same.txt,a/../b.txt") == ["b.txt"], "each file once"
+    assert Source("linked").left_out.startswith("a file of another kind is left out (.md)")
     (tmp_path / "pydocs").mkdir()
     (tmp_path / "pydocs/x,y.txt").write_text("comma")
     assert read("./pydocs") == read("pydocs/x,y.txt") == ["comma"]

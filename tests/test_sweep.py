@@ -80,6 +80,20 @@ def test_an_arms_settings_win(sweep_of: SweepOf) -> None:
     assert (first.recipe.model.num_hidden_layers, second.recipe.model.num_hidden_layers) == (1, 2)
 
 
+def test_what_is_given_last_wins_whole_or_in_part(sweep_of: SweepOf) -> None:
+    arm = {"name": "gated", "recipe": "recipe.yaml", "settings": {"regularizer.settings.target_share": 0.6}}
+    gate = {"model.policy": "middle_out", "model.policy_settings": {"gates": "hard"}}
+    of_all = gate | {"regularizer.name": "target_share", "regularizer.settings": {"target_share": 0.9, "outer": 1}}
+    (point,) = sweep_of(arm, settings=of_all).points
+    assert point.recipe.regularizer.settings == {"target_share": 0.6, "outer": 1}
+    whole = arm | {"settings": {"regularizer.settings": {"target_share": 0.8}}}
+    (point,) = sweep_of(whole, settings=of_all | {"regularizer.settings.outer": 1}).points
+    assert point.recipe.regularizer.settings == {"target_share": 0.8}
+    grid = {"regularizer.settings": [{"target_share": 0.5}, {"target_share": 0.7}]}
+    points = sweep_of(arm | {"settings": {}, "grid": grid}, settings=of_all | {"regularizer.settings.gain": 1.0}).points
+    assert [point.recipe.regularizer.settings for point in points] == grid["regularizer.settings"]
+
+
 def test_inner_settings_can_be_a_grid(sweep_of: SweepOf) -> None:
     settings = {"model.policy": "middle_out", "model.policy_settings": {"gates": "hard"}}
     settings |= {"regularizer.name": "target_share", "regularizer.settings": {"outer": 1}}

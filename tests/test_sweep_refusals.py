@@ -24,7 +24,11 @@ GATED = {"model.policy": "middle_out", "regularizer.name": "target_share"}
         ([DENSE | {"grid": {"training.max_steps": []}}], {}, "grid: training.max_steps is .*at least one value"),
         ([DENSE | {"grid": {"training.max_steps": [2, 2]}}], {}, "expected each value once"),
         ([DENSE | {"grid": {"training.max_steps": [0]}}], {}, "training.max_steps is 0; expected at least 1"),
-        ([DENSE | {"settings": {"model.num_hidden_layers": 3}}], {}, "num_hidden_layers is in settings and in grid"),
+        ([DENSE | {"settings": {"model.num_hidden_layers": 3}}], {}, "num_hidden_layers is in settings and model.num"),
+        (
+            [DENSE | {"settings": {"regularizer.settings.gain": 1}, "grid": {"regularizer.settings": [{}]}}], {},
+            "regularizer.settings.gain is in settings and regularizer.settings in grid; expected one",
+        ),
         ([DENSE | {"settings": {"training.seed": 3}}], {}, "training.seed, which is the sweep's; expected seeds"),
         ([DENSE | {"settings": {"model.num_attention_heads": 3}}], {}, "arm 'dense': .*num_attention_heads"),
         ([DENSE | {"settings": GATED}], {}, "arm 'dense': .*target_share"),
@@ -48,6 +52,13 @@ def test_bad_files_are_refused_before_anything_runs(
     with pytest.raises(ValueError, match=message):
         read_sweep(write_sweep(tmp_path, *arms, **more))
     assert cli.main(["sweep", str(tmp_path / "sweep.yaml")]) == 2 and not (tmp_path / "out").exists()
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    file.write_text(file.read_text() + "seeds: [3]\n")
+    with pytest.raises(ValueError, match=r"(?s)the sweep .* cannot be read: 'seeds' stands twice.*line"):
+        read_sweep(file)
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def parser() -> Parser:
     )  # fmt: skip
     for name in SHAPE:
         add(f"--{name}", type=at_least_one, help="instead of the shape's")
-    add("--run", help="time the model of this run folder, with its own gates, against itself with nothing skipped")
+    about = "time the model of this run folder, with its own gates, against itself with nothing skipped"
+    add("--run", type=os.path.expanduser, help=about)
     add("--data", help="with --run: text, as `midskip prepare` takes it (default: the run's held-out text)")
     add("--tasks", type=words, help="also trainer (optimizer steps), products (default: prefill,decode,training)")
     add("--batch_sizes", type=counts, help="sequences decoded at once (default: 1,8,32)")
@@ -52,7 +54,8 @@ def parser() -> Parser:
     add("--seed", type=int, help="of weights, tokens, depths and turns (default: 0)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add_trust(made)
-    add("--output", default="runs/bench", help="folder for the numbers and the picture (default: %(default)s)")
+    about = "folder for the numbers and the picture (default: %(default)s)"
+    add("--output", type=Path, default=Path("runs/bench"), help=about)
     return made
 
 
@@ -62,7 +65,7 @@ def run(arguments: list[str]) -> None:
     from midskip.runs import load_run
 
     given: dict[str, Any] = {name: value for name, value in vars(options).items() if value is not None}
-    output, run, data = Path(given.pop("output")), given.pop("run", None), given.pop("data", None)
+    output, run, data = given.pop("output"), given.pop("run", None), given.pop("data", None)
     trust = given.pop("trust")
     given = with_preset(given.pop("preset", None), given, of_a_run=run is not None)
     if run is None:

@@ -41,6 +41,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         parsed = super().parse_args(args, namespace)
+        for name, value in vars(parsed).items():
+            if isinstance(value, Path):  # a shell leaves `--output=~/x` as it is
+                setattr(parsed, name, value.expanduser())
         quiet_transformers()
         return parsed
 
@@ -84,20 +87,21 @@ def text_of(
 ) -> TokenWindows:
     """The text that the options of `add_text` name."""
     from midskip.data import TokenWindows, encode_source, end_of_text_id, open_prepared
-    from midskip.data.prepared import SUMMARY_FILE
+    from midskip.data.prepared import is_prepared
     from midskip.runs import RECIPE_FILE
     from midskip.train.recipe import DataSettings
     from midskip.train.saved import read_saved_recipe
     from midskip.train.text import cut_windows, open_text
 
-    recipe_file = Path(options.run) / RECIPE_FILE
+    folder = _folder_of_recipe(options.run)
+    recipe_file = folder / RECIPE_FILE
     if options.data is None and not recipe_file.is_file():
         raise ValueError(f"{options.run!r} has no {RECIPE_FILE} that names its held-out text: give text by --data")
     settings = read_saved_recipe(recipe_file).data if recipe_file.is_file() else DataSettings()
     if options.data is None:
-        return cut_windows(open_text(settings, Path(options.run), console), settings)[1]
+        return cut_windows(open_text(settings, folder, console), settings)[1]
     length = model.config.max_position_embeddings
-    if Path(options.data, SUMMARY_FILE).is_file():
+    if is_prepared(options.data):
         prepared = open_prepared(options.data)
         if prepared.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
@@ -119,9 +123,19 @@ def items_of(options: argparse.Namespace, console: Console) -> Items:
 
     if options.data is not None:
         raise ValueError(f"{options.run!r} is a run on labelled data, and --data names text: leave it out")
-    settings = read_saved_recipe(Path(options.run) / RECIPE_FILE).data
-    check_saved(settings.source, "labelled data", options.trust, f"the recipe in {options.run!r}")
-    return open_windows(settings, Path(options.run), console)[2]
+    folder = _folder_of_recipe(options.run)
+    settings = read_saved_recipe(folder / RECIPE_FILE).data
+    check_saved(settings.source, "labelled data", options.trust, f"the recipe in {str(folder)!r}")
+    return open_windows(settings, folder, console)[2]
+
+
+def _folder_of_recipe(run: str) -> Path:
+    """The folder of a run; of its best model, which lies within, too."""
+    from midskip.runs import BEST_FILE, RECIPE_FILE
+
+    folder = Path(run)
+    is_best = (folder / BEST_FILE).is_file() and not (folder / RECIPE_FILE).is_file()
+    return folder.resolve().parent if is_best else folder
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -148,6 +148,11 @@ def open_shards(training: str, validation: str, tokenizer: str) -> Prepared:
     return Prepared(None, load_tokenizer(tokenizer), paths["training"], paths["validation"], summary)
 
 
+def is_prepared(source: str) -> bool:
+    """Whether a source of text names a folder that `midskip prepare` wrote to its end."""
+    return Path(source, SUMMARY_FILE).expanduser().is_file()
+
+
 def is_begun(folder: Path) -> bool:
     """Whether a preparation was begun there and has not ended."""
     return (folder / f"{SUMMARY_FILE}.part").is_file() and not (folder / SUMMARY_FILE).is_file()

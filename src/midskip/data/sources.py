@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Container, Iterable, Iterator
@@ -69,8 +70,8 @@ class Source:
     def left_out(self) -> str:
         """What is said of files below its folders that are of another kind, hidden ones aside; nothing if none is."""
         folders = [path for _, paths in _named(self.name) for path in paths if path.is_dir()] if self.files else []
-        found = {file for folder in folders for file in folder.rglob("*") if not _is_hidden(file, folder)}
-        files = sorted(file for file in found - set(self.files) if file.is_file())
+        found = {file for folder in folders for file in _files_below(folder) if not _is_hidden(file, folder)}
+        files = sorted(file for file in found if _kind(file)[0] not in _READERS)
         if not files:
             return ""
         kinds = ", ".join(sorted({file.suffix or "without suffix" for file in files})[:5])
@@ -132,7 +133,7 @@ def find_files(source: str, kinds: Container[str], expected: str) -> list[Path]:
 
     Raises `DataError`, saying what was `expected`, if there are none or a file is of another kind.
     """
-    files: dict[Path, None] = {}
+    files: dict[Path, Path] = {}  # by where they really lie
     for part, paths in _named(source):
         if not paths or not part.strip():  # an empty path is that of the working folder
             raise DataError(
@@ -144,8 +145,9 @@ def find_files(source: str, kinds: Container[str], expected: str) -> list[Path]:
             raise DataError(
                 f"The folder {part!r} holds no file of that kind, at any depth. Expected {expected}; give another."
             )
-        files |= dict.fromkeys(found)
-    return list(files)
+        for file in found:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
 
 
 def _named(source: str) -> Iterator[tuple[str, list[Path]]]:
@@ -161,7 +163,7 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 
 def _below(path: Path, kinds: Container[str], expected: str) -> list[Path]:
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if _kind(file)[0] in kinds and file.is_file())
+        return [file for file in _files_below(path) if _kind(file)[0] in kinds]
     kind, compression = _kind(path)
     if kind not in kinds:
         raise DataError(
@@ -169,6 +171,20 @@ def _below(path: Path, kinds: Container[str], expected: str) -> list[Path]:
             f"Expected {expected}; convert or rename it, or leave it out."
         )
     return [path]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """At any depth, in linked folders too, sorted; a folder that can be reached twice is entered once."""
+    found: list[Path] = []
+    entered: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if os.path.realpath(place) in entered:
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(place))
+        found += [file for name in names if (file := Path(place, name)).is_file()]
+    return sorted(found)
 
 
 def _kind(file: Path) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from midskip.frontier.intervals import mean_interval
 from midskip.frontier.labels import settings_label, short_names
 from midskip.frontier.notes import remarks_on
-from midskip.frontier.read import Point
+from midskip.frontier.read import COSTS, Point
 from midskip.names import near
 
 LEAST_SEEDS = 3  # for a verdict
@@ -54,7 +54,10 @@ def difference(point: Point, other: Point) -> dict[str, Any]:
         return {**none, "verdict": "not evaluated on the same text"}
     distances = {seed: mine.loss - theirs.loss for seed, (mine, theirs) in zip(seeds, runs, strict=True)}
     interval = mean_interval(list(distances.values()))
-    shared = set.intersection(*(set(run.costs) for pair in runs for run in pair))
+    every = [run for pair in runs for run in pair]
+    shared = [cost for cost in COSTS if all(cost in run.costs for run in every)]
+    if len({run.machine for run in every}) > 1:
+        shared = [cost for cost in shared if cost != "seconds"]  # of another machine they say nothing
     return {
         "distance": fmean(distances.values()),
         "distances": distances,

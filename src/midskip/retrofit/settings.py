@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -94,6 +95,7 @@ class RetrofitSettings:
     lora_rank: int = 16
 
     def __post_init__(self) -> None:
+        self.output = os.path.expanduser(self.output)
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, known))}")

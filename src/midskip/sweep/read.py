@@ -16,7 +16,7 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.names import near
 from midskip.sweep.plan import Point, Sweep
 from midskip.train.memory import check_memory
-from midskip.train.read import read_recipe
+from midskip.train.read import read_recipe, read_yaml
 from midskip.train.recipe import GROUPS, Recipe
 
 OF_ALL_ARMS = ("recipe", "learning_rates", "tune_at")  # may stand above the arms, for those that do not have their own
@@ -42,7 +42,7 @@ def read_sweep(path: str | Path) -> Sweep:
     if not path.is_file():
         raise ValueError(f"there is no sweep at {str(path)!r}; expected a YAML file")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = read_yaml(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the sweep {str(path)!r} cannot be read: {error}") from error
     try:
@@ -89,7 +89,7 @@ def _sweep(path: Path, given: Any) -> Sweep:
             f"arms try different numbers of learning_rates ({told}); expected as many for all, to be fair, or one for "
             "an arm that is not tuned"
         )
-    return Sweep(path, Path.cwd(), Path(output), tuple(points), keep_runs)
+    return Sweep(path, Path.cwd(), Path(output).expanduser(), tuple(points), keep_runs)
 
 
 def _arm(
@@ -108,8 +108,9 @@ def _arm(
     own = _settings("settings", arm.get("settings"))
     grid = _settings("grid", arm.get("grid"))
     grid = {name: _values(f"grid: {name}", values) for name, values in grid.items()}
-    if both := sorted(own.keys() & grid.keys()):
-        raise ValueError(f"{both[0]} is in settings and in grid; expected one of them")
+    for name in grid:
+        if both := [one for one in own if one == name or one.startswith(f"{name}.")]:
+            raise ValueError(f"{both[0]} is in settings and {name} in grid; expected one of them")
     rates: tuple[float, ...] = ()  # to be tried
     if "learning_rates" in arm:
         rates = tuple(map(_rate, _values("learning_rates", arm["learning_rates"])))
@@ -132,12 +133,22 @@ def _arm(
     points: list[Point] = []
     for values in itertools.product(*grid.values()):
         at = dict(zip(grid, values, strict=True))
-        made = read_recipe(found, [f"--{name}={_argument(value)}" for name, value in (of_all | own | at).items()])
+        made = read_recipe(found, [f"--{name}={_argument(value)}" for name, value in _merged(of_all, own, at).items()])
         _check(made)
         points.append(Point(arm["name"], at, made, seeds, rates, tune_seed, tuned_at))
         if tune_at == "first_point" and rates:
             tuned_at = points[0]
     return points
+
+
+def _merged(*given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in the order in which they apply: what is given later wins, a whole over its parts too."""
+    merged: dict[str, Any] = {}
+    for settings in given:
+        for name, value in settings.items():
+            merged = {one: old for one, old in merged.items() if one != name and not one.startswith(f"{name}.")}
+            merged[name] = value
+    return merged
 
 
 def _check(recipe: Recipe) -> None:

@@ -36,6 +36,8 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
         raise ValueError(f"there is no recipe at {str(path)!r}; expected a YAML file")
     parser = recipe_parser()
     try:
+        if path is not None:
+            read_yaml(Path(path))
         parsed = parser.parse_args(arguments + (overrides or []))
     except Exception as error:  # jsonargparse raises its own kinds for YAML, names and types
         hints = filter(None, map(_meant, _names(path, overrides or [])))
@@ -51,6 +53,24 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     _check_values("", given, Recipe)
     settings = {name: group(**given[name]) for name, group in GROUPS.items()}
     return Recipe(given["output"], **settings, dense_layers=given["dense_layers"])
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice, of which PyYAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises yaml.YAMLError, also for a name that is given twice, and UnicodeDecodeError."""
+    with path.open(encoding="utf-8") as file:
+        return yaml.load(file, _Loader)  # a SafeLoader
 
 
 def _names(path: str | Path | None, overrides: list[str]) -> Iterator[str]:

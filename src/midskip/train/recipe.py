@@ -1,6 +1,7 @@
 """A recipe: everything that decides a run, typed."""
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -207,6 +208,7 @@ class Recipe:
     dense_layers: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.output = os.path.expanduser(self.output)
         if not all(num_layers >= 1 for num_layers in self.dense_layers):
             raise ValueError(f"dense_layers is {self.dense_layers}; expected numbers of layers, each at least 1")
         if len(set(self.dense_layers)) < len(self.dense_layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from midskip.data import DataError, LabelledData, TokenWindows
 from midskip.data.labelled import Items, TrainingItems, build_labelled, is_labelled
 from midskip.data.prepare import prepare
-from midskip.data.prepared import SUMMARY_FILE, Prepared, open_prepared, open_shards
+from midskip.data.prepared import Prepared, is_prepared, open_prepared, open_shards
 from midskip.data.tokenizer import DEFAULT_VOCABULARY
 from midskip.runs import RECIPE_FILE
 from midskip.train.recipe import DataSettings
@@ -20,6 +21,7 @@ from midskip.train.saved import read_saved_recipe
 
 TEXT_FOLDER = "text"  # in the run folder: the shards, where the recipe names text
 _OF_LABELLED = ("source", "settings", "length")  # all other settings are of text
+_OF_SHARDS = ("source", "validation", "tokenizer", "length", "separate_documents")  # all other are of making them
 
 
 def open_windows(
@@ -40,7 +42,7 @@ def open_windows(
             "are of labelled data, which is named 'package.module:Class'; leave them out."
         )
     text = open_text(settings, folder, console)
-    if Path(settings.source, SUMMARY_FILE).is_file():
+    if is_prepared(settings.source):
         _check_prepared(settings, text.summary["settings"])
     text.tokenizer.model_max_length = settings.length  # which the model takes at most
     return text, *cut_windows(text, settings)
@@ -67,15 +69,19 @@ def _check_prepared(settings: DataSettings, made: dict[str, Any]) -> None:
         )
 
 
+def _given(settings: DataSettings, free: Collection[str]) -> list[str]:
+    """The settings that are not what they are by default, but for those that are `free`."""
+    usual = asdict(DataSettings())
+    return [name for name, value in asdict(settings).items() if name not in free and value != usual[name]]
+
+
 def open_labelled(settings: DataSettings) -> LabelledData:
     """The labelled data that `settings.source` names.
 
     Raises:
         ValueError: no such class, settings that it does not know or that are of text, or items that are too long.
     """
-    usual = asdict(DataSettings())
-    given = [name for name, value in asdict(settings).items() if name not in _OF_LABELLED and value != usual[name]]
-    if given:
+    if given := _given(settings, _OF_LABELLED):
         raise DataError(
             f"data.source is {settings.source!r}, labelled data, and there is data.{given[0]}, a setting of text. "
             "Expected data.settings; leave the other out."
@@ -102,13 +108,14 @@ def open_text(settings: DataSettings, folder: Path, console: Console) -> Prepare
                 f"data.source is {settings.source!r}, shards of tokens, and there is no data.validation. Expected "
                 "shards of held-out tokens too; give --data.validation=....bin"
             )
-        if settings.pad_token is not None:
+        if given := _given(settings, _OF_SHARDS):
+            name = given[0]
             raise DataError(
-                f"data.pad_token is {settings.pad_token!r}, and shards have the tokenizer that they were made with. "
-                "Expected none; leave it out."
+                f"data.source is {settings.source!r}, shards of tokens, and data.{name} is "
+                f"{getattr(settings, name)!r}, a setting of text that is made into tokens. Expected none; leave it out."
             )
         return open_shards(settings.source, settings.validation, settings.tokenizer)
-    if Path(settings.source, SUMMARY_FILE).is_file():
+    if is_prepared(settings.source):
         return open_prepared(settings.source)
     outer = folder.parent / RECIPE_FILE
     with suppress(ValueError):  # somebody's file, and not of a run
