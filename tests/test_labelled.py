@@ -109,6 +109,28 @@ def test_the_model_is_given_the_items_in_the_order_of_windows_without_groups(
         assert_same_weights(weights(recipe), weights(other))
 
 
+class Uneven(LabelledData):
+    """Items with 0 to 7 labels."""
+
+    def __init__(self) -> None:
+        self.vocab_size, self.length = 5, 8
+        ids_T = torch.arange(8)
+        items = [{"input_ids": ids_T % 5, "labels": torch.where(ids_T > number, 3, -100)} for number in range(8)]
+        self.training, self.validation = items, items
+
+
+def test_a_label_counts_the_same_however_a_batch_is_cut(tmp_path: Path) -> None:
+    rows = []
+    for size, passes in ((8, 1), (4, 2), (1, 8)):
+        more = {"per_device_train_batch_size": size, "gradient_accumulation_steps": passes, "max_steps": 1}
+        recipe = recipe_of(tmp_path, f"{passes}", f"{__name__}:Uneven", data={"settings": {}}, eval_steps=0, **more)
+        train(recipe, console=QUIET)
+        rows += history(recipe)
+    for row in rows[1:]:
+        for name in ("cross_entropy", "gradient_norm"):
+            assert row[name] == pytest.approx(rows[0][name], rel=1e-5)
+
+
 # ---- what is refused
 
 

@@ -27,6 +27,8 @@ from transformers import (
 
 from midskip.data import TokenWindows, WindowOrder
 from midskip.data.labelled import TrainingItems
+from midskip.distributed import sum_over_ranks
+from midskip.model.loss import IGNORED
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
 from midskip.runs import BEST_FILE, BEST_FOLDER, save_whole, write_atomically
@@ -98,17 +100,31 @@ class MidskipTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of one forward pass, as a part of the mean over those of its batch; the Trainer divides it by the
-        batches of a step."""
+        batches of a step, on this rank and on all."""
         outputs = model(**inputs, output_logits=return_outputs)
+        loss = outputs.loss
         if not model.training:
-            return (outputs.loss, outputs) if return_outputs else outputs.loss
+            return (loss, outputs) if return_outputs else loss
+        if num_items_in_batch is not None:  # passes of the step have other numbers of targets
+            num_passes = self.current_gradient_accumulation_steps * self.args.world_size
+            loss = loss * (_num_targets(inputs) * num_passes / num_items_in_batch)
         valid_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
         regularizer = self.regularizer.loss(outputs.gates, valid_BT)
         auxiliary = 0 * regularizer if outputs.auxiliary_loss is None else outputs.auxiliary_loss
         if self._pass == self._num_passes - 1:
-            self.step.add(outputs.loss, regularizer, auxiliary, outputs.gates, outputs.executed, valid_BT)
-        total = (outputs.loss + regularizer) / self._num_passes + auxiliary  # which is of the last pass alone
+            self.step.add(loss, regularizer, auxiliary, outputs.gates, outputs.executed, valid_BT)
+        total = (loss + regularizer) / self._num_passes + auxiliary  # which is of the last pass alone
         return (total, outputs) if return_outputs else total
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The batches of a step and, of labelled data, the targets in all of them, on all ranks. Windows of text have
+        equally many."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches or not isinstance(self.train_dataset, TrainingItems):
+            return batches, None
+        count = torch.stack([_num_targets(batch) for batch in batches]).sum().to(self.args.device)
+        sum_over_ranks(count)
+        return batches, count.clamp(min=1)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See `build_optimizer`."""
@@ -172,6 +188,11 @@ class MidskipTrainer(Trainer):
                 f"a weight is no longer finite after step {self.state.global_step}: lower the learning rate or clip; "
                 "the last checkpoint is kept"
             )
+
+
+def _num_targets(batch: dict[str, Tensor]) -> Tensor:
+    """int64 []: labels that a token before them predicts."""
+    return (batch["labels"][:, 1:] != IGNORED).sum()
 
 
 class _AroundStep(TrainerCallback):
