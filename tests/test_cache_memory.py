@@ -55,6 +55,8 @@ class Lists:
             assert layer.values[b, : len(row), 1, 2].tolist() == [x[2] for x in row]
             gates = torch.ones(len(row)) if layer.log_gates is None else layer.log_gates[b, : len(row)].exp()
             torch.testing.assert_close(gates, torch.tensor([x[3] for x in row]))
+        for buffer in layer.buffers[:2]:
+            assert buffer.transpose(1, 2).is_contiguous(), "as attention reads them, whatever happened"
         for buffer in layer.buffers:
             assert buffer.isfinite().all()  # free slots too: they are multiplied by 0
 

@@ -259,5 +259,7 @@ def test_outside_policy_by_import_path(tiny: Callable[..., MidskipConfig], tmp_p
 
 def test_load_class_names_what_it_is_for() -> None:
     assert load_class("torch.nn:Linear", nn.Module, "layer", ()) is nn.Linear
+    with pytest.raises(ValueError, match=r"layer '\.nn:Linear' is relative; expected the whole name of a module"):
+        load_class(".nn:Linear", nn.Module, "layer", ())
     with pytest.raises(ValueError, match="unknown layer 'x'; expected one of 'a', 'b' or"):
         load_class("x", nn.Module, "layer", ("a", "b"))

@@ -31,6 +31,8 @@ def load_class(path: str, base: type, kind: str, names: tuple[str, ...]) -> type
 
     is_path = all(path.partition(":")[::2])
     module_name, _, class_name = (path if is_path else _offered_as(path, kind, names)).partition(":")
+    if module_name.startswith("."):
+        raise ValueError(f"{kind} {path!r} is relative; expected the whole name of a module, as package.module:Class")
     try:
         with torch.device("cpu"):  # `from_pretrained` builds models on "meta"; what a module makes for itself is real
             found = getattr(importlib.import_module(module_name), class_name)

@@ -27,6 +27,7 @@ class LayerCache:
     Attributes:
         seqlens: tokens held of each sequence, on the host; empty while nothing came.
         buffers: keys, values, columns and, once gates were given, their logarithms, each [B, S, ...]; empty likewise.
+            Keys and values of a head lie side by side in memory, [B, G, S, K], as attention reads them.
     """
 
     def __init__(self) -> None:
@@ -110,16 +111,16 @@ class LayerCache:
         else:
             slot_M = self._slots(before, new)
             for buffer, tensor in zip(self.buffers, news, strict=True):
-                buffer.flatten(0, 1).index_copy_(0, slot_M, tensor if tensor.ndim else tensor.expand(slot_M.shape[0]))
+                buffer[new.sequence_N, slot_M] = tensor
         self.seqlens = after
 
     def _make_room(self, seqlens: list[int], like_MGK: Tensor, gated: bool) -> None:
         if not self.buffers or max(seqlens) > self.columns.shape[1]:
             num_slots = max(seqlens) * (SPARE + 1) // SPARE
             shape = len(seqlens), num_slots + -num_slots % ROUND
+            num_heads, width = like_MGK.shape[1:]
             grown = [
-                like_MGK.new_empty(*shape, *like_MGK.shape[1:]),
-                like_MGK.new_empty(*shape, *like_MGK.shape[1:]),
+                *(like_MGK.new_empty(shape[0], num_heads, shape[1], width).transpose(1, 2) for _ in range(2)),
                 like_MGK.new_full(shape, NO_COLUMN, dtype=torch.int32),
                 *(gates.new_empty(shape) for gates in self.buffers[3:]),
             ]
@@ -134,12 +135,12 @@ class LayerCache:
             self.buffers.append(self.columns.new_zeros(self.columns.shape, dtype=wide))
 
     def _slots(self, before: list[int], new: PackedBatch) -> Tensor:
-        """int64 [M], the place of each new token among the B * S slots."""
+        """int64 [M], the slot of each new token in its sequence."""
         row_M = new.sequence_N
         if self._length_B is None:  # zeros need no copy from the host, for which a GPU is waited
             zeros_B = row_M.new_zeros(len(before))
             self._length_B = torch.tensor(before, device=row_M.device) if any(before) else zeros_B
-        slot_M = row_M * self.columns.shape[1] + self._length_B.index_select(0, row_M) + new.index_in_sequence_N
+        slot_M = self._length_B.index_select(0, row_M) + new.index_in_sequence_N
         self._length_B = self._length_B.index_add(0, row_M, torch.ones_like(row_M))
         return slot_M
 
@@ -147,7 +148,8 @@ class LayerCache:
         """Make sequence r what sequence `rows[r]` was; `row_R` says the same on the device."""
         if self.seqlens:
             was_alone = len(self.seqlens) == 1
-            self.buffers = [buffer.index_select(0, row_R) for buffer in self.buffers]
+            kept = [buffer.transpose(1, 2).index_select(0, row_R).transpose(1, 2) for buffer in self.buffers[:2]]
+            self.buffers = kept + [buffer.index_select(0, row_R) for buffer in self.buffers[2:]]
             self.seqlens = [self.seqlens[row] for row in rows]
             self._length_B = None if self._length_B is None else self._length_B.index_select(0, row_R)
             if was_alone:
