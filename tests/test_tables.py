@@ -17,7 +17,7 @@ def test_the_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) ->
         text = page.read_text(encoding="utf-8")
         assert text == tables.filled(text), f"run python benchmarks/tables.py: {page.name} is not of the results"
         found = tables.MARKED.findall(text)
-        assert len(found) == text.count("<!-- end -->")
+        assert len(found) == text.count("<!-- end -->") > 0
         shown |= {Path(file).name for _, _, file, *_ in found}
     results = ROOT / "benchmarks" / "results"
     kinds = ("reasons", "agreement")
