@@ -2,8 +2,9 @@
 
     python benchmarks/tables.py
 
-A table stands between `<!-- NAME FILE [--OPTION VALUE] -->` and `<!-- end -->`, NAME one of `KINDS`. The tests hold the
-pages to what this writes.
+A table stands between a line like `<!-- midskip frontier FILE --cost flops -->` or
+`<!-- benchmarks/reasons.py FILE -->` and `<!-- end -->`; `KINDS` has all of them. The tests hold the pages to what this
+writes.
 """
 
 import json

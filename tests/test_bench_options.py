@@ -47,6 +47,7 @@ from midskip.policies.controls import FixedDepths
         (["--run", "nowhere"], "there is no folder 'nowhere'"),
         (["--batch_sizes", "1000000", "--tasks", "decode"], "GB free: give smaller --batch_sizes"),
         (["--output", "a_file"], "which is a file; expected a folder"),
+        (["--output=~nobody/x", "--shares", "nan"], "shares has nan"),
         (["--speed", "fast"], "unrecognized arguments: --speed fast"),
     ],
 )

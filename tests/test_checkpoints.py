@@ -271,6 +271,8 @@ def test_accepted_changes_of_the_optimisation_take_effect(stopped: Path, monkeyp
         (5, {}, True),  # the same step will be taken again
         (4, {"learning_rate": 1e-4}, True),
         (5, {"learning_rate": 1e-4}, False),
+        (4, {"num_processes": 8}, True),
+        (5, {"num_processes": 8}, False),
         (2, {"separate_documents": False}, False),  # losses on windows that are cut otherwise
     ],
 )
@@ -281,6 +283,9 @@ def test_the_best_model_is_one_of_this_run(stopped: Path, step: int, changes: di
         recipe = replace(recipe, **{group: replace(getattr(recipe, group), **own)})
     shutil.copytree(stopped / "checkpoint-4", stopped / "best")
     (stopped / "best" / "evaluation.json").write_text(json.dumps({"step": step, "loss": 0.1}))  # lower than any
+    if "num_processes" in changes:
+        start = json.loads((stopped / "start.json").read_text())
+        (stopped / "start.json").write_text(json.dumps(start | changes))
     train(recipe, resume=True, accept_changes=True, console=QUIET)
     assert (json.loads((stopped / "best" / "evaluation.json").read_text())["loss"] == 0.1) == stays
 

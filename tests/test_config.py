@@ -197,6 +197,8 @@ def test_settings_given_while_loading_are_checked_and_filled_in(
     for given, message in (
         ({"skipped_kv": "kept"}, r"skipped_kv is 'kept'; expected one of"),
         ({"skip_unit": "sublayers"}, r"skip_unit is 'sublayers'; expected one of"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers is 0"),
+        ({"policy_settings": 3}, r"policy_settings"),
     ):
         with pytest.raises(ValueError, match=message):
             MidskipForCausalLM.from_pretrained(tmp_path / "dense", **given)
@@ -204,6 +206,12 @@ def test_settings_given_while_loading_are_checked_and_filled_in(
     assert model.config.skip_path_rank == 64
     model.save_pretrained(tmp_path / "adapter")
     again = MidskipForCausalLM.from_pretrained(tmp_path / "adapter")
+    for path in ("linear", "none"):
+        config = MidskipConfig.from_pretrained(tmp_path / "adapter", skip_path=path)
+        assert config.skip_path == path and config.skip_path_rank is None
+    assert MidskipConfig.from_pretrained(tmp_path / "adapter", num_key_value_heads=None).num_key_value_heads == 4
+    config, unused = AutoConfig.from_pretrained(tmp_path / "adapter", norms="pre", depth=3, return_unused_kwargs=True)
+    assert config.norms == "pre" and unused == {"depth": 3}
     place = {"_name_or_path": ""}
     assert again.config.to_dict() | place == model.config.to_dict() | place
 

@@ -110,12 +110,16 @@ def test_the_model_is_given_the_items_in_the_order_of_windows_without_groups(
 
 
 class Uneven(LabelledData):
-    """Items with 0 to 7 labels."""
+    """Items with as many pads on the left as their number says, and labels for all else."""
 
     def __init__(self) -> None:
         self.vocab_size, self.length = 5, 8
-        ids_T = torch.arange(8)
-        items = [{"input_ids": ids_T % 5, "labels": torch.where(ids_T > number, 3, -100)} for number in range(8)]
+        column_T = torch.arange(8)
+        valid_NT = [column_T >= number for number in range(8)]
+        items = [
+            {"input_ids": column_T % 5, "labels": torch.where(valid_T, 3, -100), "attention_mask": valid_T.long()}
+            for valid_T in valid_NT
+        ]
         self.training, self.validation = items, items
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from midskip.cli import main
 from midskip.train import Recipe, read_recipe
+from midskip.train.read import read_yaml
 from midskip.train.recipe import DataSettings, ModelSettings, RegularizerSettings, TrainingSettings, changes
 
 GROUPS = {
@@ -59,6 +60,12 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert recipe.training == TrainingSettings(max_steps=5, learning_rate=1e-4)
     assert recipe.regularizer.settings == {"target_share": 0.7, "gain": 0.1}
     assert recipe.data == DataSettings()
+
+
+def test_what_yaml_merges_does_not_stand_twice(tmp_path: Path) -> None:
+    file = tmp_path / "merged.yaml"
+    file.write_text("a: &a {k: 1}\nx: {y: &b {<<: *a, k: 2}}\nc: {<<: *b}\n")
+    assert read_yaml(file)["c"] == {"k": 2}
 
 
 def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

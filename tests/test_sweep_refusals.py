@@ -29,6 +29,10 @@ GATED = {"model.policy": "middle_out", "regularizer.name": "target_share"}
             [DENSE | {"settings": {"regularizer.settings.gain": 1}, "grid": {"regularizer.settings": [{}]}}], {},
             "regularizer.settings.gain is in settings and regularizer.settings in grid; expected one",
         ),
+        (
+            [DENSE | {"grid": {"regularizer.settings.gain": [1, 2], "regularizer.settings": [{}]}}], {},
+            "regularizer.settings and regularizer.settings.gain, a part of it, are in grid; expected one",
+        ),
         ([DENSE | {"settings": {"training.seed": 3}}], {}, "training.seed, which is the sweep's; expected seeds"),
         ([DENSE | {"settings": {"model.num_attention_heads": 3}}], {}, "arm 'dense': .*num_attention_heads"),
         ([DENSE | {"settings": GATED}], {}, "arm 'dense': .*target_share"),

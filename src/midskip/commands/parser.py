@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         parsed = super().parse_args(args, namespace)
         for name, value in vars(parsed).items():
             if isinstance(value, Path):  # a shell leaves `--output=~/x` as it is
-                setattr(parsed, name, value.expanduser())
+                setattr(parsed, name, Path(os.path.expanduser(value)))
         quiet_transformers()
         return parsed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def open_shards(training: str, validation: str, tokenizer: str) -> Prepared:
 
 def is_prepared(source: str) -> bool:
     """Whether a source of text names a folder that `midskip prepare` wrote to its end."""
-    return Path(source, SUMMARY_FILE).expanduser().is_file()
+    return Path(os.path.expanduser(source), SUMMARY_FILE).is_file()
 
 
 def is_begun(folder: Path) -> bool:

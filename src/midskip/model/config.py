@@ -168,9 +168,10 @@ class MidskipConfig(PretrainedConfig):
             folder = kwargs.get("name_or_path")  # of the Auto classes
             where = "the configuration" if folder is None else f"the configuration of {str(folder)!r}"
             check_saved(config_dict.get("policy"), "policy", trust, where)
-        found: Any = super().from_dict(config_dict, **kwargs)
-        (found[0] if isinstance(found, tuple) else found)._check()  # transformers sets `kwargs` past the constructor
-        return found
+        own = {field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs.keys() - {"dtype"}}
+        if "skip_path" in own:
+            own = {"skip_path_rank": None} | own  # that of the file is of another path
+        return super().from_dict(config_dict | own, **kwargs)  # transformers would set them past the constructor
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> Any:

@@ -55,7 +55,7 @@ class TargetShare(Regularizer):
             raise ValueError(f"outer must be a whole number from 0 to {num_gates - 1}, got {outer!r}")
         self.outer = outer
         self._aimed_at: tuple[tuple[int | None, ...], list[float | None]] | None = None
-        self._set_targets(*nested(num_layers, outer))  # until `steer` has seen the policy
+        self._set_targets(*nested(num_layers, outer), known=False)  # until `steer` has seen the policy
         self._begin(len(self.targets))
         self.num_updates = floats(0.0)
         self.lowest_share = None if lowest_share is None else number("lowest_share", lowest_share, 0.01, 0.99)
@@ -68,11 +68,13 @@ class TargetShare(Regularizer):
             self.log_scales = torch.zeros(NUM_KNOTS)
             self.changing = (*self.changing, "log_scales")
 
-    def _set_targets(self, gate_of_layer: tuple[int | None, ...], profile_L: list[float | None]) -> None:
-        """Targets for these gates."""
+    def _set_targets(
+        self, gate_of_layer: tuple[int | None, ...], profile_L: list[float | None], known: bool = True
+    ) -> None:
+        """Targets for these gates; `known` if they are those of the policy."""
         inner = [layer for layer, depth in enumerate(profile_L) if depth is not None]
         mean = 1 - (1 - self.target_share) * self.num_layers / max(1, len(inner))
-        if mean < 0 and self._aimed_at is not None:  # other policies may have fewer outer layers
+        if mean < 0 and known:  # other policies may have fewer outer layers
             raise ValueError(
                 f"target_share is {self.target_share} and the layers that run for every token alone are "
                 f"{1 - len(inner) / self.num_layers:.3g} of the blocks: raise it, or lower outer"
@@ -171,7 +173,7 @@ class TargetShare(Regularizer):
             raise ValueError(f"target_share is for {self.num_layers} layers and the model has {policy.num_layers}")
         aim = policy.gate_of_layer, policy.share_profile(self.outer)
         if aim != self._aimed_at:
-            is_first, self._aimed_at = self._aimed_at is None, aim
+            is_first = self._aimed_at is None
             self._set_targets(*aim)
             fits = len(self.bias) == len(self.targets)
             if is_first and not fits and self.num_updates > 0:
@@ -181,6 +183,7 @@ class TargetShare(Regularizer):
                 )
             if not (is_first and fits):
                 self._begin(len(self.targets))
+            self._aimed_at = aim
         bias: Tensor = policy.bias.requires_grad_(False)  # pyright: ignore[reportAssignmentType, reportCallIssue]
         values = policy.open_bias + self.bias
         if isinstance(bias, DTensor):  # sharded weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -89,7 +90,7 @@ def _sweep(path: Path, given: Any) -> Sweep:
             f"arms try different numbers of learning_rates ({told}); expected as many for all, to be fair, or one for "
             "an arm that is not tuned"
         )
-    return Sweep(path, Path.cwd(), Path(output).expanduser(), tuple(points), keep_runs)
+    return Sweep(path, Path.cwd(), Path(os.path.expanduser(output)), tuple(points), keep_runs)
 
 
 def _arm(
@@ -111,6 +112,8 @@ def _arm(
     for name in grid:
         if both := [one for one in own if one == name or one.startswith(f"{name}.")]:
             raise ValueError(f"{both[0]} is in settings and {name} in grid; expected one of them")
+        if both := [one for one in grid if one.startswith(f"{name}.")]:
+            raise ValueError(f"{name} and {both[0]}, a part of it, are in grid; expected one of them")
     rates: tuple[float, ...] = ()  # to be tried
     if "learning_rates" in arm:
         rates = tuple(map(_rate, _values("learning_rates", arm["learning_rates"])))

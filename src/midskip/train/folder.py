@@ -132,12 +132,14 @@ def _best_is_of_another(folder: Path, recipe: Recipe, start: dict[str, Any], fir
     """Whether the best model was measured on other text, or by another recipe in a step that is taken again."""
     try:
         found = changes(read_saved_recipe(folder / RECIPE_FILE), recipe)
-        shards = json.loads((folder / START_FILE).read_text(encoding="utf-8"))["shards"]
+        earlier = json.loads((folder / START_FILE).read_text(encoding="utf-8"))
+        other_text = earlier["shards"] != start["shards"]
+        other_processes = earlier["num_processes"] != start["num_processes"]
         step = json.loads((folder / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, LookupError, TypeError):  # who cannot tell keeps none
         return True
-    other_text = shards != start["shards"] or any(change.startswith("data.") for change in found)
-    return other_text or (bool(found) and step > first_step)
+    other_windows = any(change.startswith(("data.length:", "data.separate_documents:")) for change in found)
+    return other_text or other_windows or (step > first_step and (bool(found) or other_processes))
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:

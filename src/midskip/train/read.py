@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser
+from yaml.composer import ComposerError
 
 from midskip.names import near
 from midskip.train.recipe import GROUPS, Recipe
@@ -58,13 +59,15 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
 class _Loader(yaml.SafeLoader):
     """Refuses a name that stands twice, of which PyYAML would keep the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, name in enumerate(names):
-            if name in names[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    raise ComposerError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                names.add(key.value)
+        return node
 
 
 def read_yaml(path: Path) -> Any:

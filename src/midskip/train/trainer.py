@@ -191,8 +191,12 @@ class MidskipTrainer(Trainer):
 
 
 def _num_targets(batch: dict[str, Tensor]) -> Tensor:
-    """int64 []: labels that a token before them predicts."""
-    return (batch["labels"][:, 1:] != IGNORED).sum()
+    """int64 []: labels that count: each is predicted by the token before it, and neither is a pad."""
+    counts_BT = batch["labels"][:, 1:] != IGNORED
+    if "attention_mask" in batch:
+        valid_BT = batch["attention_mask"].bool()
+        counts_BT = counts_BT & valid_BT[:, 1:] & valid_BT[:, :-1]
+    return counts_BT.sum()
 
 
 class _AroundStep(TrainerCallback):
