@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ def group_of(name: str) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     """A process that only hands tests out to others does without what takes seconds to import."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's shell has it for what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # or what tests start and interrupt would ignore it
     if config.getoption("dist", "no") == "no":
         config.pluginmanager.import_plugin("shared_fixtures")
 
