@@ -6,12 +6,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from midskip.bench.results import LLAMA
+from midskip.card import markdown
+
 Row = Mapping[str, Any]
 
 
 def table(rows: Sequence[Row], task: str) -> str:
     """Markdown of all rows of a task, of one batch size after the other, without Llama's own."""
-    ours = [row for row in rows if row["task"] == task and not row["side"].startswith("llama")]
+    ours = [row for row in rows if row["task"] == task and not row["side"].startswith(LLAMA)]
     if not ours:
         raise ValueError(f"no row is of the task {task!r}; there are {sorted({row['task'] for row in rows})}")
     products = {_case(row): row for row in rows if row["task"] == "products"} if task == "prefill" else {}
@@ -23,8 +26,7 @@ def table(rows: Sequence[Row], task: str) -> str:
         cells |= {"gates": row["gates"], "block-tokens run": f"{row['work']['executed_share']:.1%}"}
         cells |= _decode(row) if task == "decode" else _pass(row, products.get(_case(row)))
         lines.append(cells)
-    parts = [list(lines[0]), ["---"] * len(lines[0]), *(list(cells.values()) for cells in lines)]
-    return "\n".join(f"| {' | '.join(part)} |" for part in parts)
+    return markdown.table(list(lines[0]), [list(cells.values()) for cells in lines])
 
 
 def _case(row: Row) -> tuple[Any, ...]:

@@ -163,8 +163,9 @@ def _priorities(policy: Policy, ids_T: Tensor, documents: list[list[int]]) -> Te
     priority_T = torch.zeros(len(ids_T), dtype=torch.float64)
     if not isinstance(policy, MiddleOut) or policy.weight is not None:
         return priority_T
+    is_own = type(policy).priority is not MiddleOut.priority  # of a subclass, which alone knows it
     for document in documents:
-        if type(policy).priority is not MiddleOut.priority:  # of a subclass, which alone knows it
+        if is_own:
             token_T = ids_T[document]
             previous_T = torch.cat([token_T.new_tensor([-1]), token_T[:-1]])
             priority_T[document] = policy.priority(token_T, previous_T).to(torch.float64)

@@ -10,7 +10,7 @@ from typing import Any
 from midskip.frontier.intervals import mean_interval
 from midskip.frontier.labels import settings_label, short_names
 from midskip.frontier.notes import remarks_on
-from midskip.frontier.read import COSTS, Point
+from midskip.frontier.read import COSTS, Point, on_one_machine
 from midskip.names import near
 
 LEAST_SEEDS = 3  # for a verdict
@@ -46,18 +46,17 @@ def difference(point: Point, other: Point) -> dict[str, Any]:
         return {**none, "verdict": "itself"}
     seeds = [seed for seed in point.runs if seed in other.runs]
     runs = [(point.runs[seed], other.runs[seed]) for seed in seeds]
-    if not runs:
+    every = [run for pair in runs for run in pair]
+    if not every:
         return {**none, "verdict": "no seed in common"}
-    if not all(math.isfinite(run.loss) for pair in runs for run in pair):
+    if not all(math.isfinite(run.loss) for run in every):
         return {**none, "verdict": "no finite loss"}
-    if len({run.num_targets for pair in runs for run in pair} - {None}) > 1:
+    if len({run.num_targets for run in every} - {None}) > 1:
         return {**none, "verdict": "not evaluated on the same text"}
     distances = {seed: mine.loss - theirs.loss for seed, (mine, theirs) in zip(seeds, runs, strict=True)}
     interval = mean_interval(list(distances.values()))
-    every = [run for pair in runs for run in pair]
-    shared = [cost for cost in COSTS if all(cost in run.costs for run in every)]
-    if len({run.machine for run in every}) > 1:
-        shared = [cost for cost in shared if cost != "seconds"]  # of another machine they say nothing
+    known = COSTS if on_one_machine(every) else [cost for cost in COSTS if cost != "seconds"]
+    shared = [cost for cost in known if all(cost in run.costs for run in every)]
     return {
         "distance": fmean(distances.values()),
         "distances": distances,

@@ -12,7 +12,7 @@ from midskip.frontier.against import difference, point_named, verdict
 from midskip.frontier.envelope import Envelope
 from midskip.frontier.intervals import CONFIDENCE, mean_interval
 from midskip.frontier.notes import notes_on, point_name, remarks_on, seeds_named
-from midskip.frontier.read import COSTS, MEASURES, Point, read_points
+from midskip.frontier.read import COSTS, MEASURES, Point, on_one_machine, read_points
 
 ELSEWHERE = "timed on another machine, or with other versions, than dense models"  # in the place of one
 
@@ -166,7 +166,7 @@ def _no_distance(
         return f"no finite loss ({seeds_named(diverged)})"
     if len({run.num_targets for run in (*runs.values(), *others)} - {None}) > 1:
         return "not evaluated on the text of the dense models"
-    if cost == "seconds" and len({run.machine for run in (*runs.values(), *others)}) > 1:
+    if cost == "seconds" and not on_one_machine((*runs.values(), *others)):
         return ELSEWHERE
     outside = [seed for seed, run in runs.items() if envelopes[seed].at(run.costs[cost]) is None]
     if outside:

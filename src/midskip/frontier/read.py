@@ -57,6 +57,11 @@ class Run:
     machine: str
 
 
+def on_one_machine(runs: Iterable[Run]) -> bool:
+    """Else their seconds say nothing of one another."""
+    return len({run.machine for run in runs}) <= 1
+
+
 @dataclass
 class Point:
     """A point of an arm's grid: what its seeds gave, by seed.

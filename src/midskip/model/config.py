@@ -162,13 +162,15 @@ class MidskipConfig(PretrainedConfig):
                 built in, and what an installed package offers as an entry point, needs none.
 
         Raises:
-            ValueError: a policy from a module that is not among them.
+            ValueError: a policy from a module that is not among them, or a setting that the constructor refuses; those
+                given beside the dictionary are checked too.
         """
         if "policy" not in kwargs:  # which would be the caller's own
             folder = kwargs.get("name_or_path")  # of the Auto classes
             where = "the configuration" if folder is None else f"the configuration of {str(folder)!r}"
             check_saved(config_dict.get("policy"), "policy", trust, where)
-        own = {field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs.keys() - {"dtype"}}
+        names = {field.name for field in fields(cls)} - {"dtype"}
+        own = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         if "skip_path" in own:
             own = {"skip_path_rank": None} | own  # that of the file is of another path
         return super().from_dict(config_dict | own, **kwargs)  # transformers would set them past the constructor

@@ -56,14 +56,18 @@ class CachedGeneration(GenerationMixin):
             ValueError: beside what transformers refuses: another kind of cache, more tokens than the model takes, or
                 drafts where they cannot be.
         """
-        kinds = kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None)
-        if kind := kinds[0] or kinds[1] or getattr(self.generation_config, "cache_implementation", None):
+
+        def asked(name: str) -> Any:
+            """What is set by that name for this call, by the configuration that is given, or by the model's own."""
+            given = kwargs.get(name) or getattr(generation_config, name, None)
+            return given or getattr(self.generation_config, name, None)
+
+        if kind := asked("cache_implementation"):
             raise ValueError(
                 f"cache_implementation is {kind!r}; midskip has one kind of cache, which holds only the tokens that "
                 "ran: leave cache_implementation out"
             )
-        early = kwargs.get("assistant_early_exit"), getattr(generation_config, "assistant_early_exit", None)
-        if early[0] or early[1] or getattr(self.generation_config, "assistant_early_exit", None):
+        if asked("assistant_early_exit"):
             raise ValueError(
                 "assistant_early_exit drafts with the first layers alone, which is not how tokens of this model skip: "
                 "leave it out, or give draft_budget"

@@ -118,7 +118,7 @@ class LayerCache:
         if not self.buffers or max(seqlens) > self.columns.shape[1]:
             num_slots = max(seqlens) * (SPARE + 1) // SPARE
             shape = len(seqlens), num_slots + -num_slots % ROUND
-            num_heads, width = like_MGK.shape[1:]
+            num_heads, width = like_MGK.shape[1:]  # G and K
             grown = [
                 *(like_MGK.new_empty(shape[0], num_heads, shape[1], width).transpose(1, 2) for _ in range(2)),
                 like_MGK.new_full(shape, NO_COLUMN, dtype=torch.int32),

@@ -110,9 +110,9 @@ def _arm(
     grid = _settings("grid", arm.get("grid"))
     grid = {name: _values(f"grid: {name}", values) for name, values in grid.items()}
     for name in grid:
-        if both := [one for one in own if one == name or one.startswith(f"{name}.")]:
+        if both := [one for one in own if one == name or _is_part(one, name)]:
             raise ValueError(f"{both[0]} is in settings and {name} in grid; expected one of them")
-        if both := [one for one in grid if one.startswith(f"{name}.")]:
+        if both := [one for one in grid if _is_part(one, name)]:
             raise ValueError(f"{name} and {both[0]}, a part of it, are in grid; expected one of them")
     rates: tuple[float, ...] = ()  # to be tried
     if "learning_rates" in arm:
@@ -149,9 +149,14 @@ def _merged(*given: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for settings in given:
         for name, value in settings.items():
-            merged = {one: old for one, old in merged.items() if one != name and not one.startswith(f"{name}.")}
+            merged = {one: old for one, old in merged.items() if one != name and not _is_part(one, name)}
             merged[name] = value
     return merged
+
+
+def _is_part(name: str, whole: str) -> bool:
+    """As `regularizer.settings.outer` is of `regularizer.settings`."""
+    return name.startswith(f"{whole}.")
 
 
 def _check(recipe: Recipe) -> None:

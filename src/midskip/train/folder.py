@@ -131,15 +131,15 @@ def begin(
 def _best_is_of_another(folder: Path, recipe: Recipe, start: dict[str, Any], first_step: int) -> bool:
     """Whether the best model was measured on other text, or by another recipe in a step that is taken again."""
     try:
-        found = changes(read_saved_recipe(folder / RECIPE_FILE), recipe)
-        earlier = json.loads((folder / START_FILE).read_text(encoding="utf-8"))
-        other_text = earlier["shards"] != start["shards"]
-        other_processes = earlier["num_processes"] != start["num_processes"]
+        before = read_saved_recipe(folder / RECIPE_FILE)
         step = json.loads((folder / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))["step"]
+        began = json.loads((folder / START_FILE).read_text(encoding="utf-8"))
+        differs = bool(changes(before, recipe) or _differences(began, start))
+        shards, windows = began["shards"], (before.data.length, before.data.separate_documents)
     except (OSError, ValueError, LookupError, TypeError):  # who cannot tell keeps none
         return True
-    other_windows = any(change.startswith(("data.length:", "data.separate_documents:")) for change in found)
-    return other_text or other_windows or (step > first_step and (bool(found) or other_processes))
+    other_text = shards != start["shards"] or windows != (recipe.data.length, recipe.data.separate_documents)
+    return other_text or (step > first_step and differs)
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:

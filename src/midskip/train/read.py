@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
@@ -35,15 +34,14 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     arguments = [] if path is None else ["--config", str(path)]
     if path is not None and not Path(path).is_file():
         raise ValueError(f"there is no recipe at {str(path)!r}; expected a YAML file")
-    parser = recipe_parser()
+    parser, written = recipe_parser(), None
     try:
-        if path is not None:
-            read_yaml(Path(path))
+        written = {} if path is None else read_yaml(Path(path))
         parsed = parser.parse_args(arguments + (overrides or []))
     except Exception as error:  # jsonargparse raises its own kinds for YAML, names and types
-        hints = filter(None, map(_meant, _names(path, overrides or [])))
+        hints = filter(None, map(_meant, _names(written, overrides or [])))
         raise ValueError(f"the recipe cannot be used: {error}{next(hints, '')}") from error
-    for name in _names(path, []):
+    for name in _names(written, []):
         if (hint := _meant(name)) is not None:  # jsonargparse drops unknown names with nothing in them
             raise ValueError(f"the recipe cannot be used: there is no setting {name!r}{hint}")
     given = parsed.as_dict()
@@ -76,10 +74,11 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(file, _Loader)  # a SafeLoader
 
 
-def _names(path: str | Path | None, overrides: list[str]) -> Iterator[str]:
-    """Of all settings that are given, as `group.name`, known or not; none of a file that is not YAML."""
-    with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        for group, settings in ({} if path is None else yaml.safe_load(Path(path).read_bytes())).items():
+def _names(written: Any, overrides: list[str]) -> Iterator[str]:
+    """Of all settings that are given, in a file and by overrides, as `group.name`, known or not; none of a file that
+    holds no names."""
+    if isinstance(written, dict):
+        for group, settings in written.items():
             is_group = isinstance(settings, dict) and settings
             yield from (f"{group}.{name}" for name in settings) if is_group else (str(group),)
     for override in overrides:

@@ -21,7 +21,7 @@ from midskip.train.saved import read_saved_recipe
 
 TEXT_FOLDER = "text"  # in the run folder: the shards, where the recipe names text
 _OF_LABELLED = ("source", "settings", "length")  # all other settings are of text
-_OF_SHARDS = ("source", "validation", "tokenizer", "length", "separate_documents")  # all other are of making them
+_OF_SHARDS = ("source", "validation", "tokenizer", "length", "separate_documents")  # all others are of making them
 
 
 def open_windows(
@@ -50,8 +50,7 @@ def open_windows(
 
 def _check_prepared(settings: DataSettings, made: dict[str, Any]) -> None:
     """`DataError` for settings that say otherwise than the folder `source` was prepared with; defaults say nothing."""
-    usual = asdict(DataSettings())
-    given = {name: value for name, value in asdict(settings).items() if name != "source" and value != usual[name]}
+    given = _given(settings, ["source"])
     made = {"pad_token": None} | made  # which earlier versions did not write
     if made.get("tokenizer") == "bpe":
         made = made | {"vocab_size": made.get("vocab_size") or DEFAULT_VOCABULARY}
@@ -69,10 +68,10 @@ def _check_prepared(settings: DataSettings, made: dict[str, Any]) -> None:
         )
 
 
-def _given(settings: DataSettings, free: Collection[str]) -> list[str]:
+def _given(settings: DataSettings, free: Collection[str]) -> dict[str, Any]:
     """The settings that are not what they are by default, but for those that are `free`."""
     usual = asdict(DataSettings())
-    return [name for name, value in asdict(settings).items() if name not in free and value != usual[name]]
+    return {name: value for name, value in asdict(settings).items() if name not in free and value != usual[name]}
 
 
 def open_labelled(settings: DataSettings) -> LabelledData:
@@ -83,8 +82,8 @@ def open_labelled(settings: DataSettings) -> LabelledData:
     """
     if given := _given(settings, _OF_LABELLED):
         raise DataError(
-            f"data.source is {settings.source!r}, labelled data, and there is data.{given[0]}, a setting of text. "
-            "Expected data.settings; leave the other out."
+            f"data.source is {settings.source!r}, labelled data, and there is data.{next(iter(given))}, a setting of "
+            "text. Expected data.settings; leave the other out."
         )
     data = build_labelled(settings.source, settings.settings)
     if data.length > settings.length:
@@ -109,10 +108,10 @@ def open_text(settings: DataSettings, folder: Path, console: Console) -> Prepare
                 "shards of held-out tokens too; give --data.validation=....bin"
             )
         if given := _given(settings, _OF_SHARDS):
-            name = given[0]
+            name, value = next(iter(given.items()))
             raise DataError(
-                f"data.source is {settings.source!r}, shards of tokens, and data.{name} is "
-                f"{getattr(settings, name)!r}, a setting of text that is made into tokens. Expected none; leave it out."
+                f"data.source is {settings.source!r}, shards of tokens, and data.{name} is {value!r}, a setting of "
+                "text that is made into tokens. Expected none; leave it out."
             )
         return open_shards(settings.source, settings.validation, settings.tokenizer)
     if is_prepared(settings.source):
