@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +54,16 @@ def ask(server: Running, request: dict[str, Any]) -> tuple[str, Any]:
 
 @pytest.fixture
 def together(server: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Answers, list[int]]]:
-    """together(request, ...): their answers, and how many ran in each batch, where all of them wait while another
-    runs."""
-    count, all_wait, add = 0, threading.Event(), Waiting.add
+    """together(request, ...): their answers, and how many ran in each batch, where all of them wait in this order while
+    another runs."""
+    has_come, add = threading.Semaphore(0), Waiting.add
 
     def added(*arguments: Any) -> None:
-        nonlocal count
         add(*arguments)
-        count -= 1
-        if count == 0:
-            all_wait.set()
+        has_come.release()
 
     def run(*requests: dict[str, Any]) -> tuple[Answers, list[int]]:
-        nonlocal count
-        count, batches, has_begun = 1 + len(requests), [], threading.Event()
-        all_wait.clear()
+        batches, has_begun, all_wait = [], threading.Event(), threading.Event()
 
         def look(_: Any, arguments: Any, named: dict[str, Any]) -> None:
             if not has_begun.is_set():
@@ -77,12 +72,18 @@ def together(server: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             elif named["input_ids"].shape[1] > 1 or named["past_key_values"].get_seq_length() == 0:
                 batches.append(len(named["input_ids"]))
 
+        def send(request: dict[str, Any]) -> Future[tuple[str, Any]]:
+            sent = pool.submit(ask, server, request)
+            assert has_come.acquire(timeout=60)
+            return sent
+
         hook = server.served.model.register_forward_pre_hook(look, with_kwargs=True)
         try:
             with ThreadPoolExecutor(1 + len(requests)) as pool:
-                first = pool.submit(ask, server, {"prompt": "another", "max_tokens": 1})
+                first = send({"prompt": "another", "max_tokens": 1})
                 assert has_begun.wait(60)
-                found = [pool.submit(ask, server, request) for request in requests]
+                found = [send(request) for request in requests]
+                all_wait.set()
                 first.result(60)
                 return [one.result(60) for one in found], batches
         finally:
@@ -133,46 +134,57 @@ def test_a_batch_fits_into_the_model(server: Running, together: Any) -> None:
 
 
 @pytest.fixture
-def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Prompts, in the order in which they are answered."""
-    prompts, plainly = [], ask
+def answered(server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], None]]:
+    """answered(N, prompts): the model's pass N begins when these prompts, with blanks between, have been answered."""
+    prompts, waits, number, plainly = set(), {}, 0, ask
 
     def ask_and_tell(server: Running, request: dict[str, Any]) -> tuple[str, Any]:
         answer = plainly(server, request)
-        prompts.append(request["prompt"])
+        prompts.add(request["prompt"])
         return answer
 
+    def wait(*_: Any) -> None:
+        nonlocal number
+        number += 1
+        deadline = time.monotonic() + 20
+        while not waits.get(number, set()) <= prompts:
+            if time.monotonic() > deadline:
+                late.append(f"before pass {number}, {sorted(prompts)} were answered, not {sorted(waits[number])}")
+                return
+            time.sleep(0.01)
+
+    late: list[str] = []
     monkeypatch.setattr(sys.modules[__name__], "ask", ask_and_tell)
-    return prompts
+    hook = server.served.model.register_forward_pre_hook(wait)
+    yield lambda number, prompts: waits.update({number: set(prompts.split())})
+    hook.remove()
+    assert not late and number > max(waits)
 
 
-def test_an_answer_does_not_wait_for_its_turn(server: Running, together: Any, answered: list[str]) -> None:
-    """Of three that wait, the first and the last run as one batch; the last is answered before the second is."""
-    slow = server.served.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-    other = {"prompt": "the dog", "extra_body": {"budget": 0.25}}
-    try:
-        together({"prompt": "first"}, other, {"prompt": "short", "max_tokens": 2}, {"prompt": "last"})
-    finally:
-        slow.remove()
-    assert answered[:2] == ["another", "short"], "a short answer does not wait for the longest of its batch"
-    assert set(answered[2:4]) == {"first", "last"} and answered[4] == "the dog"
+def test_an_answer_does_not_wait_for_its_turn(together: Any, answered: Any) -> None:
+    """Of four that wait, all but the second run as one batch, in passes 2 to 13."""
+    answered(4, "another short")  # not for the longest of its batch
+    answered(14, "another short first last")  # the last, not for the second
+    other = {"prompt": "second", "extra_body": {"budget": 0.25}}
+    _, batches = together({"prompt": "first"}, other, {"prompt": "short", "max_tokens": 2}, {"prompt": "last"})
+    assert batches == [3, 1]
 
 
-def test_a_stream_that_fails_does_not_wait_for_its_turn(server: Running, together: Any, answered: list[str]) -> None:
-    """Of three that wait, the first and the last run as one batch; the last fails before the second is answered."""
+def test_a_stream_that_fails_does_not_wait_for_its_turn(server: Running, together: Any, answered: Any) -> None:
+    """Of three that wait, the first and the last run as one batch, and fail in pass 2."""
 
     def fail(_: Any, arguments: Any, named: dict[str, Any]) -> None:
-        time.sleep(0.02)
         if len(named["input_ids"]) > 1:
             raise RuntimeError("it broke")
 
+    answered(3, "another first last")
     hook = server.served.model.register_forward_pre_hook(fail, with_kwargs=True)
     breaks = {"stream": True, "fails": "it broke"}
+    other = {"prompt": "second", "extra_body": {"budget": 0.25}}
     try:
-        together({"prompt": "a"} | breaks, {"prompt": "b", "extra_body": {"budget": 0.25}}, {"prompt": "c"} | breaks)
+        together({"prompt": "first"} | breaks, other, {"prompt": "last"} | breaks)
     finally:
         hook.remove()
-    assert answered[0] == "another" and set(answered[1:3]) == {"a", "c"} and answered[3] == "b"
 
 
 @pytest.mark.parametrize("send_s", [0, 1e9])

@@ -7,7 +7,7 @@ import http.client
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ pytest.importorskip("fastapi")
 from tiny_server import Running, running, write_served  # noqa: E402
 
 from midskip.serving import admission  # noqa: E402
+from midskip.serving.batches import Request, Waiting  # noqa: E402
 from midskip.serving.work import REQUEST  # noqa: E402
 
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "the cat", "max_tokens": 4}
@@ -203,44 +204,48 @@ def begin(server: Running, is_stream: bool) -> socket.socket:
     return client
 
 
-def wait_for(lengths: list[int]) -> None:
-    """Until a pass has run."""
+@pytest.fixture
+def came(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests that wait for their turn, or have waited."""
+    requests, add = [], Waiting.add
+
+    def added(waiting: Waiting, request: Request, *others: Any) -> None:
+        add(waiting, request, *others)
+        requests.append(request)
+
+    monkeypatch.setattr(Waiting, "add", added)
+    return requests
+
+
+def until(is_so: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 30
-    while not lengths:
-        assert time.monotonic() < deadline, "nothing runs"
+    while not is_so():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-def test_a_client_that_goes_stops_its_generation(server: Running, is_stream: bool) -> None:
+def test_a_client_that_goes_stops_its_generation(server: Running, is_stream: bool, came: list[Request]) -> None:
     with server.passes() as lengths:
         first = begin(server, is_stream)
-        wait_for(lengths)
+        until(lambda: lengths)
         waiting = [begin(server, is_stream) for _ in range(3)]
-        time.sleep(0.2)
+        until(lambda: len(came) == 4)
         for client in waiting:
             client.close()
-        time.sleep(0.3)
+        until(lambda: all(request.work.gone.is_set() for request in came[1:]))
         first.close()
-        count = -1
-        while len(lengths) > count:
-            count = len(lengths)
-            time.sleep(0.5)
+        until(lambda: all(request.has_ended for request in came))
     assert len(lengths) < 2500, "an answer has 3000 tokens, and nobody waits for them"
     assert sum(length > 1 for length in lengths) == 1, "one prompt was run: the others had gone before their turn"
     assert ask(server, "/v1/completions", BODY)[0] == 200
 
 
-def test_too_many_requests_are_told_to_come_again(server: Running) -> None:
-    with server.passes() as lengths:
-        clients = [begin(server, False) for _ in range(8)]
-        wait_for(lengths)
-        time.sleep(0.3)
-        status, answer = ask(server, "/v1/completions", BODY)
-        for client in clients:
-            client.close()
+def test_too_many_requests_are_told_to_come_again(server: Running, came: list[Request]) -> None:
+    clients = [begin(server, False) for _ in range(8)]
+    until(lambda: len(came) == 8)
+    status, answer = ask(server, "/v1/completions", BODY)
+    for client in clients:
+        client.close()
     assert (status, answer["error"]["code"], answer["error"]["type"]) == (503, "overloaded", "server_error")
-    deadline = time.monotonic() + 30
-    while ask(server, "/v1/completions", BODY)[0] != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: ask(server, "/v1/completions", BODY)[0] == 200)
