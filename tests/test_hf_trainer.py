@@ -16,6 +16,7 @@ from transformers import (
     DataCollatorWithFlattening,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -47,7 +48,9 @@ def fit(
     """fit("soft gates", 4, collator=..., resume=False, **arguments): a Trainer that took 3 steps from the same model, 4
     rows a batch. (The epsilon is large because AdamW makes full steps of gradients that are nothing but rounding.)"""
 
-    def run(policy: str, batch_size: int, *, collator: Any = None, resume: Any = None, **more: Any) -> Trainer:
+    def run(
+        policy: str, batch_size: int, *, collator: Any = None, resume: Any = None, callbacks: Any = None, **more: Any
+    ) -> Trainer:
         settings: dict[str, Any] = {
             "max_steps": 3, "learning_rate": 0.01, "adam_epsilon": 1e-3, "save_strategy": "no", "report_to": [],
             "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "per_device_eval_batch_size": 5,
@@ -58,6 +61,7 @@ def fit(
             train_dataset=rows,  # pyright: ignore[reportArgumentType]
             eval_dataset=rows,  # pyright: ignore[reportArgumentType]
             data_collator=collator or DataCollatorForLanguageModeling(learnt, mlm=False),
+            callbacks=callbacks,
         )
         trainer.train(resume_from_checkpoint=resume)
         return trainer
@@ -123,6 +127,22 @@ def test_predictions_are_logits_alone(fit: Callable[..., Trainer], rows: list[An
     with torch.no_grad():
         logits_1TV = trainer.model(torch.tensor([rows[0]["input_ids"]])).logits
     assert torch.allclose(torch.as_tensor(found.predictions[:1, : LENGTHS[0]]), logits_1TV, atol=1e-9)
+
+
+def test_noise_on_embeddings_is_that_of_the_row(fit: Callable[..., Trainer], rows: list[Any]) -> None:
+    """NEFTune: uniform, up to alpha divided by the root of the numbers in a row of T tokens, pads included."""
+    seen: list[Tensor] = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+            plain = named["model"].get_input_embeddings()
+            plain.register_forward_hook(
+                lambda _, given, output: seen.append((output - plain.weight[given[0]]).detach())
+            )
+
+    fit("hard gates", 12, max_steps=1, neftune_noise_alpha=5, callbacks=[Look()])
+    largest = seen[0].abs().max() * math.sqrt(max(LENGTHS) * seen[0].shape[2])
+    assert seen[0].shape[:2] == (12, max(LENGTHS)) and 4.9 < largest <= 5
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -143,13 +143,10 @@ class MidskipModel(MidskipPreTrainedModel):
         batch, cache = inputs_for(
             self, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache
         )
-        if inputs_embeds is not None:
-            h_ND = batch.pack(inputs_embeds)
-        else:
-            assert input_ids is not None
+        if input_ids is not None:
             batch.token_N = batch.pack(input_ids).long()  # hashes need all of int64
-            h_ND = self.embed_tokens(batch.token_N)
-        h_ND = self.embed_layernorm(h_ND)
+        embeds_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        h_ND = self.embed_layernorm(batch.pack(embeds_BTD))
         batch.rotary = self.rotary(batch.position_N, h_ND.dtype)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
