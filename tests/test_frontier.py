@@ -189,6 +189,7 @@ def test_models_held_to_one_of_them_are_compared_seed_by_seed_whatever_they_cost
     assert list(second["distances"]) == ["0", "1"] and second["verdict"] == "not enough seeds (2 of 3)"
     named = frontier(folder, "dense size=1")
     assert named["points"][1]["against_other"]["verdict"] == "itself"
+    assert named["notes"][-1].startswith("3 points compared with dense size=1; 10% of intervals")
     assert [row["loss"] for row in named["points"]] == [row["loss"] for row in frontier(folder)["points"]]
     with pytest.raises(ValueError, match="no arm with a result is called 'gaated'; did you mean 'gated'"):
         frontier(folder, "gaated")

@@ -78,7 +78,7 @@ def frontier(folder: str | Path, against: str | None = None) -> dict[str, Any]:
         },
         "points": rows,
         "missing": missing,
-        "notes": notes_on(points, dense, seeds, envelopes, missing, unknown),
+        "notes": notes_on(points, dense, seeds, envelopes, missing, unknown, against),
     }
 
 

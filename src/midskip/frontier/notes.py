@@ -39,6 +39,7 @@ def notes_on(
     envelopes: Mapping[str, dict[str, Envelope]],
     missing: Sequence[Mapping[str, Any]],
     unknown: Sequence[str],
+    against: str | None = None,
 ) -> list[str]:
     notes = []
     if missing:
@@ -62,9 +63,11 @@ def notes_on(
             notes.append(f"{COSTS[cost].heading}: a seed has no dense model with a finite loss")
     if diverged := sum(math.isinf(run.loss) for point in points for run in point.runs.values()):
         notes.append(f"results without a finite loss: {diverged}")
-    if compared := sum(not point.dense for point in points):
+    compared = sum(not point.dense for point in points) if against is None else len(points) - 1
+    if compared:
+        other = "dense models" if against is None else shortened(against, NAME_LENGTH)
         chance = f"{(1 - CONFIDENCE):.0%} of intervals leave 0 out by chance"
-        notes.append(f"{compared} points compared with dense models; {chance} where there is no difference")
+        notes.append(f"{compared} points compared with {other}; {chance} where there is no difference")
     return notes
 
 
