@@ -175,6 +175,17 @@ def test_a_trained_model_on_text(make_model: Callable[..., MidskipForCausalLM], 
         run_settings(make_model("mixed", intermediate_size=[24, 24, 24, 32]), "mine")
 
 
+@pytest.mark.parametrize("parts", [{"qk_norm": True}, {"attention_bias": True}, {"no_rope_layers": [1, 0, 1, 1]}])
+def test_llama_is_held_to_the_reference_without_parts_that_it_lacks(
+    make_model: Callable[..., MidskipForCausalLM], parts: dict[str, Any], tmp_path: Path
+) -> None:
+    model = make_model("mixed", DTYPE, norms="pre", **parts).eval()
+    windows = [{"input_ids": torch.randint(31, (64,))} for _ in range(4)]
+    given = run_settings(model, "mine", tasks=("prefill",), repeats=1, prompt_tokens=12, batch_sizes=(1,))
+    report = bench_run(given, model, windows, tmp_path, Console(file=StringIO()))
+    assert {one["side"] for one in report["agreement"]} >= {"ours with Llama's weights"}
+
+
 def test_only_the_tasks_asked_for_need_rows_and_columns(
     make_model: Callable[..., MidskipForCausalLM], tmp_path: Path
 ) -> None:

@@ -121,9 +121,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_measurement(
 def test_the_best_model_is_calibrated_with_its_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, same: bool
 ) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine_and_trusted.py").write_text(
+        "from midskip.policies.middle_out import MiddleOut as Mine\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    config = json.loads((run / "config.json").read_text()) | {"policy": "mine_and_trusted:Mine"}
+    (run / "config.json").write_text(json.dumps(config))
     shutil.copytree(run, run / "best")
     if not same:
-        model = MidskipForCausalLM.from_pretrained(run)
+        model = MidskipForCausalLM.from_pretrained(run, trust=["mine_and_trusted"])
         with torch.no_grad():
             model.model.policy.weight += 0.05
         model.save_pretrained(run / "best")
@@ -135,13 +142,13 @@ def test_the_best_model_is_calibrated_with_its_run(
 
     monkeypatch.setattr("midskip.budget.calibrate.calibrate", counted)
     arguments = [str(run), "--data", str(tmp_path / "here.txt"), "--batch_size", "64", "--max_tokens", "2600"]
-    assert main(["calibrate", *arguments, "--lowest", "0.6"]) == 0
+    assert main(["calibrate", *arguments, "--lowest", "0.6", "--trust", "mine_and_trusted"]) == 0
     out = capsys.readouterr().out
     assert f"of the best model  {run / 'best' / 'config.json'}\n" in out
     curves = [json.loads((folder / "config.json").read_text())["calibration"] for folder in (run, run / "best")]
     assert (curves[0] == curves[1]) is same and len(seen) == (1 if same else 2)
     for folder in (run, run / "best"):
-        MidskipForCausalLM.from_pretrained(folder).set_budget(0.7)
+        MidskipForCausalLM.from_pretrained(folder, trust=["mine_and_trusted"]).set_budget(0.7)
 
 
 def test_a_best_model_that_cannot_be_calibrated_is_a_line(

@@ -129,6 +129,19 @@ def test_predictions_are_logits_alone(fit: Callable[..., Trainer], rows: list[An
     assert torch.allclose(torch.as_tensor(found.predictions[:1, : LENGTHS[0]]), logits_1TV, atol=1e-9)
 
 
+def test_smoothed_labels_are_shifted(fit: Callable[..., Trainer], make_model: Make, rows: list[Any]) -> None:
+    found = losses(fit("hard gates", 12, max_steps=1, label_smoothing_factor=0.1))[0]
+    model = make_model(vocab_size=320, **POLICIES["hard gates"]).eval()
+    log_probs, of_labels = [], []
+    for row in rows:
+        ids_1T = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            log_probs.append(model(ids_1T).logits[0, :-1].log_softmax(-1))
+        of_labels.append(log_probs[-1].gather(1, ids_1T[0, 1:, None]))
+    expected = -0.9 * torch.cat(of_labels).mean() - 0.1 * torch.cat(log_probs).mean()
+    assert found == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_noise_on_embeddings_is_that_of_the_row(fit: Callable[..., Trainer], rows: list[Any]) -> None:
     """NEFTune: uniform, up to alpha divided by the root of the numbers in a row of T tokens, pads included."""
     seen: list[Tensor] = []

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.budget.calibration import Calibration
+from midskip.budget.weights import hashes_of
 from midskip.card import MARK, Measured, model_card, read_measured, read_run, source_name
 from midskip.cli import main
 from midskip.runs import load_run
@@ -116,6 +117,18 @@ def test_weights_are_known_again(make_model: Callable[..., Any], tmp_path: Path,
     with torch.no_grad():
         loaded.lm_head.weight[0, 0] += 1
     assert "set_budget" not in loaded.model_card("mine")
+
+
+def test_a_curve_of_other_weights_is_not_shown(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Also where the weights are those of the folder that the model was loaded from."""
+    model = make_model(dtype=torch.float32)
+    model.config.calibration = CURVE | {"weights": hashes_of(model)}
+    assert "set_budget" in model.model_card("mine")
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    assert "set_budget" not in model.model_card("mine")
+    model.save_pretrained(tmp_path / "saved")
+    assert "set_budget" not in MidskipForCausalLM.from_pretrained(tmp_path / "saved").model_card("mine")
 
 
 def test_a_card_that_somebody_wrote_stays(run: Path, hub: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def test_the_same_logits_in_files_and_with_a_cache(original: Any, ids_BT: Tensor
     assert back.config.model_type == same_kind and back.num_parameters() == original.num_parameters()
     back.save_pretrained(tmp_path / "back")
     near(AutoModelForCausalLM.from_pretrained(tmp_path / "back")(ids_BT).logits, expected)
+
+
+@torch.no_grad()
+def test_paths_of_layers_that_nobody_skips_are_left_out(make_model: Callable[..., MidskipForCausalLM]) -> None:
+    model = make_model(policy="dense", norms="pre", skip_path="linear").eval()
+    ids_BT = torch.randint(31, (2, 9))
+    near(to_transformers(model)(ids_BT).logits, model(ids_BT).logits)
 
 
 @torch.no_grad()

@@ -205,7 +205,9 @@ def test_finetuning_moves_the_originals_weights_after_the_routers_have_settled(d
 @pytest.mark.parametrize("choice", ["spans", "exits", "layers"])
 @pytest.mark.integration
 def test_routers_learn_unless_layers_are_left_out_for_all(dense: Path, choice: str) -> None:
-    retrofit(settings_of(dense, choice=choice, distil_steps=3, learning_rate=3e-2), QUIET)
+    report = retrofit(settings_of(dense, choice=choice, distil_steps=3, learning_rate=3e-2, shares=[0.8, 0.72]), QUIET)
+    budgets = [row["budget"] for row in report["stages"]["distil"]["prices"]]
+    assert 0.9 in budgets and 0.72 in budgets and budgets == sorted(budgets, reverse=True), "those trained for, too"
     before, after = (load_file(dense.parent / "out" / name / "model.safetensors") for name in ("fit", "distil"))
     changed = {name for name, x in before.items() if not torch.equal(x, after[name])}
     assert any(".skip_paths." in name for name in changed)

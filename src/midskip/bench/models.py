@@ -175,6 +175,8 @@ def llama_with_our_equations(llama: LlamaForCausalLM, config: MidskipConfig) -> 
     config = copy.deepcopy(config)
     config.norms, config.policy, config.policy_settings = "pre", "dense", {}
     config.skip_path, config.skip_path_rank = "none", None
+    config.attention_bias = config.attention_out_bias = config.qk_norm = False
+    config.no_rope_layers = None
     with torch.device("meta"):
         ours = MidskipForCausalLM(config)
     weights = {

@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> None:
         _save(options.run, model, calibration)
         if (best / "config.json").is_file():
             try:
-                model, _ = load_run(best)
+                model, _ = load_run(best, options.trust)
                 same = calibration.weights is not None and hashes_of(model) == calibration.weights
                 of_best = calibration if same else calibrate(model, windows, rule=calibration.rule, **how)
                 _save(best, model, of_best)

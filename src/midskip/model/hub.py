@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import check_peft_version
 
-from midskip.budget.weights import hashes_of
+from midskip.budget.weights import calibration_of, hashes_of
 from midskip.card import CARD_FILE, MARK, Measured, header_of, model_card, read_measured
 
 TEMPLATE = "This model card has been automatically generated."  # in the card transformers makes where there is none
@@ -65,14 +65,16 @@ class CardedModel(PreTrainedModel):
             header: what the card in the repository says of license, language and base model; what the card in the
                 folder of the model says of them comes first.
         """
-        config: Any = self.config
-        measured = Measured()
-        if self.name_or_path:
-            if self._is_as_in(Path(self.name_or_path)):
-                measured = read_measured(self.name_or_path, hashes_of(self))
-            else:  # trained further, or loaded from elsewhere: what was measured was another model
-                config = copy.deepcopy(config)
-                config.calibration = None
+        config: Any = copy.deepcopy(self.config)
+        measured, is_known = Measured(), not self.name_or_path
+        if self.name_or_path and self._is_as_in(Path(self.name_or_path)):
+            measured, is_known = read_measured(self.name_or_path, hashes_of(self)), True
+        try:
+            calibration_of(self)
+        except ValueError:  # none, or one of other weights
+            is_known = False
+        if not is_known:  # trained further, or loaded from elsewhere: what was measured was another model
+            config.calibration = None
         measured = replace(measured, header={**(header or {}), **measured.header})
         return model_card(name, config, self.num_parameters(), measured, tags)
 

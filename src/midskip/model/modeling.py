@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, initialization
 from transformers.generation.utils import GenerationMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
 from midskip.budget.weights import calibration_of
@@ -28,7 +29,7 @@ from midskip.model.loss import IGNORED, cross_entropy
 from midskip.model.outputs import MidskipCausalLMOutput, MidskipModelOutput, Packed
 from midskip.model.packing import PackedBatch
 from midskip.model.skip_path import SkipPath, take_path
-from midskip.policies import Decision, Policy, build_policy
+from midskip.policies import Decision, PassState, Policy, build_policy
 
 
 class MidskipPreTrainedModel(CardedModel):
@@ -151,7 +152,7 @@ class MidskipModel(MidskipPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [h_ND] if output_hidden_states else None
-        decisions, state = [], {}
+        decisions, state = [], PassState()
         parts = PARTS[self.config.skip_unit]
         for layer, block in enumerate(self.layers):
             for part in parts:
@@ -345,3 +346,4 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
 AutoConfig.register("midskip", MidskipConfig)
 AutoModel.register(MidskipConfig, MidskipModel)
 AutoModelForCausalLM.register(MidskipConfig, MidskipForCausalLM)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["midskip"] = "MidskipForCausalLM"  # else label_smoothing_factor shifts no labels

@@ -1,5 +1,5 @@
 """Who skips: one file a policy."""
 
-from midskip.policies.base import Decision, Policy, build_policy
+from midskip.policies.base import Decision, PassState, Policy, build_policy
 
-__all__ = ["Decision", "Policy", "build_policy"]
+__all__ = ["Decision", "PassState", "Policy", "build_policy"]

@@ -74,6 +74,14 @@ class Decision:
         return ~keep_N if self.keep_N is None else self.keep_N & ~keep_N
 
 
+class PassState(dict[str, Any]):
+    """What a policy keeps during one forward pass. Hooks that move the inputs of a module to its device, as those of
+    accelerate's offloading do, copy a plain dict, and what the policy writes would be lost."""
+
+    def to(self, *_: Any, **__: Any) -> PassState:
+        return self
+
+
 class Policy(nn.Module):
     """Decides, layer by layer, which tokens run. Subclass it and give the path of the class as `config.policy`.
 

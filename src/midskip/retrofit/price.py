@@ -47,8 +47,8 @@ def prices(
 
 def calibrated_prices(
     model: MidskipForCausalLM, windows: Items, texts: Mapping[str, Items], name: str,
-    original: Mapping[str, float] | None, lowest: float,
+    original: Mapping[str, float] | None, shares: Sequence[float],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Calibrate on `windows` down to the share `lowest` or a little less, then `prices`."""
-    calibrate(model, windows, name, rule="share", lowest=0.9 * lowest, progress=True)
-    return prices(model, texts, original)
+    """Calibrate on `windows` down to the lowest of `shares` or a little less, then `prices`, at these shares too."""
+    calibrate(model, windows, name, rule="share", lowest=0.9 * min(shares), progress=True)
+    return prices(model, texts, original, sorted({*BUDGETS, *shares} - {1.0}, reverse=True))

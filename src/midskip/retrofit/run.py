@@ -192,8 +192,8 @@ def _finish(
     if "fit" in report["stages"]:
         whole = report["stages"]["fit"]["prices"][0]["texts"]
         original = {name: whole[name]["loss"] for name in texts.held_out}
-    lowest = min(settings.trained_shares(model.config.num_skip_units))
-    rows = calibrated_prices(model, texts.calibration, texts.held_out, first, original, lowest)
+    shares = settings.trained_shares(model.config.num_skip_units)
+    rows = calibrated_prices(model, texts.calibration, texts.held_out, first, original, shares)
     for place in (folder / stage, folder):
         save_whole(place, model, tokenizer)
     report["stages"][stage] = more | {"prices": rows}
