@@ -79,6 +79,18 @@ def test_a_gradient_that_is_nothing_but_rounding_agrees() -> None:
     check_ours(one, given, gradients=True)
 
 
+@pytest.mark.parametrize("size", [0.3, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+@torch.no_grad()
+def test_gradients_of_tokens_that_are_nearly_alike_agree(size: float, seed: int) -> None:
+    """Those of queries and keys are then differences of numbers that nearly cancel, as in models that are trained."""
+    torch.manual_seed(seed)
+    one = side(gates="dense")
+    weight = one.model.model.embed_tokens.weight
+    weight += size * torch.randn(weight.shape[1])
+    check_ours(one, ids(), gradients=True)
+
+
 def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     good, real = side(), MidskipForCausalLM.forward
 

@@ -214,6 +214,11 @@ def test_settings_that_do_not_fit(
         (lambda item: item.update(group=torch.full((8,), 1024)), "1024 among its group. Expected -1 to 1023"),
         (lambda item: item.update(hop=torch.zeros(8)), "has hop. Expected input_ids, labels, group"),
         (lambda item: item["labels"].copy_(torch.randint(5, (8,))), "item 0 of Odd is another each time"),
+        (lambda item: item["labels"][1:].fill_(-100), "The training items of Odd have no labels but -100"),
+        (
+            lambda item: item["labels"][0] % 2 and item.update(group=torch.zeros(8).long()),
+            "training item 1 of Odd has input_ids, labels, group, and one before it input_ids, labels. Expected",
+        ),
     ],
 )
 def test_items_that_are_not_whole(

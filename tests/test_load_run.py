@@ -82,7 +82,13 @@ def test_a_page_of_ones_own_text(folder: Path, tmp_path: Path, capsys: pytest.Ca
     text = page.read_text(encoding="utf-8")
     assert "passage 1" in text and "passage 2" not in text and "你" in text and "<b>" not in text
     assert main(["evaluate", str(folder), "--data", str(tmp_path / "own.txt"), "--page", str(tmp_path / "no/p")]) == 2
-    assert "for the page: make it first" in capsys.readouterr().err
+    assert "for --page: make it first" in capsys.readouterr().err
+    for wrong, words in (
+        (["--output", str(tmp_path)], f"--output is {str(tmp_path)!r}, which is a folder; expected a file"),
+        (["--limit", "3"], "--limit is of tasks: give --tasks too, or leave it out"),
+    ):
+        assert main(["evaluate", str(folder), "--data", str(tmp_path / "own.txt"), *wrong]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,9 @@ def test_a_model_without_a_run_has_a_plain_card(make_model: Callable[..., Any], 
     text = pushed_card(hub)
     assert re.findall(r"^## .*", text, re.MULTILINE) == ["## How to load it", "## Architecture", "## Limits"]
     assert "| policy: who skips | middle\\_out (start: spread) |" in text and "| layers | 4 |" in text
+    assert "skip\\_unit" not in text and "skip\\_path" not in text
+    text = make_model(skip_unit="sublayer", skip_path="linear").model_card("mine")
+    assert "(skip\\_unit) | sublayer |" in text and "(skip\\_path) | linear |" in text
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -13,7 +13,7 @@ from tiny_pretrained import CONFIGS, SHAPE, build
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from midskip import MidskipConfig, MidskipForCausalLM
-from midskip.convert import pretrained, to_transformers
+from midskip.convert import pretrained, save_tokenizer, to_transformers
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,12 @@ def test_what_midskip_does_not_compute_is_refused(config: Any, message: str, tmp
     with pytest.raises(ValueError, match=message) as error:
         pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    build(CONFIGS["qwen2_tied"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"'{tmp_path}' has no tokenizer that can be read: put one beside the model"):
+        save_tokenizer(tmp_path, tmp_path / "out")
 
 
 def test_dynamic_rope_is_refused_beyond_the_models_own_context(tmp_path: Path) -> None:

@@ -17,6 +17,12 @@ def test_the_split_depends_on_nothing_but_each_text() -> None:
     assert set(half[0]) <= set(training) and set(half[1]) <= set(validation)
 
 
+@pytest.mark.parametrize("share", [1e-6, 1 - 1e-6])
+def test_copies_of_a_text_are_on_one_side(share: float) -> None:
+    training, validation = split_documents(["one", "two", "three"] * 10, share)
+    assert {len(training), len(validation)} == {10, 20} and not set(training) & set(validation)
+
+
 @pytest.mark.parametrize("share", [1e-6, 0.05, 0.5, 1 - 1e-6])
 @pytest.mark.parametrize("documents", [["a", "b"], ["same", "same"], sample_documents(3)])
 def test_two_documents_are_enough(documents: list[str], share: float) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from midskip import MidskipForCausalLM
-from midskip.data import WindowOrder, open_prepared, progress, token_bytes
+from midskip.data import WindowOrder, open_prepared, prepare, progress, token_bytes
 from midskip.evaluate import evaluate
 from midskip.runs import load_run
 from midskip.train import Recipe, read_recipe, train
@@ -51,6 +51,18 @@ def test_a_run_with_a_pad_token_of_its_own(make_recipe: MakeRecipe, tmp_path: Pa
     prepared = replace(recipe.data, source=f"{recipe.output}/text", pad_token="<|other|>")
     with pytest.raises(ValueError, match=r"is '<\|other\|>', and the folder was prepared with '<\|pad\|>'"):
         train(replace(recipe, output=str(tmp_path / "again"), data=prepared), console=QUIET)
+
+
+@quick
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_held_out_text_of_its_own_has_its_name(make_recipe: MakeRecipe, tmp_path: Path, is_prepared: bool) -> None:
+    source, held_out = write_documents(tmp_path / "text"), write_documents(tmp_path / "unseen")
+    data: dict[str, Any] = {"vocab_size": 300, "validation": str(held_out)}
+    if is_prepared:
+        prepare(str(source), tmp_path / "prepared", vocab_size=300, validation=str(held_out))
+        source, data = tmp_path / "prepared", {}
+    report = train(make_recipe(source=source, data=data, max_steps=1), console=QUIET)
+    assert report["text"] == "unseen"
 
 
 def test_a_run_from_a_folder_of_text_writes_all_its_files(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -229,9 +229,15 @@ def serve(session: Session, text: str, host: str, port: int | None, in_browser: 
     font = ["sans-serif"]
     theme = gr.themes.Default(font=font, font_mono=["monospace"])  # system fonts  # pyright: ignore[reportPrivateImportUsage]
     page = build(session, text)
-    _, address, _ = page.launch(
-        server_name=host, server_port=port, inbrowser=in_browser, share=False, prevent_thread_lock=True, quiet=True,
-        footer_links=[], ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, show_error=True,
-        theme=theme, css=style(choices.num_layers for choices in session.choices.values()),
-    )  # fmt: skip
+    try:
+        _, address, _ = page.launch(
+            server_name=host, server_port=port, inbrowser=in_browser, share=False, prevent_thread_lock=True, quiet=True,
+            footer_links=[], ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, show_error=True,
+            theme=theme, css=style(choices.num_layers for choices in session.choices.values()),
+        )  # fmt: skip
+    except OSError as error:  # whose text names settings of Gradio
+        where = host if port is None else f"{host}:{port}"
+        raise ValueError(
+            f"cannot listen on {where}: give another --port, or --host an address of this machine"
+        ) from error
     return page, address

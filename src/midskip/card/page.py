@@ -224,10 +224,11 @@ def _measured(
         for name, count, row, share in rows
     ]  # fmt: skip
     columns = ("model", "parameters", "loss, nats a token", "bits a byte", "FLOPs a token", "block-tokens that ran")
+    unit = "sublayer" if config.skip_unit == "sublayer" else "layer"
     by_layer = ", ".join(f"{share:.0%}" for share in found["share_by_layer"])
     notes = (
-        f"Share of the tokens that ran each layer, from the first: {by_layer}. With nothing skipped a token would take "
-        f"{found['dense_flops_per_token']:,.0f} FLOPs. FLOPs are of the matrix products of a forward pass, a "
+        f"Share of the tokens that ran each {unit}, from the first: {by_layer}. With nothing skipped a token would "
+        f"take {found['dense_flops_per_token']:,.0f} FLOPs. FLOPs are of the matrix products of a forward pass, a "
         "multiply-add as two, metered."
     )
     if report.get("dense"):
@@ -253,6 +254,10 @@ def _architecture(config: MidskipConfig, num_parameters: int) -> list[str]:
         ("keys and values of a token that skips (skipped_kv)", config.skipped_kv),
         ("policy: who skips", policy),
     ]  # fmt: skip
+    if config.skip_unit != "block":
+        rows.append(("what a token skips (skip_unit)", config.skip_unit))
+    if config.skip_path != "none":
+        rows.append(("in the place of what is skipped (skip_path)", config.skip_path))
     return ["## Architecture", table(("", ""), [(plain(left), plain(right)) for left, right in rows])]
 
 

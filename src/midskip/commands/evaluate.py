@@ -49,15 +49,20 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--include_path", type=Path, help="with --tasks: a folder with tasks of your own")
     parser.add_argument("--limit", type=at_least_one, help="with --tasks: documents of each")
     options = parser.parse_args(arguments)
+    for name in ("output", "picture", "page"):
+        file = getattr(options, name)
+        if file and not file.parent.is_dir():
+            raise ValueError(f"there is no folder {str(file.parent)!r} for --{name}: make it first")
+        if file and file.is_dir():
+            raise ValueError(f"--{name} is {str(file)!r}, which is a folder; expected a file")
     if options.tasks:
         _run_tasks(options)
         return
     if options.picture and not options.budgets:
         raise ValueError("--picture draws loss at several budgets: give --budgets too")
-    for name in ("picture", "page"):
-        file = getattr(options, name)
-        if file and not file.parent.is_dir():
-            raise ValueError(f"there is no folder {str(file.parent)!r} for the {name}: make it first")
+    for name in ("include_path", "limit"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is of tasks: give --tasks too, or leave it out")
     from midskip.budget.calibrate import beside_calibration, loss_by_budget, scales_for
     from midskip.data import DataError, token_bytes
     from midskip.distributed import joined_ranks

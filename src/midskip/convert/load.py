@@ -28,6 +28,7 @@ _INDEX = "model.safetensors.index.json"
 _HUB_NAME = r"[\w][\w.-]*(/[\w][\w.-]*)?"
 
 NEW = ("model.policy.", "model.skip_paths.")  # what is in no file of the original
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them
 Readers = dict[str, Callable[[], Tensor]]  # by transformers' names; nothing is read before one is called
 
 
@@ -112,7 +113,13 @@ def tokenizer_of(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `source`; arguments as in `save_tokenizer`."""
     where, gguf_file = _find(source, gguf_file, revision)
-    return AutoTokenizer.from_pretrained(where, gguf_file=gguf_file, trust_remote_code=False)
+    told = f"{str(source)!r} has no tokenizer that can be read: put one beside the model"
+    if gguf_file is None and not any((where / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(told)  # for some models transformers makes an empty one
+    try:
+        return AutoTokenizer.from_pretrained(where, gguf_file=gguf_file, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(told) from error
 
 
 def _find(source: str | Path, gguf_file: str | None, revision: str | None) -> tuple[Path, str | None]:

@@ -72,17 +72,29 @@ class LabelledData:
         """
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for side in SIDES:
-            items = getattr(self, side)
+            items, names, has_label = getattr(self, side), None, False
             count = min(len(items), _NUM_CHECKED)
             for number in sorted({part * (len(items) - 1) // max(1, count - 1) for part in range(count)}):
                 where = f"{side} item {number} of {type(self).__name__}"
-                first, second = (self._fingerprint(items[number], where) for _ in range(2))
+                item = items[number]
+                first, second = self._fingerprint(item, where), self._fingerprint(items[number], where)
+                names, has_label = names or item.keys(), has_label or bool((item["labels"][1:] != IGNORED_LABEL).any())
+                if item.keys() != names:
+                    raise DataError(
+                        f"The {where} has {', '.join(item)}, and one before it {', '.join(names)}. Expected the same "
+                        "in all items of a side."
+                    )
                 if first != second:
                     raise DataError(
                         f"The {where} is another each time it is asked for. Expected the same, so that a run can be "
                         "resumed; draw it from its number and a seed."
                     )
                 found[side].append({"name": f"item {number}", "crc32": first})
+            if not has_label:
+                raise DataError(
+                    f"The {side} items of {type(self).__name__} have no labels but {IGNORED_LABEL}, as far as they "
+                    "were looked at. Expected some that are ids, after the first column."
+                )
         return found
 
     def _fingerprint(self, item: dict[str, Tensor], where: str) -> int:

@@ -228,7 +228,8 @@ def _same(prepared: Prepared, settings: Mapping[str, Any]) -> Prepared:
     if changes:
         raise DataError(
             f"The folder {str(prepared.folder)!r} holds text that was prepared otherwise: {', '.join(changes)}. "
-            "Expected the same settings and unchanged files; give another output, or remove the folder."
+            "Expected the same settings and unchanged files; give another output, or remove that folder: a run then "
+            "goes on with the new text under --resume --accept_changes."
         )
     return prepared
 

@@ -57,10 +57,10 @@ def _split(
         return
     shares = [_hash_share(document) for document in head]
     validation = {i for i, value in enumerate(shares) if value < share}
-    if not validation:
-        validation.add(shares.index(min(shares)))
-    elif len(validation) == len(head):
-        validation.remove(shares.index(max(shares)))
+    if len(validation) in (0, len(head)):
+        nearest = max(shares) if validation else min(shares)
+        moved = {i for i, value in enumerate(shares) if value == nearest}  # with all that have the same text
+        validation ^= moved if len(moved) < len(head) else {0}
     for i, document in enumerate(head):
         yield SIDES[i in validation], document
     del head

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from midskip.convert import pretrained, tokenizer_of
@@ -42,4 +42,4 @@ def load_to_skip(source: str, changes: dict[str, Any]) -> tuple[MidskipForCausal
         )
     finally:
         logging.set_verbosity(shown)
-    return model.eval(), AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return model.eval(), tokenizer_of(source)

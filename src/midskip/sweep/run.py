@@ -56,7 +56,7 @@ def run_sweep(
         raise FailedRunsError(
             f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}. The first said: "
             f"{next(iter(failed.values()))} (all are in {str(store.output / 'failed')!r}, and "
-            "are tried again at the next call, but for learning rates that diverged)"
+            "are tried again at the next call, but for trials of learning rates that diverged)"
         )
 
 

@@ -46,8 +46,9 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
             raise ValueError(f"the recipe cannot be used: there is no setting {name!r}{hint}")
     given = parsed.as_dict()
     for name, group in GROUPS.items():
-        if not isinstance(given[name], dict):
-            raise ValueError(f"the recipe cannot be used: {name} is {given[name]!r}; expected settings by name")
+        if not isinstance(given[name], dict) or "__path__" in given[name]:
+            got = given[name] if not isinstance(given[name], dict) else "a file"
+            raise ValueError(f"the recipe cannot be used: {name} is {got!r}; expected settings by name")
         _check_values(f"{name}.", given[name], group)
     _check_values("", given, Recipe)
     settings = {name: group(**given[name]) for name, group in GROUPS.items()}

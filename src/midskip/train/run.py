@@ -172,7 +172,9 @@ def _train(
         model.to(trainer.args.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
     report = report_of(recipe, model, metrics, trainer.history, {"flops_per_s": peak, "from": peak_source}, dense)
     report |= {"labelled": True} if isinstance(text, LabelledData) else {}
-    report["text"] = source_name(text.summary.get("settings", {}).get("source") or recipe.data.source)
+    prepared = text.summary.get("settings", {})
+    held_out = prepared.get("validation") or recipe.data.validation
+    report["text"] = source_name(held_out or prepared.get("source") or recipe.data.source)
     if (folder / BEST_FOLDER / BEST_FILE).is_file():
         report["best"] = json.loads((folder / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))
     (folder / REPORT_FILE).write_text(to_json(report) + "\n", encoding="utf-8")

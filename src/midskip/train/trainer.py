@@ -186,7 +186,7 @@ class MidskipTrainer(Trainer):
         if not all(bool(one.full_tensor() if isinstance(one, DTensor) else one) for one in finite):
             raise FloatingPointError(
                 f"a weight is no longer finite after step {self.state.global_step}: lower the learning rate or clip; "
-                "the last checkpoint is kept"
+                "a checkpoint from before, if there is one, is kept"
             )
 
 
@@ -240,7 +240,7 @@ class _AroundStep(TrainerCallback):
                 f"step {state.global_step + 1} is not finite (cross-entropy {step.cross_entropy:.4g}, regularizer "
                 f"{step.regularizer:.4g}, the policy's own loss {step.auxiliary:.4g}, norm of the gradient "
                 f"{self.gradient_norm:.4g}), so it was not taken: lower "
-                "the learning rate or clip; the last checkpoint is kept"
+                "the learning rate or clip; a checkpoint from before, if there is one, is kept"
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
