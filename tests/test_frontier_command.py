@@ -65,6 +65,11 @@ def test_it_holds_models_to_one_of_them(tmp_path: Path, capsys: pytest.CaptureFi
     assert "| from gated, nats, 90% interval | relative cost |" in written
     assert main(["frontier", str(folder), "--against", "other"]) != 0
     assert "expected one of 'dense', 'gated'" in capsys.readouterr().err
+    file = folder / "sweep.json"
+    assert main(["frontier", str(folder), "--output", str(file)]) == 2
+    assert f"--output is {str(file)!r}, which is a file; expected a folder" in capsys.readouterr().err
+    assert main(["frontier", str(folder), "--save", str(folder / "no" / "one.json")]) == 2
+    assert "for --save: make it first" in capsys.readouterr().err
 
 
 def test_one_file_stands_for_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def test_a_vocabulary_is_padded_on_request() -> None:
         ("training: 3", "training is 3; expected settings by name"),
         ("training: null\noutput: x", "training is None; expected settings by name"),
         ("- a\n- b", "cannot be used"),
-        ("", "cannot be used"),
+        ("", "it holds None; expected settings by name"),
         ("training: {max_steps: [", "cannot be used"),
         (b"\xff\xfe", "cannot be used.*utf-8"),
     ],

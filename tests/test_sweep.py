@@ -182,6 +182,12 @@ def test_an_arm_may_take_the_rate_of_an_arm_above(sweep_of: SweepOf) -> None:
         sweep_of(TUNED, wide | {"tune_at": "sparse"})
     with pytest.raises(ValueError, match="tune_at is 'first_point' without learning_rates to try; give them, or leave"):
         sweep_of(DENSE | {"tune_at": "first_point"})
+    with pytest.raises(ValueError, match="tune_seed is 7 without learning_rates to try; give them, or leave"):
+        sweep_of(DENSE, tune_seed=7)
+    with pytest.raises(
+        ValueError, match=r"training\.learning_rate is set, and learning_rates are to be tried; expected"
+    ):
+        sweep_of(DENSE, settings={"training.learning_rate": 0.5}, learning_rates=[0.1, 0.2])
     of_a_name = sweep_of(TUNED | {"name": "first_point"}, wide).points
     assert [point.tuned_at for point in of_a_name] == [None] * 4, "a name says nothing to arms that do not give it"
     with pytest.raises(ValueError, match="arm 'wide': tune_at is 'dense', which tries other learning_rates"):

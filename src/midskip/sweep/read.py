@@ -20,6 +20,7 @@ from midskip.train.memory import check_memory
 from midskip.train.read import read_recipe, read_yaml
 from midskip.train.recipe import GROUPS, Recipe
 
+RATE_AND_RATES = "training.learning_rate is set, and learning_rates are to be tried; expected one of them"
 OF_ALL_ARMS = ("recipe", "learning_rates", "tune_at")  # may stand above the arms, for those that do not have their own
 FILE_KEYS = ("output", "seeds", "arms", "settings", "tune_seed", "keep_runs", *OF_ALL_ARMS)
 TUNE_AT = ("each_point", "first_point")
@@ -64,6 +65,8 @@ def _sweep(path: Path, given: Any) -> Sweep:
     if not isinstance(keep_runs, bool):
         raise ValueError(f"keep_runs is {keep_runs!r}; expected true or false")
     of_all = _settings("settings", given.get("settings"))
+    if "learning_rates" in given and "training.learning_rate" in of_all:
+        raise ValueError(RATE_AND_RATES)
     arms = given.get("arms")
     if not isinstance(arms, list) or not arms:
         raise ValueError(f"arms is {arms!r}; expected a list of at least one arm")
@@ -84,6 +87,8 @@ def _sweep(path: Path, given: Any) -> Sweep:
         names[name], firsts[name] = len(of_arm[0].learning_rates), of_arm[0]
         points += of_arm
     tuned = {name: count for name, count in names.items() if count}
+    if "tune_seed" in given and not tuned:
+        raise ValueError(f"tune_seed is {tune_seed} without learning_rates to try; give them, or leave tune_seed out")
     if len(set(tuned.values())) > 1:
         told = ", ".join(f"{name} {count}" for name, count in tuned.items())
         raise ValueError(
@@ -120,7 +125,7 @@ def _arm(
         if len(set(rates)) < len(rates):
             raise ValueError(f"learning_rates is {list(rates)}; expected different ones")
         if "training.learning_rate" in own.keys() | grid.keys():
-            raise ValueError("training.learning_rate is set, and learning_rates are to be tried; expected one of them")
+            raise ValueError(RATE_AND_RATES)
         if len(rates) == 1:
             own, rates = own | {"training.learning_rate": rates[0]}, ()
     tune_at = arm.get("tune_at", TUNE_AT[0])

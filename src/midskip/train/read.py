@@ -37,6 +37,8 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
     parser, written = recipe_parser(), None
     try:
         written = {} if path is None else read_yaml(Path(path))
+        if not isinstance(written, dict):
+            raise ValueError(f"it holds {written!r}; expected settings by name")
         parsed = parser.parse_args(arguments + (overrides or []))
     except Exception as error:  # jsonargparse raises its own kinds for YAML, names and types
         hints = filter(None, map(_meant, _names(written, overrides or [])))
