@@ -217,7 +217,7 @@ def test_settings_that_do_not_fit(
         (lambda item: item["labels"][1:].fill_(-100), "The training items of Odd have no labels but -100"),
         (
             lambda item: item["labels"][0] % 2 and item.update(group=torch.zeros(8).long()),
-            "training item 1 of Odd has input_ids, labels, group, and one before it input_ids, labels. Expected",
+            "validation item 1 of Odd has group, input_ids, labels, and one before it input_ids, labels. Expected",
         ),
     ],
 )

@@ -53,8 +53,12 @@ def test_what_midskip_does_not_compute_is_refused(config: Any, message: str, tmp
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     build(CONFIGS["qwen2_tied"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"'{tmp_path}' has no tokenizer that can be read: put one beside the model"):
+    with pytest.raises(ValueError, match=rf"'{tmp_path}' has no tokenizer: put one beside the model"):
         save_tokenizer(tmp_path, tmp_path / "out")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"'{tmp_path}' has a tokenizer that cannot be read: .") as error:
+        save_tokenizer(tmp_path, tmp_path / "out")
+    assert "\n" not in str(error.value)
 
 
 def test_dynamic_rope_is_refused_beyond_the_models_own_context(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ def test_the_split_depends_on_nothing_but_each_text() -> None:
 def test_copies_of_a_text_are_on_one_side(share: float) -> None:
     training, validation = split_documents(["one", "two", "three"] * 10, share)
     assert {len(training), len(validation)} == {10, 20} and not set(training) & set(validation)
+    documents = sample_documents(1000)
+    sides = [side for side, _ in split_stream(documents + documents, share)]
+    assert sides[:1000] == sides[1000:] and len(set(sides)) == 2, "also after those that are looked at together"
 
 
 @pytest.mark.parametrize("share", [1e-6, 0.05, 0.5, 1 - 1e-6])

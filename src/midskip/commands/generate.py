@@ -77,7 +77,7 @@ def _prompt(options: Namespace) -> str:
     """The text as it is, but for the line end that editors and `echo` put last."""
     if options.prompt not in (None, "-"):
         return options.prompt
-    if options.prompt_file is not None and not options.prompt_file.is_file():
+    if options.prompt_file is not None and not options.prompt_file.exists():
         raise ValueError(f"there is no file {str(options.prompt_file)!r}: give the path of a text to go on with")
     place = "standard input" if options.prompt_file is None else repr(str(options.prompt_file))
     raw = sys.stdin.buffer.read() if options.prompt_file is None else options.prompt_file.read_bytes()

@@ -23,12 +23,11 @@ from midskip.model.layers import RotaryEmbedding
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import build_policy
 
-_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.jinja")
+_TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # a tokenizer has one of them
 _INDEX = "model.safetensors.index.json"
 _HUB_NAME = r"[\w][\w.-]*(/[\w][\w.-]*)?"
 
 NEW = ("model.policy.", "model.skip_paths.")  # what is in no file of the original
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them
 Readers = dict[str, Callable[[], Tensor]]  # by transformers' names; nothing is read before one is called
 
 
@@ -113,13 +112,15 @@ def tokenizer_of(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `source`; arguments as in `save_tokenizer`."""
     where, gguf_file = _find(source, gguf_file, revision)
-    told = f"{str(source)!r} has no tokenizer that can be read: put one beside the model"
-    if gguf_file is None and not any((where / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(told)  # for some models transformers makes an empty one
+    if gguf_file is None and not any(next(where.glob(name), None) for name in _TOKENIZER):
+        raise ValueError(
+            f"{str(source)!r} has no tokenizer: put one beside the model"
+        )  # transformers may make an empty one
     try:
         return AutoTokenizer.from_pretrained(where, gguf_file=gguf_file, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise ValueError(told) from error
+    except (ValueError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(source)!r} has a tokenizer that cannot be read: {reason}") from error
 
 
 def _find(source: str | Path, gguf_file: str | None, revision: str | None) -> tuple[Path, str | None]:
@@ -130,7 +131,12 @@ def _find(source: str | Path, gguf_file: str | None, revision: str | None) -> tu
     if not path.is_dir():
         if path.exists() or not re.fullmatch(_HUB_NAME, str(source)):
             raise ValueError(f"{source} is no folder here; expected one, a .gguf file, or a name on the hub")
-        patterns = [*_TOKENIZER, *(["*.json", "model*.safetensors"] if gguf_file is None else [gguf_file])]
+        patterns = [
+            *_TOKENIZER,
+            "merges.txt",
+            "*.jinja",
+            *(["*.json", "model*.safetensors"] if gguf_file is None else [gguf_file]),
+        ]
         try:
             path = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
         except Exception as error:  # of many kinds: of the name, the hub, the network

@@ -55,7 +55,6 @@ class Meter:
         self._hooks += [
             body.policy.register_forward_hook(self._on_policy),
             *(path.register_forward_hook(self._on_skip_path) for path in body.skip_paths.values()),
-            body.embed_tokens.register_forward_hook(self._on_embedding),
             self.model.lm_head.register_forward_pre_hook(self._on_head),  # so that it cannot hold the logits
         ]
         return self
@@ -149,6 +148,8 @@ class Meter:
         self.past_seqlens += past
         body = self.model.model
         others = sum(map(_bytes_of, (body.embed_layernorm, body.norm)))
+        if batch.token_N is not None:  # of pads nothing has to be read
+            others += batch.num_tokens * body.embed_tokens.weight[0].nbytes
         self.bytes += Bytes(others + _bytes_of(policy))
         seen = sum(n + held for n, held in zip(batch.seqlens, past, strict=True) if n) if any(past) else 0
         key_width, device = self.config.num_key_value_heads * self.config.head_dim, h_ND.device.type
@@ -160,9 +161,6 @@ class Meter:
         if not is_backward():
             self.skip_path_flops += path.flops * len(output)
             self.bytes += Bytes(_bytes_of(path) if len(output) else 0)
-
-    def _on_embedding(self, embedding: nn.Embedding, arguments: tuple[Any, ...], output: Tensor) -> None:
-        self._both(0 if is_backward() else output.numel() * embedding.weight.element_size())
 
     def _on_head(self, head: nn.Module, arguments: tuple[Any, ...]) -> None:
         if not is_backward():

@@ -78,11 +78,12 @@ class LabelledData:
                 where = f"{side} item {number} of {type(self).__name__}"
                 item = items[number]
                 first, second = self._fingerprint(item, where), self._fingerprint(items[number], where)
-                names, has_label = names or item.keys(), has_label or bool((item["labels"][1:] != IGNORED_LABEL).any())
-                if item.keys() != names:
+                has = item.keys() - ({"group"} if side == "training" else set())  # which nothing is trained on
+                names, has_label = names or has, has_label or _has_label(item)
+                if has != names:
                     raise DataError(
-                        f"The {where} has {', '.join(item)}, and one before it {', '.join(names)}. Expected the same "
-                        "in all items of a side."
+                        f"The {where} has {', '.join(sorted(has))}, and one before it {', '.join(sorted(names))}. "
+                        "Expected the same in all items of a side."
                     )
                 if first != second:
                     raise DataError(
@@ -90,10 +91,10 @@ class LabelledData:
                         "resumed; draw it from its number and a seed."
                     )
                 found[side].append({"name": f"item {number}", "crc32": first})
-            if not has_label:
+            if not has_label and not any(_has_label(items[number]) for number in range(len(items))):
                 raise DataError(
-                    f"The {side} items of {type(self).__name__} have no labels but {IGNORED_LABEL}, as far as they "
-                    "were looked at. Expected some that are ids, after the first column."
+                    f"The {side} items of {type(self).__name__} have no labels but {IGNORED_LABEL}. Expected some that "
+                    "are ids, after the first column."
                 )
         return found
 
@@ -122,6 +123,10 @@ class LabelledData:
                 )
             crc = zlib.crc32(values.numpy().tobytes(), zlib.crc32(name.encode(), crc))
         return crc
+
+
+def _has_label(item: Mapping[str, Tensor]) -> bool:
+    return bool((item["labels"][1:] != IGNORED_LABEL).any())
 
 
 class TrainingItems(Dataset[dict[str, Tensor]]):

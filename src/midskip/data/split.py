@@ -15,8 +15,9 @@ def split_stream(documents: Iterable[str], validation_share: float = 0.05) -> It
 
     A document goes to validation if a hash of its text falls below `validation_share`, a share of documents, not of
     bytes, in (0, 1). So it keeps its side whatever stands beside it, in any order, under any seed. If that leaves a
-    side of the first documents (1000, or 8 million characters) empty, the one with the nearest hash changes sides. A
-    single document is cut in two near its end: at a paragraph if one ends about there, else at a line, else at a word.
+    side of the first documents (1000, or 8 million characters) empty, the one with the nearest hash changes sides, and
+    its copies do. A single document is cut in two near its end: at a paragraph if one ends about there, else at a line,
+    else at a word.
 
     Raises `DataError` if `validation_share` is not in (0, 1), or there is no text, or no place to cut it.
     """
@@ -57,15 +58,19 @@ def _split(
         return
     shares = [_hash_share(document) for document in head]
     validation = {i for i, value in enumerate(shares) if value < share}
+    moved_share = None  # the hash of a text that changes sides, with all its copies
     if len(validation) in (0, len(head)):
         nearest = max(shares) if validation else min(shares)
-        moved = {i for i, value in enumerate(shares) if value == nearest}  # with all that have the same text
-        validation ^= moved if len(moved) < len(head) else {0}
+        moved = {i for i, value in enumerate(shares) if value == nearest}
+        if len(moved) < len(head):
+            moved_share = nearest
+        validation ^= moved if moved_share is not None else {0}
     for i, document in enumerate(head):
         yield SIDES[i in validation], document
     del head
     for document in documents:
-        yield SIDES[_hash_share(document) < share], document
+        value = _hash_share(document)
+        yield SIDES[(value < share) ^ (value == moved_share)], document
 
 
 def _hash_share(text: str) -> float:

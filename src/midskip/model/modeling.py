@@ -145,7 +145,8 @@ class MidskipModel(MidskipPreTrainedModel):
             self, input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, use_cache
         )
         if input_ids is not None:
-            batch.token_N = batch.pack(input_ids).long()  # hashes need all of int64
+            input_ids = input_ids.long()  # hashes need all of int64
+            batch.token_N = batch.pack(input_ids)
         embeds_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         h_ND = self.embed_layernorm(batch.pack(embeds_BTD))
         batch.rotary = self.rotary(batch.position_N, h_ND.dtype)

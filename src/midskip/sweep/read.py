@@ -87,7 +87,7 @@ def _sweep(path: Path, given: Any) -> Sweep:
         names[name], firsts[name] = len(of_arm[0].learning_rates), of_arm[0]
         points += of_arm
     tuned = {name: count for name, count in names.items() if count}
-    if "tune_seed" in given and not tuned:
+    if "tune_seed" in given and not any("learning_rates" in arm for arm in (given, *arms)):
         raise ValueError(f"tune_seed is {tune_seed} without learning_rates to try; give them, or leave tune_seed out")
     if len(set(tuned.values())) > 1:
         told = ", ".join(f"{name} {count}" for name, count in tuned.items())
