@@ -287,7 +287,7 @@ def test_prompts_that_cannot_be_used(error: Callable[..., str], place: Path) -> 
     (place / "latin.txt").write_bytes(b"d\xe9j\xe0")
     assert "latin.txt' is not UTF-8 text" in error("generate", place / "run", "--prompt_file", place / "latin.txt")
     assert "not allowed with" in refused("a", "--prompt_file", str(place / "latin.txt"))
-    assert "No such file" in error("generate", place / "run", "--prompt_file", place / "none.txt")
+    assert "there is no file '" in error("generate", place / "run", "--prompt_file", place / "none.txt")
     assert refused("") == "the prompt is empty; give at least one character"
     assert refused("a\udcff", "--max_new_tokens", "1").startswith("the prompt is not Unicode text")
     assert "temperature is -1.0" in refused("a", "--temperature", "-1")
@@ -318,10 +318,13 @@ def test_folders_that_cannot_be_used(error: Callable[..., str], place: Path, tmp
 def test_numbers_that_cannot_be_written_are_printed_all_the_same(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["evaluate", str(place / "run"), "--output", str(tmp_path / "none" / "numbers.json")]) == 2
+    assert main(["evaluate", str(place / "run"), "--output", "/dev/full"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["num_tokens"] > 0
-    assert err.startswith("midskip: error: ") and "No such file or directory" in err and err.count("\n") == 1
+    assert err.startswith("midskip: error: ") and "No space left on device" in err and err.count("\n") == 1
+    assert main(["evaluate", str(place / "run"), "--output", str(tmp_path / "none" / "numbers.json")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "none' for --output: make it first" in err, "before it begins"
 
 
 def test_a_run_that_fails_has_a_status_of_its_own(

@@ -20,8 +20,11 @@ def test_the_examples_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(point.num_runs() == 3 + 2 for point in dense) and len(dense) == 8, "the opponent is tuned at each"
     assert {len(point.learning_rates) for point in in_bytes} == {0, 3}
     assert {len(point.learning_rates) for point in read_sweep("sweeps/paper.yaml").points} == {0}
+    assert len(read_sweep("sweeps/longer.yaml").runs({})) == 3 * 3
     pairs = read_sweep("sweeps/pairs.yaml").points
-    assert [len(point.learning_rates) for point in pairs] == [3, 3, 3, 0, 0], "the opponent is the one that is tuned"
+    assert [len(point.learning_rates) for point in pairs] == [3, 3, 3, 0, 0, 0, 0], (
+        "the opponent is the one that is tuned"
+    )
     assert len(read_sweep("sweeps/wiki-small.yaml").runs({})) == 6
     assert [run.label for run in depth.runs({})][:4] == [
         *(f"dense num_hidden_layers={layers} seed=0" for layers in (2, 4, 8)), "gated seed=0",
