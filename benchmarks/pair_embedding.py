@@ -29,8 +29,8 @@ NUM_BUCKETS = 4096
 
 
 class PairEmbedding(nn.Embedding):
-    """An embedding of tokens, int64 [B, T], that knows the one before. The first token of a row takes the
-    last of the row before it for that, so it is for training and for text that is evaluated in the same rows."""
+    """An embedding of tokens, int64 [B, T], that knows the one before. The first token of a row takes the last of the
+    row before it for that, so it is for training and for text that is evaluated in the same rows."""
 
     def __init__(self, num_embeddings: int, width: int):
         super().__init__(num_embeddings, width)

@@ -171,8 +171,13 @@ class _EveryResultMoved(TorchDispatchMode):
         is_view = any(one.alias_info is not None for one in func._schema.returns)
         if is_view or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
-        share = torch.rand(result.shape, generator=self.generator, dtype=torch.float64, device="cpu")
-        return result * (1 + MOVED * (2 * share - 1)).to(result)
+        return result * _near_one(result, self.generator)
+
+
+def _near_one(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random factors that move a tensor like this one by a share of itself, `MOVED` at most."""
+    share = torch.rand(like.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (1 + MOVED * (2 * share - 1)).to(like)
 
 
 def _reference(
@@ -189,8 +194,7 @@ def _reference(
     moved = [_gradients(exact, loss, _EveryResultMoved())] if gradients else []
     generator = torch.Generator().manual_seed(0)
     for parameter in exact.parameters():
-        share = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
-        parameter.mul_(1 + MOVED * (2 * share.to(parameter.device) - 1))
+        parameter.mul_(_near_one(parameter, generator))
     away = reference_forward(exact, ids_BT, position_ids=position_BT)
     depth_scores_LBT, same_BT = _depth_scores(right), _before_a_flip(away.gates, right.gates)
     change, _ = _largest(away.logits, right.logits, same_BT)

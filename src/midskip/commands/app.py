@@ -24,13 +24,13 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     add_trust(parser)
     options = parser.parse_args(arguments)
-    from midskip.runs import load_run
-
-    loaded = {str(Path(folder)): load_run(folder, options.trust) for folder in options.run}
     if options.port is not None and options.port > 65535:
         raise ValueError(f"port is {options.port}; expected 1 to 65535")
     if options.text_file is not None and not options.text_file.exists():
         raise ValueError(f"there is no file {str(options.text_file)!r}: give the path of a text")
+    from midskip.runs import load_run
+
+    loaded = {str(Path(folder)): load_run(folder, options.trust) for folder in options.run}
     try:
         text = None if options.text_file is None else options.text_file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

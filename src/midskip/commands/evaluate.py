@@ -16,6 +16,7 @@ from midskip.commands.parser import (
     add_json,
     add_text,
     at_least_one,
+    check_target,
     items_of,
     numbers,
     text_of,
@@ -50,11 +51,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--limit", type=at_least_one, help="with --tasks: documents of each")
     options = parser.parse_args(arguments)
     for name in ("output", "picture", "page"):
-        file = getattr(options, name)
-        if file and not file.parent.is_dir():
-            raise ValueError(f"there is no folder {str(file.parent)!r} for --{name}: make it first")
-        if file and file.is_dir():
-            raise ValueError(f"--{name} is {str(file)!r}, which is a folder; expected a file")
+        check_target(name, getattr(options, name))
     if options.tasks:
         _run_tasks(options)
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from midskip.commands.parser import Parser
+from midskip.commands.parser import Parser, check_target
 
 WIDTH = 160  # of the table where there is no terminal
 
@@ -30,8 +30,8 @@ def run(arguments: list[str]) -> None:
         "or an arm and settings as in the table, for example 'dense num_hidden_layers=12'",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    if options.save and not options.save.parent.is_dir() and options.save.parent != options.output:
-        raise ValueError(f"there is no folder {str(options.save.parent)!r} for --save: make it first")
+    if options.save and options.save.parent != options.output:  # a folder that is made
+        check_target("save", options.save)
     if options.output and options.output.exists() and not options.output.is_dir():
         raise ValueError(f"--output is {str(options.output)!r}, which is a file; expected a folder")
     from midskip.report import visible

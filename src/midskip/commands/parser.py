@@ -79,6 +79,14 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def check_target(option: str, file: Path | None) -> None:
+    """ValueError if this file cannot be written, so that it is found before a long job."""
+    if file and not file.parent.is_dir():
+        raise ValueError(f"there is no folder {str(file.parent)!r} for --{option}: make it first")
+    if file and file.is_dir():
+        raise ValueError(f"--{option} is {str(file)!r}, which is a folder; expected a file")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON, and no summary")
 

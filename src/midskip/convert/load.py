@@ -24,6 +24,7 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import build_policy
 
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # a tokenizer has one of them
+_OF_TOKENIZER = ("merges.txt", "*.jinja")  # and these may lie beside it
 _INDEX = "model.safetensors.index.json"
 _HUB_NAME = r"[\w][\w.-]*(/[\w][\w.-]*)?"
 
@@ -113,9 +114,8 @@ def tokenizer_of(
     """The tokenizer of `source`; arguments as in `save_tokenizer`."""
     where, gguf_file = _find(source, gguf_file, revision)
     if gguf_file is None and not any(next(where.glob(name), None) for name in _TOKENIZER):
-        raise ValueError(
-            f"{str(source)!r} has no tokenizer: put one beside the model"
-        )  # transformers may make an empty one
+        # transformers makes an empty one for some models
+        raise ValueError(f"{str(source)!r} has no tokenizer: put one beside the model")
     try:
         return AutoTokenizer.from_pretrained(where, gguf_file=gguf_file, trust_remote_code=False)
     except (ValueError, OSError, ImportError) as error:
@@ -131,12 +131,8 @@ def _find(source: str | Path, gguf_file: str | None, revision: str | None) -> tu
     if not path.is_dir():
         if path.exists() or not re.fullmatch(_HUB_NAME, str(source)):
             raise ValueError(f"{source} is no folder here; expected one, a .gguf file, or a name on the hub")
-        patterns = [
-            *_TOKENIZER,
-            "merges.txt",
-            "*.jinja",
-            *(["*.json", "model*.safetensors"] if gguf_file is None else [gguf_file]),
-        ]
+        patterns = [*_TOKENIZER, *_OF_TOKENIZER]
+        patterns += ["*.json", "model*.safetensors"] if gguf_file is None else [gguf_file]
         try:
             path = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
         except Exception as error:  # of many kinds: of the name, the hub, the network

@@ -64,7 +64,9 @@ def _split(
         moved = {i for i, value in enumerate(shares) if value == nearest}
         if len(moved) < len(head):
             moved_share = nearest
-        validation ^= moved if moved_share is not None else {0}
+        else:  # all are copies of one text
+            moved = {0}
+        validation ^= moved
     for i, document in enumerate(head):
         yield SIDES[i in validation], document
     del head

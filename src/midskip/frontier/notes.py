@@ -39,7 +39,7 @@ def notes_on(
     envelopes: Mapping[str, dict[str, Envelope]],
     missing: Sequence[Mapping[str, Any]],
     unknown: Sequence[str],
-    against: str | None = None,
+    against: str | None,
 ) -> list[str]:
     notes = []
     if missing:

@@ -66,14 +66,14 @@ class CardedModel(PreTrainedModel):
                 folder of the model says of them comes first.
         """
         config: Any = copy.deepcopy(self.config)
-        measured, is_known = Measured(), not self.name_or_path
-        if self.name_or_path and self._is_as_in(Path(self.name_or_path)):
-            measured, is_known = read_measured(self.name_or_path, hashes_of(self)), True
+        measured, folder = Measured(), self.name_or_path
+        if folder and self._is_as_in(Path(folder)):
+            measured = read_measured(folder, hashes_of(self))
+        elif folder:  # trained further, or loaded from elsewhere: what was measured was another model
+            config.calibration = None
         try:
             calibration_of(self)
         except ValueError:  # none, or one of other weights
-            is_known = False
-        if not is_known:  # trained further, or loaded from elsewhere: what was measured was another model
             config.calibration = None
         measured = replace(measured, header={**(header or {}), **measured.header})
         return model_card(name, config, self.num_parameters(), measured, tags)

@@ -39,6 +39,8 @@ from midskip.train.optimizer import build_optimizer, build_scheduler, follow_set
 from midskip.train.recipe import TrainingSettings
 from midskip.train.record import Profiler, StepRecord
 
+WHAT_TO_DO = "lower the learning rate or clip; a checkpoint from before, if there is one, is kept"
+
 
 class MidskipTrainer(Trainer):
     """Cross-entropy plus the regularizer's term in training, cross-entropy alone in evaluation.
@@ -184,10 +186,7 @@ class MidskipTrainer(Trainer):
         """FloatingPointError if a weight is not finite."""
         finite = [parameter.detach().isfinite().all() for parameter in self.bare_model.parameters()]
         if not all(bool(one.full_tensor() if isinstance(one, DTensor) else one) for one in finite):
-            raise FloatingPointError(
-                f"a weight is no longer finite after step {self.state.global_step}: lower the learning rate or clip; "
-                "a checkpoint from before, if there is one, is kept"
-            )
+            raise FloatingPointError(f"a weight is no longer finite after step {self.state.global_step}: {WHAT_TO_DO}")
 
 
 def _num_targets(batch: dict[str, Tensor]) -> Tensor:
@@ -239,8 +238,7 @@ class _AroundStep(TrainerCallback):
             raise FloatingPointError(
                 f"step {state.global_step + 1} is not finite (cross-entropy {step.cross_entropy:.4g}, regularizer "
                 f"{step.regularizer:.4g}, the policy's own loss {step.auxiliary:.4g}, norm of the gradient "
-                f"{self.gradient_norm:.4g}), so it was not taken: lower "
-                "the learning rate or clip; a checkpoint from before, if there is one, is kept"
+                f"{self.gradient_norm:.4g}), so it was not taken: {WHAT_TO_DO}"
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
