@@ -3,7 +3,7 @@
     python benchmarks/curves.py RUN [RUN ...] [--every 25] [--output curves.json] [--picture curves.png]
 
 Each number is the mean of as many steps. Runs whose folders differ only in what follows the last dash, as seeds, are
-drawn in one colour.
+drawn in one colour. The last picture has each run's loss at its end, by the least share that ran at any time.
 """
 
 import argparse
@@ -36,16 +36,20 @@ def mean_gate(row: dict[str, Any]) -> float:
 def draw(found: dict[str, dict[str, list[float]]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    figure, grid = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    axes = grid.ravel()
     arms = list(dict.fromkeys(name.rpartition("-")[0] for name in found))
     for name, row in found.items():
         arm = name.rpartition("-")[0]
         is_first = next(other for other in found if other.rpartition("-")[0] == arm) == name
-        for axis, what in zip(axes, ("executed_share", "gate", "cross_entropy"), strict=True):
-            axis.plot(row["step"], row[what], color=f"C{arms.index(arm)}", label=arm if is_first else None)
+        color, label = f"C{arms.index(arm)}", arm if is_first else None
+        for axis, what in zip(axes, ("executed_share", "gate", "cross_entropy"), strict=False):
+            axis.plot(row["step"], row[what], color=color, label=label, linewidth=1)
+        axes[3].plot(min(row["executed_share"]), row["cross_entropy"][-1], "o", color=color)
     axes[0].set(xlabel="step", ylabel="share of block-tokens that ran", ylim=(0, 1.02))
     axes[1].set(xlabel="step", ylabel="mean gate of those that ran", ylim=(0, 1.02))
     axes[2].set(xlabel="step", ylabel="training loss, nats a token", ylim=(3.0, 4.5))
+    axes[3].set(xlabel="least share that ran in any stretch", ylabel="training loss at the end", xlim=(0, 1.02))
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
 

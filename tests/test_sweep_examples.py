@@ -25,7 +25,7 @@ def test_the_examples_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(point.learning_rates) for point in pairs] == [3, 3, 3, 0, 0, 0, 0], (
         "the opponent is the one that is tuned"
     )
-    assert len(read_sweep("sweeps/wiki-small.yaml").runs({})) == 7
+    assert len(read_sweep("sweeps/wiki-small.yaml").runs({})) == 3 * 7
     assert [run.label for run in depth.runs({})][:4] == [
         *(f"dense num_hidden_layers={layers} seed=0" for layers in (2, 4, 8)), "gated seed=0",
     ]  # fmt: skip
