@@ -19,7 +19,8 @@ from midskip.cli import main
 from midskip.data import load_tokenizer
 from midskip.train import report
 
-TEXT = ["--data=text", "--validation=held_out=text"]
+TEXTS = ("text", "others")
+TEXT = ["--data=text", "--validation=held_out=others"]
 
 
 def nothing(given: Path) -> None:
@@ -113,7 +114,8 @@ class Trials:
     def __init__(self, name: str, folder: Path):
         self.command, self.folder, self.count = COMMANDS[name], folder, 0
         given, found = folder / "given", folder / "making" / "found"
-        write_documents(folder / "text", 150)
+        for text in TEXTS:
+            write_documents(folder / text, 150)
 
         def make(say: Say) -> None:
             quick()
@@ -135,7 +137,8 @@ class Trials:
         if (self.folder / "given" / "found").is_dir():
             shutil.copytree(self.folder / "given" / "found", self.folder / name)
         (self.folder / name).mkdir(exist_ok=True)
-        (self.folder / name / "text").symlink_to(self.folder / "text")
+        for text in TEXTS:
+            (self.folder / name / text).symlink_to(self.folder / text)
         return self.folder / name
 
     def attempt(self, where: Path, more: Sequence[str] = (), before: Callable[[], None] = quick, **how: Any) -> Attempt:

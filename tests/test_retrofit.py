@@ -69,6 +69,7 @@ def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
 def dense(tmp_path: Path, make_model: Make) -> Path:
     """The folder of a dense model and its tokenizer, beside text."""
     write_documents(tmp_path / "text", 150)
+    write_documents(tmp_path / "held_out", 150)
     tokenizer = load_tokenizer("bytes")
     model = make_model(
         policy="dense", norms="pre", num_hidden_layers=5, vocab_size=len(tokenizer), dtype=torch.float32,
@@ -80,15 +81,17 @@ def dense(tmp_path: Path, make_model: Make) -> Path:
 
 
 def settings_of(dense: Path, **changes: Any) -> RetrofitSettings:
-    text = str(dense.parent / "text")
     given = {
+        "model": str(dense),
+        "data": str(dense.parent / "text"),
+        "validation": {"text": str(dense.parent / "held_out")},
         "output": str(dense.parent / "out"),
         "length": 128,
         "fit_tokens": 1024,
         "price_tokens": 2048,
         "batch_size": 2,
     }
-    return RetrofitSettings(**{"model": str(dense), "data": text, "validation": {"text": text}} | given | changes)
+    return RetrofitSettings(**given | changes)
 
 
 def test_a_folder_that_one_was_killed_in_as_it_wrote_its_first_file_is_not_somebody_elses(dense: Path) -> None:
@@ -267,6 +270,10 @@ def test_what_is_refused_before_anything_runs(dense: Path) -> None:
         ({"price_tokens": 100}, "price_tokens is 100, which holds 0 windows of 128 tokens"),
         ({"fit_tokens": 10**6}, "tokens; expected at least 999936, 7812 windows of 128"),
         ({"validation": {}}, "there is no held-out text"),
+        (
+            {"data": "pydocs", "validation": {"a": "pydocs"}},
+            "is both for training and for validation.*give --validation text that is",
+        ),
         ({"finetune_steps": 3}, "routers have to settle before the other weights move: give distil_steps too"),
         (
             {"shares": [0.9, 0.4]},

@@ -173,13 +173,12 @@ def test_a_folder_that_does_not_exist(name: str) -> None:
         load_tokenizer(name)
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "empty"])
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing"])
 def test_a_name_that_cannot_be_loaded_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no network,\nno tokenizer.")
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(
         DataError,
@@ -189,6 +188,11 @@ def test_a_name_that_cannot_be_loaded_is_one_line(name: str, tmp_path: Path, mon
 
 
 def test_a_folder_that_holds_no_tokenizer(tmp_path: Path) -> None:
+    for files in ([], ["text.txt", "model.safetensors"]):
+        for file in files:
+            (tmp_path / file).touch()
+        with pytest.raises(DataError, match=r"^There is no tokenizer in the folder .*; give another folder\.$"):
+            load_tokenizer(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(DataError, match=r"cannot be loaded"):
         load_tokenizer(str(tmp_path))

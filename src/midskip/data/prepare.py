@@ -25,7 +25,7 @@ from .errors import DataError
 from .prepared import FORMAT, SUMMARY_FILE, TOKENIZER_FOLDER, Prepared, is_begun, open_prepared
 from .progress import TokenBar, note
 from .shards import SHARD_TOKENS, ShardWriter
-from .sources import Source
+from .sources import Source, require_apart
 from .split import SIDES, split_stream
 from .tokenizer import load_tokenizer, vocabulary_size
 
@@ -163,12 +163,7 @@ def _open(source: str, validation: str | None, share: float, text_field: str) ->
         raise DataError(f"text_field is {text_field!r}, and the text has no fields. Expected none; leave it out.")
     if validation is None:
         return [_Stream(sources[0], SIDES, share)]
-    both = {file.resolve() for file in sources[0].files} & {file.resolve() for file in sources[1].files}
-    if both or source == validation:
-        raise DataError(
-            f"The text of {str(min(both, default=source))!r} is both for training and for validation. Expected "
-            "different text; leave validation out to hold out a share of the documents."
-        )
+    require_apart(sources[0], sources[1], "leave validation out to hold out a share of the documents")
     return [_Stream(source, (side,), share) for source, side in zip(sources, SIDES, strict=True)]
 
 

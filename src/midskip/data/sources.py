@@ -128,6 +128,16 @@ class Source:
             self._num_bytes_done += num_bytes
 
 
+def require_apart(training: Source, validation: Source, what_to_do: str) -> None:
+    """`DataError` if some text is on both sides."""
+    both = {file.resolve() for file in training.files} & {file.resolve() for file in validation.files}
+    if both or training.name == validation.name:
+        raise DataError(
+            f"The text of {str(min(both, default=training.name))!r} is both for training and for validation. Expected "
+            f"different text; {what_to_do}."
+        )
+
+
 def find_files(source: str, kinds: Container[str], expected: str) -> list[Path]:
     """Files of some kinds at paths, globs and folders joined by commas, each once.
 

@@ -20,6 +20,7 @@ _SAMPLE_CHARACTERS = 50_000_000  # of a corpus to learn from
 _PIECE_CHARACTERS = 100_000  # of a document, to be learnt from or encoded by one core
 _LARGEST_VOCABULARY = 2**24  # the trainer takes memory for all of it at once
 _TELLING = {"ByteLevel", "ByteFallback", "Metaspace"}  # decoders of tokens that tell their bytes
+_OF_TOKENIZERS = re.compile(r"tokenizer|config\.json|vocab|merges|tekken|.*\.(model|tiktoken)$")  # names of files
 _WORD_GAP = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
 
@@ -229,6 +230,8 @@ def _load_pretrained(name: str) -> PreTrainedTokenizerBase:
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise DataError(f"There is no tokenizer at {name!r}: no such folder. Expected {_NAMES}; check the spelling.")
     files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_dir() and not any(_OF_TOKENIZERS.match(file) for file in files):
+        raise DataError(f"There is no tokenizer in the folder {name!r}. Expected {_NAMES}; give another folder.")
     described = not files.isdisjoint({"tokenizer.json", "tokenizer_config.json", "config.json"})
     kind = AutoTokenizer if described or not {"vocab.json", "merges.txt"} <= files else GPT2Tokenizer
     with refusing(f"The tokenizer {name!r} cannot be loaded", f"{_NAMES}; check the name and the network"):

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from midskip.budget.calibration import Calibration
 from midskip.card import try_card
 from midskip.data import TokenWindows, encode_source
+from midskip.data.sources import Source, require_apart
 from midskip.distributed import num_launched
 from midskip.locks import LOCK_FILE, locked
 from midskip.model.modeling import MidskipForCausalLM
@@ -132,6 +133,8 @@ class Texts:
         self.held_out: dict[str, list[Any]] = {}
         self.calibration: list[Any] = []
         count = 2 * (settings.price_tokens // length)
+        for source in settings.validation.values():
+            require_apart(Source(settings.data), Source(source), "give --validation text that is held out")
         for name, source in settings.validation.items():
             windows = _windows(source, count, length, tokenizer, console)
             rows = [windows[row * len(windows) // count] for row in range(count)]
