@@ -12,7 +12,7 @@ from midskip.frontier.against import difference, point_named, verdict
 from midskip.frontier.envelope import Envelope
 from midskip.frontier.intervals import CONFIDENCE, mean_interval
 from midskip.frontier.notes import notes_on, point_name, remarks_on, seeds_named
-from midskip.frontier.read import COSTS, MEASURES, Point, on_one_machine, read_points
+from midskip.frontier.read import COSTS, MEASURES, Point, on_one_machine, read_points, timed_alike
 
 ELSEWHERE = "timed on another machine, or with other versions, than dense models"  # in the place of one
 
@@ -83,9 +83,10 @@ def frontier(folder: str | Path, against: str | None = None) -> dict[str, Any]:
 
 
 def _envelopes(dense: Sequence[Point], seeds: Sequence[str], cost: str) -> dict[str, Envelope]:
-    """By seed, and of the means; empty where no dense model has this cost for all seeds."""
+    """By seed, and of the means; empty where no dense model has this cost for all seeds, or seconds of several machines
+    would be one envelope."""
     usable = [point for point in dense if all(cost in point.runs[seed].costs for seed in seeds)]
-    if not usable:
+    if not usable or (cost == "seconds" and not timed_alike(usable, seeds)):
         return {}
     found = {
         seed: Envelope((point.runs[seed].costs[cost], point.runs[seed].loss) for point in usable) for seed in seeds

@@ -9,7 +9,7 @@ from typing import Any
 from midskip.frontier.envelope import Envelope
 from midskip.frontier.intervals import CONFIDENCE
 from midskip.frontier.labels import NAME_LENGTH, SETTINGS_LENGTH, settings_label, shortened
-from midskip.frontier.read import COSTS, Point
+from midskip.frontier.read import COSTS, Point, timed_alike
 
 SHOWN = 6  # names in a note
 
@@ -61,6 +61,8 @@ def notes_on(
             notes.append(f"{COSTS[cost].heading}: measured for {count} of {len(dense)} dense models")
         if not all(envelope.knots for envelope in found.values()):
             notes.append(f"{COSTS[cost].heading}: a seed has no dense model with a finite loss")
+    if not timed_alike(dense, seeds):
+        notes.append(f"{COSTS['seconds'].heading}: left out, since the dense models did not run on one machine")
     if diverged := sum(math.isinf(run.loss) for point in points for run in point.runs.values()):
         notes.append(f"results without a finite loss: {diverged}")
     compared = sum(not point.dense for point in points) if against is None else len(points) - 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,11 @@ class Run:
 def on_one_machine(runs: Iterable[Run]) -> bool:
     """Else their seconds say nothing of one another."""
     return len({run.machine for run in runs}) <= 1
+
+
+def timed_alike(points: Iterable[Point], seeds: Sequence[str]) -> bool:
+    """Whether the runs of these seeds were on one machine."""
+    return on_one_machine(point.runs[seed] for point in points for seed in seeds)
 
 
 @dataclass
