@@ -286,6 +286,21 @@ def test_pads_on_the_right_are_refused(make_model: Make) -> None:
             generate(make_model().eval(), ids_BT, attention_mask=mask_BT, use_cache=use_cache)
 
 
+def test_drafts_of_the_prompt_are_no_more_than_fit(make_model: Make) -> None:
+    model = make_model().eval()
+    ids_BT = prompt(1, 28).repeat(1, 2)
+    plain = {"max_new_tokens": 9, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    assert torch.equal(model.generate(ids_BT, **plain, prompt_lookup_num_tokens=10), model.generate(ids_BT, **plain)), (
+        "65 tokens, of which the model reads 64"
+    )
+
+
+def test_what_transformers_would_do_wrongly_is_refused(make_model: Make) -> None:
+    model = make_model().eval()
+    with pytest.raises(ValueError, match=r"continuous batching .* give generate\(\) a padded batch"):
+        model.generate_batch(inputs=[[3, 4, 5], [6, 7]])
+
+
 def test_more_than_the_model_takes_is_refused_before_it_begins(make_model: Make) -> None:
     model = make_model().eval()
     counts = count_columns(model)

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from midskip import MidskipConfig, MidskipForCausalLM, MidskipModel
 
@@ -237,3 +240,27 @@ def test_generation_stops_at_the_end_token(make_model: Make) -> None:
     end = free[3]
     found = model.generate(ids_BT, max_new_tokens=8, do_sample=False, eos_token_id=end)[0, 5:].tolist()
     assert found == free[: free.index(end) + 1]
+
+
+def test_a_model_that_was_quantized_at_loading_is_saved_and_loaded(make_model: Make, tmp_path: Path) -> None:
+    @register_quantization_config("nothing")
+    class NothingConfig(QuantizationConfigMixin):
+        def __init__(self, **_: Any) -> None:
+            self.quant_method = "nothing"
+
+    @register_quantizer("nothing")
+    class Nothing(HfQuantizer):
+        """Leaves the weights as they are."""
+
+        is_trainable = True
+
+        def is_serializable(self, *_: Any, **__: Any) -> bool:
+            return True
+
+    model = make_model()
+    model.save_pretrained(tmp_path / "one")
+    loaded = MidskipForCausalLM.from_pretrained(tmp_path / "one", quantization_config=NothingConfig())
+    loaded.save_pretrained(tmp_path / "two")
+    again = MidskipForCausalLM.from_pretrained(tmp_path / "two")
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])

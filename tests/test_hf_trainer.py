@@ -107,7 +107,8 @@ def test_activation_checkpointing_changes_nothing(fit: Callable[..., Trainer], p
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_packed_rows_are_padded_rows(fit: Callable[..., Trainer], policy: str) -> None:
-    assert_same(fit(policy, 4), fit(policy, 4, collator=DataCollatorWithFlattening()))
+    for more in ({}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}):
+        assert_same(fit(policy, 4), fit(policy, 4, collator=DataCollatorWithFlattening(**more)))
 
 
 def test_the_loss_is_the_mean_over_the_tokens(fit: Callable[..., Trainer], make_model: Make, rows: list[Any]) -> None:

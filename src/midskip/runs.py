@@ -84,7 +84,12 @@ def load_any_run(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}; expected a run folder, as `midskip train` writes it")
-    lacking = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / name).is_file()]
+    needed = {
+        "config.json": ["config.json"],
+        "model.safetensors": ["model.safetensors", "model.safetensors.index.json"],  # the latter where it is sharded
+        "tokenizer.json": ["tokenizer.json"],
+    }
+    lacking = [name for name, files in needed.items() if not any((folder / file).is_file() for file in files)]
     recipe = read_run(folder)[1] if lacking else None
     labelled = recipe is not None and is_labelled(str(recipe["data"].get("source")))
     if labelled:
@@ -101,7 +106,7 @@ def load_any_run(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, trust=trust
         )
         if wrong := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
-            raise ValueError(f"model.safetensors lacks {', '.join(wrong)} of the shape in config.json")
+            raise ValueError(f"the weights lack {', '.join(wrong)} of the shape in config.json")
         tokenizer = None if labelled else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer is not None:
             tokenizer("a")  # settings that make no sense are noticed when it is used

@@ -22,7 +22,7 @@ PARTS = {"block": ("block",), "sublayer": ("attention", "feed_forward")}  # of a
 _FROM_TRANSFORMERS = {
     "model_type", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash", "rope_theta", "rope_scaling",
     "attn_implementation", "output_attentions", "experts_implementation", "per_layer_config", "num_labels",
-    "auto_map",
+    "auto_map", "quantization_config",
 }  # fmt: skip
 _ROPE_KEYS = {
     "default": {"rope_theta"},

@@ -77,7 +77,7 @@ class CachedGeneration(GenerationMixin):
         mask, counts = kwargs.get("attention_mask"), [kwargs.get("max_new_tokens")]
         counts.append(getattr(generation_config, "max_new_tokens", None))
         if cache is not None and mask is not None and (num_new := counts[0] or counts[1]):
-            self._check_room(mask.shape[1] + num_new - 1)  # transformers counts what is given, not what is in the cache
+            self._check_room(mask.shape[1] + num_new)  # transformers counts what is given, not what is in the cache
         mixin: Any = super()
         if draft_budget is None:
             return mixin.generate(inputs, generation_config, *args, **kwargs)
@@ -95,6 +95,13 @@ class CachedGeneration(GenerationMixin):
                 stacklevel=2,
             )
         return output
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse it, and `generate_batch` with it: it pages a cache in which every layer has every token."""
+        raise ValueError(
+            "generate_batch and continuous batching of transformers need a paged cache with every token in every "
+            "layer, and midskip's holds the tokens that ran: give generate() a padded batch, or use `midskip serve`"
+        )
 
     def _sample(self, *args: Any, drafts: Drafting | None = None, **kwargs: Any) -> Any:
         """Where transformers decodes token by token, by greedy search or sampling."""
@@ -116,7 +123,7 @@ class CachedGeneration(GenerationMixin):
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
         """Give `generate()` a `SkipCache`, and refuse what it cannot do before it begins."""
-        self._check_room(max_cache_length)
+        self._check_room(max_cache_length + 1)
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
             raise ValueError(
@@ -138,10 +145,24 @@ class CachedGeneration(GenerationMixin):
         if (drafts := model_kwargs.get("drafts")) is not None:
             drafts.check(generation_config, generation_mode, model_kwargs.get("past_key_values"))
 
-    def _check_room(self, num_read: int) -> None:
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """That of transformers, whose drafts may go on beyond the tokens that are asked for: no more than fit."""
+        mixin: Any = super()
+        generator = mixin._get_candidate_generator(*args, **kwargs)
+        draw, limit = generator.get_candidates, self.config.max_position_embeddings
+
+        def get_candidates(input_ids: Any, *more: Any, **kwargs: Any) -> Any:
+            ids_BT, logits_BMV = draw(input_ids, *more, **kwargs)
+            room = max(0, limit - input_ids.shape[1])
+            return ids_BT[:, : input_ids.shape[1] + room], None if logits_BMV is None else logits_BMV[:, :room]
+
+        generator.get_candidates = get_candidates
+        return generator
+
+    def _check_room(self, num_tokens: int) -> None:
         """Refuse more tokens than the model can read; the last new one is not read."""
-        if num_read > (limit := self.config.max_position_embeddings):
+        if num_tokens - 1 > (limit := self.config.max_position_embeddings):
             raise ValueError(
-                f"prompt and new tokens make {num_read + 1} tokens; this model takes at most {limit} and one more that "
+                f"prompt and new tokens make {num_tokens} tokens; this model takes at most {limit} and one more that "
                 "it gives and does not read (max_position_embeddings): shorten the prompt, or ask for fewer"
             )

@@ -15,11 +15,12 @@ from midskip.model.generation import check_kind
 from midskip.model.packing import PackedBatch
 
 _WITHOUT_EFFECT = ("cache_position", "token_type_ids")  # what Llama takes and makes no use of
+_AS_POSITIONS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # tell documents apart
 
 
-def check_others(others: dict[str, Any]) -> None:
+def check_others(others: dict[str, Any], position_ids: Tensor | None) -> None:
     """Arguments that transformers' models take and this one has no use for: they may be given where Llama ignores them,
-    or as None or False.
+    where position_ids say the same, or as None or False.
 
     Raises:
         ValueError: weights of attention are asked for.
@@ -27,8 +28,9 @@ def check_others(others: dict[str, Any]) -> None:
     """
     if others.get("output_attentions"):
         raise ValueError("output_attentions is given: packed attention never holds its weights; leave it out")
+    known = _WITHOUT_EFFECT if position_ids is None else (*_WITHOUT_EFFECT, *_AS_POSITIONS)
     for name, value in others.items():
-        if name not in _WITHOUT_EFFECT and value is not None and value is not False:
+        if name not in known and value is not None and value is not False:
             raise TypeError(f"forward() got an argument {name!r} that this model does not know: leave it out")
 
 

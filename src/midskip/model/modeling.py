@@ -123,7 +123,7 @@ class MidskipModel(MidskipPreTrainedModel):
                 `max_position_embeddings`, a cache that does not fit, or one used with gradients on.
             TypeError: another argument that would change the result.
         """
-        check_others(others)
+        check_others(others, position_ids)
         with unchanged_if_broken_off(past_key_values):
             packed = self.run(
                 input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
@@ -287,7 +287,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
 
         The other arguments, and the errors, are those of `MidskipModel.forward`.
         """
-        check_others(others)
+        check_others(others, position_ids)
         with unchanged_if_broken_off(past_key_values):
             packed = self.model.run(
                 input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
