@@ -117,7 +117,7 @@ def test_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for arguments, words in (
         (
             [folder, "--cost", "kv_bytes"],
-            "the dense models have no 'kv_bytes' of one machine; expected one of: flops",
+            "the dense models have no 'kv_bytes' that can be compared; expected one of: flops",
         ),
         ([folder, "--cost", "joules"], "invalid choice: 'joules'"),
         ([str(tmp_path / "none")], "there is no folder"),

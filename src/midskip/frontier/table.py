@@ -56,7 +56,7 @@ def frontier_markdown(result: Mapping[str, Any], cost: str = "flops") -> str:
 def _check(result: Mapping[str, Any], cost: str) -> None:
     if cost not in result["costs"]:
         measured = ", ".join(result["costs"]) or "none"
-        raise ValueError(f"the dense models have no {cost!r} of one machine; expected one of: {measured}")
+        raise ValueError(f"the dense models have no {cost!r} that can be compared; expected one of: {measured}")
 
 
 def _headings(result: Mapping[str, Any]) -> tuple[str, str]:
