@@ -43,7 +43,7 @@ def draw(found: dict[str, dict[str, list[float]]], file: Path) -> None:
         arm = name.rpartition("-")[0]
         is_first = next(other for other in found if other.rpartition("-")[0] == arm) == name
         color, label = f"C{arms.index(arm)}", arm if is_first else None
-        for axis, what in zip(axes, ("executed_share", "gate", "cross_entropy"), strict=False):
+        for axis, what in zip(axes[:3], ("executed_share", "gate", "cross_entropy"), strict=True):
             axis.plot(row["step"], row[what], color=color, label=label, linewidth=1)
         axes[3].plot(min(row["executed_share"]), row["cross_entropy"][-1], "o", color=color)
     axes[0].set(xlabel="step", ylabel="share of block-tokens that ran", ylim=(0, 1.02))

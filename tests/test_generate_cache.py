@@ -295,7 +295,7 @@ def test_drafts_of_the_prompt_are_no_more_than_fit(make_model: Make) -> None:
     )
 
 
-def test_what_transformers_would_do_wrongly_is_refused(make_model: Make) -> None:
+def test_continuous_batching_is_refused(make_model: Make) -> None:
     model = make_model().eval()
     with pytest.raises(ValueError, match=r"continuous batching .* give generate\(\) a padded batch"):
         model.generate_batch(inputs=[[3, 4, 5], [6, 7]])

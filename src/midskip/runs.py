@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from midskip.card import RECIPE_FILE as RECIPE_FILE
 from midskip.card import REPORT_FILE as REPORT_FILE
@@ -84,12 +85,9 @@ def load_any_run(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}; expected a run folder, as `midskip train` writes it")
-    needed = {
-        "config.json": ["config.json"],
-        "model.safetensors": ["model.safetensors", "model.safetensors.index.json"],  # the latter where it is sharded
-        "tokenizer.json": ["tokenizer.json"],
-    }
-    lacking = [name for name, files in needed.items() if not any((folder / file).is_file() for file in files)]
+    is_sharded = (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
+    weights = SAFE_WEIGHTS_INDEX_NAME if is_sharded else SAFE_WEIGHTS_NAME
+    lacking = [name for name in ("config.json", weights, "tokenizer.json") if not (folder / name).is_file()]
     recipe = read_run(folder)[1] if lacking else None
     labelled = recipe is not None and is_labelled(str(recipe["data"].get("source")))
     if labelled:

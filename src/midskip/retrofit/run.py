@@ -126,6 +126,9 @@ class Texts:
         length = settings.length
         if length > limit:
             raise ValueError(f"length is {length}; the model takes at most {limit} tokens: give --length less")
+        training = Source(settings.data)
+        for source in settings.validation.values():
+            require_apart(training, Source(source), "give --validation text that is held out")
         count = max(2, settings.fit_tokens // length)
         self.training = _windows(settings.data, count, length, tokenizer, console)
         step = len(self.training) // count
@@ -133,8 +136,6 @@ class Texts:
         self.held_out: dict[str, list[Any]] = {}
         self.calibration: list[Any] = []
         count = 2 * (settings.price_tokens // length)
-        for source in settings.validation.values():
-            require_apart(Source(settings.data), Source(source), "give --validation text that is held out")
         for name, source in settings.validation.items():
             windows = _windows(source, count, length, tokenizer, console)
             rows = [windows[row * len(windows) // count] for row in range(count)]
