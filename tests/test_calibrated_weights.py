@@ -1,4 +1,4 @@
-"""A calibration holds for the weights that it was measured on, however they are kept, and for no others."""
+"""A calibration holds for the weights and settings that it was measured on, however kept, and for no others."""
 
 import copy
 from collections.abc import Callable
@@ -62,6 +62,23 @@ def test_saving_loading_and_casting_keep_a_calibration(make_model: Make, tmp_pat
     policy = copy.deepcopy(model)
     policy.model.policy.float()
     policy.set_budget(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("skipped_kv", "keep"), ("policy_settings", {"gates": "hard", "first_tokens": 2})],
+)
+def test_settings_that_were_changed_are_seen(
+    make_model: Make, tmp_path: Path, windows: list[dict[str, Tensor]], name: str, value: Any
+) -> None:
+    model = make_model("mixed", torch.float32, policy_settings={"gates": "hard"})
+    calibrate(model, windows, "noise", batch_size=48)
+    model.save_pretrained(tmp_path)
+    MidskipForCausalLM.from_pretrained(tmp_path).set_budget(0.5)
+    changed = MidskipForCausalLM.from_pretrained(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match=rf"'noise' was measured with {name}: .*, and the model has .*: set it back"):
+        changed.set_budget(0.5)
+    changed.set_budget()
 
 
 def test_a_compiled_model_keeps_its_calibration(make_model: Make) -> None:
@@ -143,6 +160,13 @@ def test_a_stale_calibration_is_one_line_of_a_command(
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and "was measured on other weights" in err, err
     assert main(["generate", str(tmp_path), "--prompt", "the cat", "--max_new_tokens", "2"]) == 0
+
+
+def test_settings_that_are_none_are_refused(make_model: Make) -> None:
+    model = make_model("mixed")
+    model.config.calibration = CURVE | {"settings": {"policy": "middle_out"}}
+    with pytest.raises(ValueError, match=r"calibration\['settings'\] is .*; expected a dictionary of policy, "):
+        model.set_budget(0.5)
 
 
 @pytest.mark.parametrize("weights", [3, "abc", {"bfloat16": 3}])

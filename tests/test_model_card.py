@@ -86,13 +86,16 @@ def test_saving_with_a_push_takes_them_along(run: Path, hub: dict[str, Any], tmp
     assert (tmp_path / "saved" / "README.md").read_bytes() == hub["files"]["README.md"]
 
 
-@pytest.mark.parametrize("change", ["weights", "dtype"])
-def test_other_weights_have_no_numbers(run: Path, hub: dict[str, Any], change: str) -> None:
+@pytest.mark.parametrize("change", ["weights", "dtype", "settings"])
+def test_another_model_has_no_numbers(run: Path, hub: dict[str, Any], change: str) -> None:
+    """Other weights, or the same that skip in another way."""
     model, _ = load_run(run)
     model.config.calibration = CURVE
     if change == "weights":
         with torch.no_grad():
             model.model.norm.weight[0] += 1e-3
+    elif change == "settings":
+        model = MidskipForCausalLM.from_pretrained(run, skipped_kv="keep")
     else:
         model.bfloat16()
     model.push_to_hub("somebody/skipper")

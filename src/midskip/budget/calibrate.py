@@ -16,7 +16,7 @@ from torch import Tensor
 
 from midskip.budget.calibration import GAP, NUM_BUCKETS, RULES, Calibration, bucket_of
 from midskip.budget.monitor import limits_kept
-from midskip.budget.weights import calibration_of, hashes_of
+from midskip.budget.weights import calibration_of, hashes_of, settings_of
 from midskip.data import TokenWindows
 from midskip.data.labelled import Items
 from midskip.distributed import rank_and_world_size
@@ -210,15 +210,16 @@ class _Curve:
                 num_dropped += 1
         curves = {name: [self.points[score_scale][name] for score_scale in kept] for name in self.points[0.0]}
         counts = {"num_tokens": self.num_tokens, "block_tokens": self.block_tokens, "num_dropped": num_dropped}
-        measured = {"rule": rule, "weights": hashes_of(self.model)}
-        return Calibration.from_dict({"text": text, **counts, "score_scale": kept, **curves, **measured})
+        measured = {"weights": hashes_of(self.model), "settings": settings_of(self.model.config)}
+        return Calibration.from_dict({"text": text, **counts, "score_scale": kept, **curves, "rule": rule, **measured})
 
 
 def scales_for(model: MidskipForCausalLM, budgets: Sequence[float]) -> tuple[Calibration, list[float]]:
     """The model's calibration, and the scale of the scores at each budget.
 
     Raises:
-        ValueError: a budget out of range, no calibration or one of other weights, or a policy without a budget.
+        ValueError: a budget out of range, no calibration or one of other weights or settings, or a policy without a
+            budget.
     """
     calibration = calibration_of(model)
     return calibration, [calibration.scale_for(budget) for budget in budgets]

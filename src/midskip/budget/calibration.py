@@ -16,6 +16,7 @@ BAND_STDS = 4  # half the width of the band that blocks of live prompts have to 
 GAP = 0.05  # the most that the shares of two neighbouring points should differ by
 RULES = ("loss", "share")  # which scale a budget stands for
 ON_DRIFT = ("keep", "as_trained", "error")  # what a monitor does when prompts leave the band
+SETTINGS = ("policy", "policy_settings", "skipped_kv", "skip_unit")  # that a curve depends on, besides weights
 NUM_BUCKETS = 12  # buckets of positions: 0, 1, 2 to 3, 4 to 7, and so on; the last one from 1024 on
 _CURVES = ("score_scale", "share", "loss", "share_std", "loss_std")
 _BY_BUCKET = ("share_by_bucket", "loss_by_bucket")
@@ -39,6 +40,7 @@ class Calibration:
         rule: which scale a budget stands for: that of the lowest loss within the budget (`"loss"`), or the one at which
             that share ran (`"share"`), for a model that is best where all runs, as a retrofitted one.
         weights: hashes of the weights that it was measured on, see `midskip.budget.weights`; None if not known.
+        settings: the `SETTINGS` of the configuration that it was measured with; None if not known.
 
     `Calibration.from_dict` checks what it is given; this constructor does not.
     """
@@ -56,6 +58,7 @@ class Calibration:
     loss_std: list[float]
     rule: str = "loss"
     weights: dict[str, str] | None = None
+    settings: dict[str, Any] | None = None
 
     def fingerprint(self) -> str:
         """SHA-256 of all of it, by which one calibration is told from another."""
@@ -69,7 +72,7 @@ class Calibration:
             ValueError: a field that is missing, unknown or impossible.
         """
         names = [field.name for field in fields(cls)]
-        if not isinstance(values, Mapping) or set(values) | {"rule", "weights"} != set(names):
+        if not isinstance(values, Mapping) or set(values) | {"rule", "weights", "settings"} != set(names):
             got = sorted(map(str, values)) if isinstance(values, Mapping) else repr(values)
             raise _broken("calibration", got, f"a dictionary of {', '.join(names)}")
         if not isinstance(values["text"], str):
@@ -80,6 +83,9 @@ class Calibration:
         known = hashes is None or (isinstance(hashes, Mapping) and all(isinstance(x, str) for x in hashes.values()))
         if not known:
             raise _broken("calibration['weights']", repr(hashes), "hashes by name of a dtype, or None")
+        settings = values.get("settings")
+        if settings is not None and (not isinstance(settings, Mapping) or set(settings) != set(SETTINGS)):
+            raise _broken("calibration['settings']", repr(settings), f"a dictionary of {', '.join(SETTINGS)}, or None")
         for name, least in (("num_tokens", 1), ("block_tokens", 1), ("num_dropped", 0)):
             value = values[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -1,7 +1,8 @@
-"""Which weights a calibration was measured on: under other weights its curve means nothing."""
+"""What a calibration was measured on, weights and settings: under others its curve means nothing."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from hashlib import sha256
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midskip.budget.calibration import Calibration, calibration_in
+from midskip.budget.calibration import SETTINGS, Calibration, calibration_in
 
 NUM_VALUES = 256  # of each tensor, about: evenly spread
 SMALLEST = 2.0**-14  # below it float16 is coarser than bfloat16
@@ -54,11 +55,16 @@ def _values(state: dict[str, Tensor]) -> Tensor:
     return torch.cat([values[name] for name in sorted(values)])
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """Those settings of a `MidskipConfig` that say who skips and what, and may change while the weights stay."""
+    return json.loads(json.dumps({name: getattr(config, name) for name in SETTINGS}))  # as a file would give them
+
+
 def calibration_of(model: Any) -> Calibration:
     """The calibration of a `MidskipForCausalLM`, which budgets go by.
 
     Raises:
-        ValueError: there is none, it is broken or of other weights, or the policy is not adjustable.
+        ValueError: there is none, it is broken or of other weights or settings, or the policy is not adjustable.
     """
     calibration = calibration_in(model.config.calibration, model.model.policy.adjustable)
     measured = calibration.weights
@@ -69,4 +75,11 @@ def calibration_of(model: Any) -> Calibration:
             "a fine-tune, and does not say what a budget means for them: run `midskip calibrate` on its run folder, or "
             "midskip.budget.calibrate.calibrate on the model"
         )
+    settings = settings_of(model.config)
+    for name, value in (calibration.settings or {}).items():
+        if settings[name] != value:
+            raise ValueError(
+                f"the model's calibration on {calibration.text!r} was measured with {name}: {value!r}, and the model "
+                f"has {settings[name]!r}: set it back, or run midskip.budget.calibrate.calibrate on the model"
+            )
     return calibration

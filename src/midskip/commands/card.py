@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> None:
 
     model, _ = load_any_run(options.run, options.trust)
     if model.config.calibration is not None:
-        calibration_of(model)  # refuses one of other weights: what else was measured may be of those too
+        calibration_of(model)  # refuses one of other weights or settings: what else was measured may be of those too
     file = write_card(options.run, model, options.name)
     if file is None:
         raise ValueError(

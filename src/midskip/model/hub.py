@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import check_peft_version
 
-from midskip.budget.weights import calibration_of, hashes_of
+from midskip.budget.weights import calibration_of, hashes_of, settings_of
 from midskip.card import CARD_FILE, MARK, Measured, header_of, model_card, read_measured
 
 TEMPLATE = "This model card has been automatically generated."  # in the card transformers makes where there is none
@@ -69,17 +69,22 @@ class CardedModel(PreTrainedModel):
         measured, folder = Measured(), self.name_or_path
         if folder and self._is_as_in(Path(folder)):
             measured = read_measured(folder, hashes_of(self))
-        elif folder:  # trained further, or loaded from elsewhere: what was measured was another model
+        elif folder:  # what was measured was another model
             config.calibration = None
         try:
             calibration_of(self)
-        except ValueError:  # none, or one of other weights
+        except ValueError:  # none, or one of other weights or settings
             config.calibration = None
         measured = replace(measured, header={**(header or {}), **measured.header})
         return model_card(name, config, self.num_parameters(), measured, tags)
 
     def _is_as_in(self, folder: Path) -> bool:
-        """Whether the weights are, bit for bit, those in the folder's files."""
+        """Whether the weights are, bit for bit, those in the folder's files, and who skips what is as its config.json
+        says."""
+        values, _ = PretrainedConfig.get_config_dict(folder)
+        trust = [str(values.get("policy")).partition(":")[0]]  # nothing is imported from it
+        if settings_of(type(self.config).from_dict(values, trust=trust)) != settings_of(self.config):
+            return False
         files = sorted(folder.glob("model*.safetensors"))
         state, seen = self.state_dict(), set()
         for file in files:

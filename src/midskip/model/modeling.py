@@ -238,8 +238,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         Whether live prompts are like the text of the calibration is what a `DriftMonitor` looks at.
 
         Raises:
-            ValueError: a value out of range, a budget without a calibration or with one of other weights, as before a
-                fine-tune, or a policy that has no budget.
+            ValueError: a value out of range, a budget without a calibration or with one of other weights (as before a
+                fine-tune) or settings, or a policy that has no budget.
         """
         policy = self.model.policy
         if budget is None:
