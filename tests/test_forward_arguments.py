@@ -85,6 +85,13 @@ def test_shapes_that_do_not_fit_are_refused_by_name(make_model: Make) -> None:
             model(ids_BT, attention_mask=attention_mask, position_ids=torch.arange(6).expand(2, 6))
 
 
+def test_a_replica_of_data_parallel_is_refused(make_model: Make) -> None:
+    replica = make_model()._replicate_for_data_parallel()  # what nn.DataParallel makes of each module
+    replica.model = replica.model._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"could not gather what it gives: start the script by `torchrun` or"):
+        replica(prompt(2, 8))
+
+
 def test_what_llama_makes_no_use_of_may_be_given(make_model: Make) -> None:
     model, ids_BT = make_model().eval(), prompt(2, 6)
     expected = model(ids_BT, labels=ids_BT)

@@ -44,6 +44,11 @@ def inputs_for(
     `config.use_cache` is True, as transformers' models do, but not for a policy that looks back, nor for rows of
     several documents.
     """
+    if getattr(model, "_is_replica", False):  # so torch marks them
+        raise ValueError(
+            "nn.DataParallel runs this model on several GPUs and could not gather what it gives: start the script by "
+            "`torchrun` or `accelerate launch`, or let it see one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
     config: Any = model.config
     looks_back: Any = model.policy.looks_back  # pyright: ignore[reportAttributeAccessIssue]
     _check_cache(model, past_key_values, use_cache, looks_back)
