@@ -61,7 +61,8 @@ def notes_on(
             notes.append(f"{COSTS[cost].heading}: measured for {count} of {len(dense)} dense models")
         if not all(envelope.knots for envelope in found.values()):
             notes.append(f"{COSTS[cost].heading}: a seed has no dense model with a finite loss")
-    if not timed_alike(dense, seeds):
+    timed = any("seconds" in point.runs[seed].costs for point in dense for seed in seeds)
+    if timed and not timed_alike(dense, seeds):
         notes.append(f"{COSTS['seconds'].heading}: left out, since the dense models did not run on one machine")
     if diverged := sum(math.isinf(run.loss) for point in points for run in point.runs.values()):
         notes.append(f"results without a finite loss: {diverged}")
