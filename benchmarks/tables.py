@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import agreement
+import gates
 import reasons
 import speed
 
@@ -35,6 +36,7 @@ KINDS: dict[str, Callable[[Path, str], str]] = {
     "frontier": lambda file, cost: frontier_markdown(frontier(file), cost),
     "reasons": lambda file, _: reasons.table(_json(file)["runs"]),
     "agreement": lambda file, _: agreement.table(_json(file)["runs"]),
+    "gates": lambda file, _: gates.table(_json(file)["rows"]),
     "speed": lambda file, task: speed.table(_json(file)["rows"], task),
 }
 
