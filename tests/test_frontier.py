@@ -202,8 +202,22 @@ def test_models_held_to_one_of_them_are_compared_seed_by_seed_whatever_they_cost
     assert named["points"][1]["against_other"]["verdict"] == "itself"
     assert named["notes"][-1].startswith("3 points compared with dense size=1; 10% of intervals")
     assert [row["loss"] for row in named["points"]] == [row["loss"] for row in frontier(folder)["points"]]
-    with pytest.raises(ValueError, match="no arm with a result is called 'gaated'; did you mean 'gated'"):
+    with pytest.raises(ValueError, match="no arm is called 'gaated'; did you mean 'gated'"):
         frontier(folder, "gaated")
+
+
+def test_a_model_without_a_result_is_not_replaced_by_another(tmp_path: Path) -> None:
+    gated = [point([None] * 3, 2e6), point(shifted(2.7), 1e6)]
+    folder = write_sweep(tmp_path, {"dense": dense(), "gated": gated})
+    with pytest.raises(ValueError, match="'gated size=0', for which 'gated' stands, has no result: name a point that"):
+        frontier(folder, "gated")
+    assert frontier(folder, "gated size=1")["points"][-1]["against_other"]["verdict"] == "itself"
+
+
+def test_losses_that_are_not_finite_are_left_out_of_the_picture(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "a", {"dense": [point([math.nan] * 3, 1e6, dense=True)]})
+    write_frontier(tmp_path / "picture.png", frontier(folder))
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 # ---- what is said

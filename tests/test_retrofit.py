@@ -147,6 +147,17 @@ def test_stages_follow_each_other_and_are_not_run_twice(
 
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.integration
+@pytest.mark.parametrize(("name", "folder"), [("data", "text"), ("validation text", "held_out")])
+def test_a_later_stage_refuses_text_that_has_changed(dense: Path, name: str, folder: str) -> None:
+    retrofit(settings_of(dense), QUIET)
+    (dense.parent / folder / "more.txt").write_text("what was not there before\n" * 200)
+    assert list(retrofit(settings_of(dense), QUIET)["stages"]) == ["fit"], "what is done reads no text"
+    with pytest.raises(ValueError, match=f"the text of {name} has changed since the retrofit in .* began"):
+        retrofit(settings_of(dense, distil_steps=2), QUIET)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.integration
 def test_killed_trainings_go_on_as_if_they_had_not_been(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of transformers' own Llama, here; once in each of the two trainings, and once between them."""
     to_transformers(MidskipForCausalLM.from_pretrained(dense)).save_pretrained(dense)

@@ -120,6 +120,9 @@ def test_an_answer_ends_with_a_stop_text(server: Running) -> None:
     answer = complete(server, stop=stop, temperature=0)
     assert answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens < 12
     assert text.startswith(answer.choices[0].text) and stop in answer.choices[0].text
+    begun_in_the_prompt = PROMPT[-1] + whole(text)[0]
+    assert begun_in_the_prompt not in text
+    assert complete(server, stop=begun_in_the_prompt, temperature=0).choices[0].text == text
 
 
 def test_sampling_goes_by_its_seed(server: Running) -> None:
@@ -129,6 +132,11 @@ def test_sampling_goes_by_its_seed(server: Running) -> None:
     with ThreadPoolExecutor(4) as pool:
         texts = list(pool.map(ask, [1, 2, 1, 2, 1]))
     assert texts[0] == texts[2] == texts[4] and texts[1] == texts[3] != texts[0]
+    unseeded = []
+    for _ in range(3):
+        ask(1)
+        unseeded.append(complete(server, temperature=1.5).choices[0].text)
+    assert len(set(unseeded)) > 1, "a seed is of its own request"
 
 
 def test_without_max_tokens_an_answer_ends_with_the_context(server: Running) -> None:

@@ -64,6 +64,8 @@ def together(server: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     def run(*requests: dict[str, Any]) -> tuple[Answers, list[int]]:
         batches, has_begun, all_wait = [], threading.Event(), threading.Event()
+        while has_come.acquire(blocking=False):  # of requests before
+            pass
 
         def look(_: Any, arguments: Any, named: dict[str, Any]) -> None:
             if not has_begun.is_set():

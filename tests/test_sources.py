@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -129,6 +130,7 @@ def test_records_give_the_field_that_is_asked_for(tmp_path: Path) -> None:
         ('{"text": null}', r"field 'text' in line 2 .* is of type NoneType"),
         ('{"text": "\\ud800"}', r"text in line 2 .* half of a surrogate pair"),
         (b'{"text": "\xe9"}', r"no JSON in line 2 .*utf-8"),
+        (b"[" * 100_000, r"no JSON in line 2 .*recursion"),
     ],
 )
 def test_lines_that_cannot_be_used(tmp_path: Path, line: str | bytes, message: str) -> None:
@@ -189,9 +191,13 @@ def test_folders_globs_and_lists_of_paths(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "pydocs").mkdir()
     (tmp_path / "pydocs/x,y.txt").write_text("comma")
     assert read("./pydocs") == read("pydocs/x,y.txt") == ["comma"]
+    (tmp_path / "pydocs" / os.fsdecode(b"caf\xe9.txt")).write_text("Latin-1")
+    assert Source("./pydocs").state.startswith("2 files, ") and read("./pydocs") == ["Latin-1", "comma"]
 
 
-@pytest.mark.parametrize("source", ["nowhere/to/be.txt", "", "*.none", "there.txt,gone.txt", "there.txt,", "~nobody/x"])
+@pytest.mark.parametrize(
+    "source", ["nowhere/to/be.txt", "", "*.none", "there.txt,gone.txt", "there.txt,", "~no body/x"]
+)
 def test_a_path_that_does_not_exist(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.txt").write_text("text")

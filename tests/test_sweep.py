@@ -1,5 +1,6 @@
 """A sweep: which runs it has, and that each is done once. Nothing is trained here."""
 
+import datetime
 import json
 import re
 import sys
@@ -103,6 +104,15 @@ def test_inner_settings_can_be_a_grid(sweep_of: SweepOf) -> None:
         {"outer": 1, "target_share": share} for share in (0.6, 0.6, 0.7, 0.7)
     ]
     assert [point.recipe.training.max_steps for point in points] == [2, 3, 2, 3]
+
+
+def test_settings_of_data_can_be_a_grid_and_a_date_is_a_name(sweep_of: SweepOf) -> None:
+    settings = {"data.source": "pointers", "data.length": 65}
+    arm = {"name": "hops", "recipe": "recipe.yaml", "settings": settings, "grid": {"data.settings.num_hops": [2, 4]}}
+    assert [point.recipe.data.settings["num_hops"] for point in sweep_of(arm).points] == [2, 4]
+    days = [datetime.date(2024, 5, 1), datetime.date(2024, 6, 1)]
+    sweep = sweep_of({"name": "days", "recipe": "recipe.yaml", "grid": {"data.source": days}})
+    assert [run.recipe.data.source for run in sweep.runs({})][:2] == ["2024-05-01", "2024-06-01"]
 
 
 def test_every_run_is_done_once_and_leaves_a_result(sweep_of: SweepOf, ran: list[Run]) -> None:

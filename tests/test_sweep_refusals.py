@@ -58,6 +58,12 @@ def test_bad_files_are_refused_before_anything_runs(
     assert cli.main(["sweep", str(tmp_path / "sweep.yaml")]) == 2 and not (tmp_path / "out").exists()
 
 
+def test_yaml_that_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("[" * 3000)
+    with pytest.raises(ValueError, match="cannot be read: maximum recursion"):
+        read_sweep(tmp_path / "sweep.yaml")
+
+
 def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
     file = write_sweep(tmp_path)
     file.write_text(file.read_text() + "seeds: [3]\n")

@@ -66,7 +66,8 @@ def run(arguments: list[str]) -> None:
 
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.create_server((options.host, options.port), family=family) as listener:
-        print(f"serving {settings.model_name!r} at http://{options.host}:{listener.getsockname()[1]}/v1", flush=True)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(f"serving {settings.model_name!r} at http://{host}:{listener.getsockname()[1]}/v1", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
         server = Server(config)
         server.run(sockets=[listener])

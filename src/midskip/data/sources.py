@@ -101,7 +101,7 @@ class Source:
     def state(self) -> str:
         """What changes when the text behind the same name does; of files, a checksum of their names and sizes."""
         lines = [f"{file} {num_bytes}\n" for file, num_bytes in zip(self.files, self._sizes, strict=True)]
-        return f"{len(lines)} files, {zlib.crc32(self._pydocs or ''.join(lines).encode()):08x}"
+        return f"{len(lines)} files, {zlib.crc32(self._pydocs or ''.join(lines).encode(errors='surrogateescape')):08x}"
 
     def __iter__(self) -> Iterator[str]:
         found = False
@@ -162,8 +162,8 @@ def find_files(source: str, kinds: Container[str], expected: str) -> list[Path]:
 
 def _named(source: str) -> Iterator[tuple[str, list[Path]]]:
     """The parts of a source, and the files and folders that each of them names."""
-    for part in [source] if Path(source).expanduser().exists() else source.split(","):
-        path = Path(part.strip()).expanduser()
+    for part in [source] if Path(os.path.expanduser(source)).exists() else source.split(","):
+        path = Path(os.path.expanduser(part.strip()))
         yield part, [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
 
 
@@ -251,7 +251,7 @@ def _read_json_lines(lines: BinaryIO, name: str, text_field: str) -> Iterator[st
             where = f"line {number} of {name!r}"
             try:
                 record = json.loads(line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line)
-            except ValueError as error:  # of JSON or of UTF-8
+            except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested too deeply
                 raise DataError(
                     f"There is no JSON in {where}: {error}. Expected an object on each line; correct it."
                 ) from None

@@ -21,9 +21,9 @@ def point_named(points: Sequence[Point], name: str) -> Point:
     for example `dense num_hidden_layers=12`.
 
     Raises:
-        ValueError: none has it.
+        ValueError: none has it, or that point has no result.
     """
-    short = short_names([point.settings for point in points])
+    short = short_names([point.settings for point in points if point.runs])  # as in the table
     known: dict[str, Point] = {}
     for point in points:
         for name_of in (point.arm, f"{point.arm} {settings_label(point.settings, short)}"):
@@ -31,9 +31,11 @@ def point_named(points: Sequence[Point], name: str) -> Point:
     if name not in known:
         arms = ", ".join(repr(arm) for arm in dict.fromkeys(point.arm for point in points))
         raise ValueError(
-            f"no arm with a result is called {name!r}{near(name, known)}; expected one of {arms}, or one of these and "
-            "its settings"
+            f"no arm is called {name!r}{near(name, known)}; expected one of {arms}, or one of these and its settings"
         )
+    if not known[name].runs:
+        label = f"{known[name].arm} {settings_label(known[name].settings, short)}".rstrip()
+        raise ValueError(f"{label!r}, for which {name!r} stands, has no result: name a point that has one")
     return known[name]
 
 

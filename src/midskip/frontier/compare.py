@@ -49,6 +49,7 @@ def frontier(folder: str | Path, against: str | None = None) -> dict[str, Any]:
         for seed, key in point.missing.items()
     ]
     unknown = [point_name(point.arm, point.settings) for point in points if not (point.runs or point.missing)]
+    other = None if against is None else point_named(points, against)
     points = [point for point in points if point.runs]
     dense = [point for point in points if point.dense]
     if not dense:
@@ -59,8 +60,7 @@ def frontier(folder: str | Path, against: str | None = None) -> dict[str, Any]:
         raise ValueError(f"the dense models have no seed in common, so none can be compared with others. Seeds: {had}")
     envelopes = {cost: found for cost in COSTS if (found := _envelopes(dense, seeds, cost))}
     rows = [_row(point, dense, seeds, envelopes) for point in points]
-    if against is not None:
-        other = point_named(points, against)
+    if other is not None:
         for row, point in zip(rows, points, strict=True):
             row["against_other"] = difference(point, other)
     return {

@@ -104,7 +104,8 @@ def _panel(axes: Any, cost: str, result: Mapping[str, Any], styles: Mapping[tupl
     axes.plot([], [], ".", color="#77777f", markersize=4, label="small dots: each seed")
     axes.set_title(COSTS[cost].words[0].upper() + COSTS[cost].words[1:], fontsize=10)
     axes.set_xlabel(f"{COSTS[cost].heading}, log scale")
-    _ticks(axes, min(seen), max(seen))
+    if seen:  # else no loss is finite
+        _ticks(axes, min(seen), max(seen))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

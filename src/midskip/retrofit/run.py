@@ -6,6 +6,7 @@ import json
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree as remove_folder
 from typing import Any
@@ -38,12 +39,13 @@ def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict
     """Run the stages that are not done yet; what budgets cost after each is printed.
 
     Returns:
-        What is in `retrofit.json`: `settings`; `from_hub`, whether the model has its name from there; and in `stages`,
-        by name of those that are done, `seconds` and what budgets cost after it (`prices`).
+        What is in `retrofit.json`: `settings`; `from_hub`, whether the model has its name from there; `texts`, a
+        checksum of the tokens of each; and in `stages`, by name of those that are done, `seconds` and what budgets cost
+        after it (`prices`).
 
     Raises:
         ValueError: a model, text or setting that does not fit; an output that holds something else, or a retrofit with
-            other settings, or is written by another process; several processes.
+            other settings or of other text, or is written by another process; several processes.
     """
     console = console or Console(stderr=True)
     folder = Path(settings.output)
@@ -76,6 +78,9 @@ def _run(settings: RetrofitSettings, report: dict[str, Any], console: Console) -
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType, reportCallIssue]
     texts = Texts(settings, tokenizer, model.config.max_position_embeddings, console)
     report.setdefault("from_hub", not Path(settings.model).exists())
+    if report["stages"] or any((folder / CHECKPOINTS / stage).exists() for stage in OF_STAGE):
+        _check_same(texts, report.get("texts", {}), settings)
+    report["texts"] = texts.checksums
     write_atomically(folder / REPORT, to_json(report) + "\n")
     for stage in settings.stages():
         if stage in report["stages"]:
@@ -114,12 +119,23 @@ def _begun(folder: Path, settings: RetrofitSettings) -> dict[str, Any]:
     return report | {"settings": asdict(settings)}
 
 
+def _check_same(texts: Texts, before: dict[str, str], settings: RetrofitSettings) -> None:
+    """Raises ValueError if a text is another than it was: losses before and after would not be of the same."""
+    for name, checksum in texts.checksums.items():
+        if before.get(name, checksum) != checksum:
+            raise ValueError(
+                f"the text of {name} has changed since the retrofit in {settings.output!r} began, and prices of its "
+                "stages would be of different text: put it back as it was, or give another --output"
+            )
+
+
 class Texts:
     """Windows of all texts, read and checked before anything long begins.
 
     Attributes:
         training: windows of `data`; fitting: some of them, evenly spread.
         held_out: windows by name of the text; calibration: others of the first.
+        checksums: SHA-256 of the tokens of each text.
     """
 
     def __init__(self, settings: RetrofitSettings, tokenizer: PreTrainedTokenizerBase, limit: int, console: Console):
@@ -130,30 +146,31 @@ class Texts:
         for source in settings.validation.values():
             require_apart(training, Source(source), "give --validation text that is held out")
         count = max(2, settings.fit_tokens // length)
-        self.training = _windows(settings.data, count, length, tokenizer, console)
+        self.checksums: dict[str, str] = {}
+        self.training = self._windows("data", settings.data, count, length, tokenizer, console)
         step = len(self.training) // count
         self.fitting = [self.training[row * step] for row in range(count)]
         self.held_out: dict[str, list[Any]] = {}
         self.calibration: list[Any] = []
         count = 2 * (settings.price_tokens // length)
         for name, source in settings.validation.items():
-            windows = _windows(source, count, length, tokenizer, console)
+            windows = self._windows(f"validation {name}", source, count, length, tokenizer, console)
             rows = [windows[row * len(windows) // count] for row in range(count)]
             self.held_out[name] = rows[::2]
             self.calibration = self.calibration or rows[1::2]
 
-
-def _windows(
-    source: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> TokenWindows:
-    """Of a text that has `count` of them."""
-    ids = encode_source(tokenizer, source, console=console)
-    if len(ids) < count * length:
-        raise ValueError(
-            f"{source!r} has {len(ids)} tokens; expected at least {count * length}, {count} windows of {length}: give "
-            "more text, or ask for fewer tokens (--fit_tokens, --price_tokens)"
-        )
-    return TokenWindows(ids, length)
+    def _windows(
+        self, name: str, source: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase, console: Console
+    ) -> TokenWindows:
+        """Of a text that has `count` of them."""
+        ids = encode_source(tokenizer, source, console=console)
+        if len(ids) < count * length:
+            raise ValueError(
+                f"{source!r} has {len(ids)} tokens; expected at least {count * length}, {count} windows of {length}: "
+                "give more text, or ask for fewer tokens (--fit_tokens, --price_tokens)"
+            )
+        self.checksums[name] = sha256(ids.astype("<i8").tobytes()).hexdigest()
+        return TokenWindows(ids, length)
 
 
 def _fit(model: MidskipForCausalLM, texts: Texts, settings: RetrofitSettings, console: Console) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria
 from transformers.cli.serving.utils import _GenerationCancelled
 
 from midskip.model.modeling import MidskipForCausalLM
@@ -139,16 +139,27 @@ def _have_room(batch: list[Request]) -> bool:
 
 
 class _Rows(StoppingCriteria):
-    """Hands the tokens of a batch to its requests, and says which rows have ended."""
+    """Hands the tokens of a batch to its requests, and says which rows have ended.
 
-    def __init__(self, batch: list[Request]):
+    Args:
+        stop: says which rows end with a text to stop at, if there is one. It sees the answer alone, while `generate`
+            would show it the prompt too, where such a text may begin.
+    """
+
+    def __init__(self, batch: list[Request], stop: StopStringCriteria | None = None):
         end = batch[0].config.eos_token_id
+        self.stop, self.num_columns = stop, max(request.num_columns for request in batch)
         self.batch, self.ends = batch, [] if end is None else [end] if isinstance(end, int) else list(end)
 
     def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Any:
         for request, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
             if not request.has_ended:
                 request.take(token, self.ends)
+        if self.stop is not None:
+            is_over_B = self.stop(input_ids[:, self.num_columns :], scores)  # pyright: ignore[reportArgumentType]
+            for request, is_over in zip(self.batch, is_over_B.tolist(), strict=True):
+                if is_over:
+                    request.end()
         return torch.tensor([request.has_ended for request in self.batch], device=input_ids.device)
 
 
@@ -156,19 +167,17 @@ def run(batch: list[Request], tokenizer: Any) -> None:
     """Generate for all of them; what breaks one breaks all."""
     model, work, config = batch[0].model, batch[0].work, copy.copy(batch[0].config)
     config.max_new_tokens = max(request.config.max_new_tokens for request in batch)
+    texts, config.stop_strings = config.stop_strings, None
     try:
+        rows = _Rows(batch, StopStringCriteria(tokenizer, texts) if texts else None)
         if isinstance(model, MidskipForCausalLM):
             model.model.policy.set_limits(work.score_scale, work.max_layers)
-        if work.seed is not None:
-            torch.manual_seed(work.seed)
         for request in batch:
             if request.streamer is not None:
                 request.streamer.put(request.ids_1T)  # which it leaves out
                 request.streamer = Grouped(request.streamer)
-        with counted(model, batch):
-            model.generate(
-                **_together(batch), generation_config=config, tokenizer=tokenizer, stopping_criteria=[_Rows(batch)]
-            )
+        with counted(model, batch), _drawn_by(work.seed, batch[0].ids_1T.device):
+            model.generate(**_together(batch), generation_config=config, tokenizer=tokenizer, stopping_criteria=[rows])
     except Exception as error:
         LOG.error("a batch of %s could not go on:\n%s", len(batch), format_exc())
         for request in batch:
@@ -176,6 +185,16 @@ def run(batch: list[Request], tokenizer: Any) -> None:
                 request.fail(error)
     for request in batch:
         request.end()
+
+
+@contextmanager
+def _drawn_by(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Sampling begins at that seed, and requests after it go on as if it had not been: they would all draw the same."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def _together(batch: list[Request]) -> Any:

@@ -26,7 +26,7 @@ FILE_KEYS = ("output", "seeds", "arms", "settings", "tune_seed", "keep_runs", *O
 TUNE_AT = ("each_point", "first_point")
 ARM_KEYS = ("name", "settings", "grid", *OF_ALL_ARMS)
 SETTINGS = tuple(f"{group}.{field.name}" for group, settings in GROUPS.items() for field in fields(settings))
-OPEN = ("model.policy_settings", "regularizer.settings")  # whose parts are not ours to know
+OPEN = ("data.settings", "model.policy_settings", "regularizer.settings")  # whose parts are not ours to know
 SWEEPS_OWN = {
     "training.seed": "seeds of the sweep",
     "output": "output of the sweep",
@@ -45,7 +45,7 @@ def read_sweep(path: str | Path) -> Sweep:
         raise ValueError(f"there is no sweep at {str(path)!r}; expected a YAML file")
     try:
         given = read_yaml(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"the sweep {str(path)!r} cannot be read: {error}") from error
     try:
         return _sweep(path, given)

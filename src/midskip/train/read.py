@@ -58,7 +58,12 @@ def read_recipe(path: str | Path | None = None, overrides: list[str] | None = No
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that stands twice, of which PyYAML would keep the last."""
+    """Refuses a name that stands twice, of which PyYAML would keep the last. A date is text."""
+
+    yaml_implicit_resolvers = {
+        first: [one for one in resolvers if one[0] != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
