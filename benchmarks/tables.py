@@ -15,6 +15,7 @@ from typing import Any
 
 import agreement
 import gates
+import overview
 import reasons
 import speed
 
@@ -37,6 +38,7 @@ KINDS: dict[str, Callable[[Path, str], str]] = {
     "reasons": lambda file, _: reasons.table(_json(file)["runs"]),
     "agreement": lambda file, _: agreement.table(_json(file)["runs"]),
     "gates": lambda file, _: gates.table(_json(file)["rows"]),
+    "overview": lambda folder, _: overview.table(folder),
     "speed": lambda file, task: speed.table(_json(file)["rows"], task),
 }
 

@@ -1,0 +1,72 @@
+"""One table of all sweeps on small models: who skips, and how far the loss is from that of dense models of equal FLOPs.
+
+    python benchmarks/overview.py [benchmarks/results]
+
+Each cell is a point of a sweep, as `midskip frontier` compares it at inference FLOPs.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from midskip.frontier import frontier
+
+COLUMNS = {  # title: a sweep's results, and which of its arms' points
+    "`pointers`, first budget": ("pointers_sweep.json", 0),
+    "`pointers`, second": ("pointers_sweep.json", 1),
+    "bytes, first": ("bytes_sweep.json", 0),
+    "bytes, second": ("bytes_sweep.json", 1),
+    "BPE tokens, first": ("paper_sweep.json", 0),
+}
+POINTERS, BYTES, PAPER = (f"{name}_sweep.json" for name in ("pointers", "bytes", "paper"))
+ROWS: dict[str, dict[str, str]] = {  # who skips: the arm in each sweep
+    "nested hard gates, by a hash of pairs": {
+        POINTERS: "middle out, hash", BYTES: "middle out, hash", PAPER: "hard gates, keys kept",
+    },
+    "nested hard gates that learn": {
+        POINTERS: "middle out, hidden states", BYTES: "middle out, hidden states",
+        PAPER: "hard gates by hidden states, keys kept",
+    },
+    "the paper's soft gates, open start": {
+        POINTERS: "middle out, soft", BYTES: "middle out, soft", PAPER: "open start, keys kept",
+    },
+    "a router in each layer": {POINTERS: "independent", BYTES: "independent"},
+    "Mixture of Depths": {POINTERS: "mixture of depths", BYTES: "mixture of depths"},
+    "exits by predicted loss": {POINTERS: "early exit, by loss", BYTES: "exits by predicted loss"},
+    "exits by a straight-through gate": {POINTERS: "early exit, straight-through", BYTES: "early exit"},
+    "`reinforce`": {POINTERS: "reinforce", BYTES: "reinforce"},
+    "control: the same layers for all": {POINTERS: "static", BYTES: "static"},
+    "control: blocks at random": {POINTERS: "random, independent", BYTES: "random, independent"},
+    "feed-forward sublayers, by a hash of pairs": {BYTES: "feed-forward by pair"},
+    "control: experts by a hash of pairs, all run equally many": {BYTES: "experts by pair"},
+}  # fmt: skip
+
+
+def cell(points: list[dict[str, Any]], number: int) -> str:
+    """Of an arm's points that one."""
+    if number >= len(points):
+        return ""
+    found, share = points[number]["against_dense"]["flops"], points[number]["measures"]["executed_share"]
+    distance = "" if found["distance"] is None else f"{found['distance']:+.3f}, "
+    return f"{distance}{found['verdict']} ({share:.0%})"
+
+
+def table(folder: Path) -> str:
+    """Markdown: nats above dense models of equal FLOPs, the verdict, and the share of block-tokens that ran."""
+    sweeps: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for file, _ in COLUMNS.values():
+        arms: dict[str, list[dict[str, Any]]] = {}
+        for point in frontier(folder / file)["points"]:
+            arms.setdefault(point["arm"], []).append(point)
+        sweeps[file] = arms
+    lines = [f"| who skips | {' | '.join(COLUMNS)} |", "| --- " * (1 + len(COLUMNS)) + "|"]
+    for row, arms in ROWS.items():
+        cells = [cell(sweeps[file][arms[file]], number) if file in arms else "" for file, number in COLUMNS.values()]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "results")
+    print(table(parser.parse_args().folder))
