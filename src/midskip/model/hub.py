@@ -81,11 +81,13 @@ class CardedModel(PreTrainedModel):
     def _is_as_in(self, folder: Path) -> bool:
         """Whether the weights are, bit for bit, those in the folder's files, and who skips what is as its config.json
         says."""
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:  # the name of a repository, for one
+            return False
         values, _ = PretrainedConfig.get_config_dict(folder)
         trust = [str(values.get("policy")).partition(":")[0]]  # nothing is imported from it
         if settings_of(type(self.config).from_dict(values, trust=trust)) != settings_of(self.config):
             return False
-        files = sorted(folder.glob("model*.safetensors"))
         state, seen = self.state_dict(), set()
         for file in files:
             with safe_open(file, framework="pt") as saved:
@@ -95,7 +97,7 @@ class CardedModel(PreTrainedModel):
                         return False
                     seen.add(name)
         tied = set(self.all_tied_weights_keys)
-        return bool(files) and set(state) - seen <= tied
+        return set(state) - seen <= tied
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
