@@ -80,6 +80,7 @@ def calibration_of(model: Any) -> Calibration:
         if settings[name] != value:
             raise ValueError(
                 f"the model's calibration on {calibration.text!r} was measured with {name}: {value!r}, and the model "
-                f"has {settings[name]!r}: set it back, or run midskip.budget.calibrate.calibrate on the model"
+                f"has {settings[name]!r}: set it back, or run `midskip calibrate` on its run folder, or "
+                "midskip.budget.calibrate.calibrate on the model"
             )
     return calibration
