@@ -11,14 +11,14 @@ from typing import Any
 
 from midskip.frontier import frontier
 
-COLUMNS = {  # title: a sweep's results, and which of its arms' points
-    "`pointers`, first budget": ("pointers_sweep.json", 0),
-    "`pointers`, second": ("pointers_sweep.json", 1),
-    "bytes, first": ("bytes_sweep.json", 0),
-    "bytes, second": ("bytes_sweep.json", 1),
-    "BPE tokens, first": ("paper_sweep.json", 0),
-}
 POINTERS, BYTES, PAPER = (f"{name}_sweep.json" for name in ("pointers", "bytes", "paper"))
+COLUMNS = {  # title: a sweep's results, and which of its arms' points
+    "`pointers`, first budget": (POINTERS, 0),
+    "`pointers`, second": (POINTERS, 1),
+    "bytes, first": (BYTES, 0),
+    "bytes, second": (BYTES, 1),
+    "BPE tokens, first": (PAPER, 0),
+}
 ROWS: dict[str, dict[str, str]] = {  # who skips: the arm in each sweep
     "nested hard gates, by a hash of pairs": {
         POINTERS: "middle out, hash", BYTES: "middle out, hash", PAPER: "hard gates, keys kept",
@@ -54,7 +54,7 @@ def cell(points: list[dict[str, Any]], number: int) -> str:
 def table(folder: Path) -> str:
     """Markdown: nats above dense models of equal FLOPs, the verdict, and the share of block-tokens that ran."""
     sweeps: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for file, _ in COLUMNS.values():
+    for file in (POINTERS, BYTES, PAPER):
         arms: dict[str, list[dict[str, Any]]] = {}
         for point in frontier(folder / file)["points"]:
             arms.setdefault(point["arm"], []).append(point)

@@ -169,7 +169,7 @@ class Texts:
                 f"{source!r} has {len(ids)} tokens; expected at least {count * length}, {count} windows of {length}: "
                 "give more text, or ask for fewer tokens (--fit_tokens, --price_tokens)"
             )
-        self.checksums[name] = sha256(ids.astype("<i8").tobytes()).hexdigest()
+        self.checksums[name] = sha256(ids.data).hexdigest()
         return TokenWindows(ids, length)
 
 

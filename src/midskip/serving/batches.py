@@ -189,7 +189,7 @@ def run(batch: list[Request], tokenizer: Any) -> None:
 
 @contextmanager
 def _drawn_by(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Sampling begins at that seed, and requests after it go on as if it had not been: they would all draw the same."""
+    """Seeds the sampling of one request; afterwards the generator is as it was, so that later requests draw anew."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
