@@ -1,4 +1,4 @@
-"""Write the tables of docs/frontier.md and docs/results.md anew, from the results that are committed.
+"""Write the tables of the pages in `PAGES` anew, from the results that are committed.
 
     python benchmarks/tables.py
 
@@ -23,7 +23,7 @@ from midskip.frontier import frontier, frontier_markdown
 from midskip.runs import write_atomically
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "frontier.md", ROOT / "docs" / "results.md")
+PAGES = tuple(ROOT / "docs" / name for name in ("frontier.md", "frontier-training.md", "results.md"))
 MARKED = re.compile(
     r"(<!-- (?:midskip |benchmarks/)(\w+)(?:\.py)? (\S+)(?: --\w+ (\w+))? -->\n)(.*?)(<!-- end -->)", re.S
 )

@@ -1,5 +1,4 @@
-"""The tables in docs/frontier.md and docs/results.md are those that `midskip frontier` and scripts in `benchmarks` make
-of the committed results."""
+"""The tables in the docs are those that `midskip frontier` and scripts in `benchmarks` make of the committed results."""
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> None:
     parser = Parser(
         "frontier",
         epilog="Writes frontier.json and frontier.md (all costs), frontier.png and frontier.svg, and prints a table "
-        "for one cost. docs/frontier.md says how the numbers are found.",
+        "for one cost. docs/comparing.md says how the numbers are found.",
     )
     parser.add_argument("folder", help="folder that `midskip sweep` wrote, or a file of --save")
     parser.add_argument("--output", type=Path, help="folder for numbers and pictures (default: that folder)")

@@ -41,7 +41,7 @@ def point_named(points: Sequence[Point], name: str) -> Point:
 
 def difference(point: Point, other: Point) -> dict[str, Any]:
     """How `point` differs from `other` in the seeds that both have: distance in nats (below 0 is better), distances by
-    seed, interval [low, high] and verdict as in docs/frontier.md; cost_percents by cost, the mean over these seeds,
+    seed, interval [low, high] and verdict as in docs/comparing.md; cost_percents by cost, the mean over these seeds,
     below 0 if `point` is the cheaper one."""
     none = {"distance": None, "distances": {}, "interval": None, "cost_percents": {}, "remarks": []}
     if point is other:

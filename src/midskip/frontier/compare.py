@@ -20,7 +20,7 @@ ELSEWHERE = "timed on another machine, or with other versions, than dense models
 def frontier(folder: str | Path, against: str | None = None) -> dict[str, Any]:
     """Held-out loss of every point of a sweep against its costs, and its distance to dense models of the same cost.
 
-    docs/frontier.md says how each number is found. The means of dense models are over the seeds that all of them have;
+    docs/comparing.md says how each number is found. The means of dense models are over the seeds that all of them have;
     those of another point are over the seeds that it shares with them.
 
     Args:
