@@ -92,6 +92,15 @@ def test_bytes_of_keys_and_values_are_those_of_a_cache(
     entries = 4.0 if skipped_kv == "keep" else present / result["num_tokens"]
     assert 0 < present < 4 * result["num_tokens"]
     assert result["kv_bytes_per_token"] == pytest.approx(entries * 2 * 2 * 4 * 4, rel=1e-12)
+    model.set_budget(max_layers=2)  # two layers that nobody runs: with keys kept a cache holds those of all there
+    result = evaluate(model, windows, batch_size=3)
+    ids_BT = windows[0]["input_ids"][None]
+    with torch.no_grad():
+        cache = model(ids_BT, use_cache=True).past_key_values
+    held = sum(layer.num_tokens for layer in cache.layers) / ids_BT.numel()
+    assert result["share_by_layer"][1:3] == [0, 0]
+    if skipped_kv == "keep":
+        assert held == 4 and result["kv_bytes_per_token"] == pytest.approx(held * 2 * 2 * 4 * 4, rel=1e-12)
 
 
 @pytest.mark.parametrize("policy", ["middle_out", "dense"])

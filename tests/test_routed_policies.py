@@ -184,6 +184,12 @@ def test_early_exit_learns_what_leaving_costs(make_model: Callable[..., MidskipF
         policy.absorb()
         torch.testing.assert_close(policy.mean_L[layer], (nats * counted).sum() / counted.sum(), check_dtype=False)
     assert (16 if exit_share == 1 else 4) < total < 48 * exit_share, "somebody left, and somebody stayed"
+    nn.init.constant_(policy.bias, 50.0)
+    known = policy.mean_L.clone()
+    for layer in range(3):  # where nobody is, nothing is learned
+        model(ids_BT.flip(1), labels=ids_BT.flip(1))
+        policy.absorb()
+        assert torch.equal(policy.mean_L[layer], known[layer]) == (layer > 0)
     assert model.eval()(ids_BT, labels=ids_BT).auxiliary_loss is None
 
 

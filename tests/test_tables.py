@@ -1,4 +1,4 @@
-"""The tables in the docs are those that `midskip frontier` and scripts in `benchmarks` make of the committed results."""
+"""The tables in the docs are those that `midskip frontier` and scripts in `benchmarks` make of committed results."""
 
 from pathlib import Path
 

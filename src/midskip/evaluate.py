@@ -132,7 +132,7 @@ class _Sums:
         self.token_bytes_V = None if token_bytes is None else token_bytes.to(model.device)
         sizes = {
             "text": 3,  # nats, bytes, targets that have the largest logit
-            "metered": 5,  # tokens, rows that ran, FLOPs, dense FLOPs, keys that were made
+            "metered": 5,  # tokens, rows that ran, FLOPs, dense FLOPs, keys that a cache holds
             "executed": self.num_layers, "tokens_by_blocks": self.num_layers + 1,
             "nats_by_blocks": self.num_layers + 1, "num_targets_by_blocks": self.num_layers + 1,
             "nats_by_position": num_positions, "num_targets_by_position": num_positions,
@@ -173,12 +173,12 @@ class _Sums:
     def result(self, meter: Meter, num_columns: int, world_size: int) -> dict[str, Any]:
         """The numbers of all ranks."""
         flops, dense_flops = meter.flops().total, meter.dense_flops().total
-        metered = [meter.num_tokens, sum(meter.query_rows_L), flops, dense_flops, sum(meter.key_rows_L)]
+        metered = [meter.num_tokens, sum(meter.query_rows_L), flops, dense_flops, sum(meter.cached_rows_L)]
         self.parts["metered"].copy_(torch.tensor(metered, dtype=torch.float64))
         sum_over_ranks(self.all)
         sums = dict(zip(self.parts, self.all.cpu().split([len(part) for part in self.parts.values()]), strict=True))
         nats, num_bytes, num_correct = sums["text"].tolist()
-        num_tokens, query_rows, flops, dense_flops, key_rows = sums["metered"].tolist()
+        num_tokens, query_rows, flops, dense_flops, cached_rows = sums["metered"].tolist()
         config = meter.config
         key_bytes = 2 * config.num_key_value_heads * config.head_dim * meter.model.dtype.itemsize
         num_targets_P = sums["num_targets_by_position"]
@@ -198,7 +198,7 @@ class _Sums:
             "tokens_by_blocks": (sums["tokens_by_blocks"] / num_tokens).tolist(),
             "flops_per_token": flops / num_tokens,
             "dense_flops_per_token": dense_flops / num_tokens,
-            "kv_bytes_per_token": key_rows * key_bytes / num_tokens,
+            "kv_bytes_per_token": cached_rows * key_bytes / num_tokens,
         }
         if num_bytes:
             result["bits_per_byte"] = nats / math.log(2) / num_bytes

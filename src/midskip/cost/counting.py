@@ -88,6 +88,17 @@ class Meter:
         return [sum(work.key_rows for work in calls) for calls in self._layers]
 
     @property
+    def cached_rows_L(self) -> list[int]:
+        """Tokens whose key and value a cache of these passes holds in each layer: with `skipped_kv="keep"` all, also
+        where nobody runs the layer. Then they are made only if there is a cache, and `key_rows_L` lacks them."""
+        if self.config.skipped_kv == "drop":
+            return self.key_rows_L
+        parts, closed = PARTS[self.config.skip_unit], self.model.model.policy.closed_layers
+        units = range(len(self._layers))
+        has_keys = [parts[unit % len(parts)] != "feed_forward" and unit not in closed for unit in units]
+        return [self.num_tokens * has for has in has_keys]
+
+    @property
     def executed_share(self) -> float:
         """Share of block-tokens that ran, of valid tokens times layers."""
         return sum(self.query_rows_L) / max(1, self.num_tokens * len(self._layers))

@@ -162,7 +162,7 @@ def _run(
         flops=(own + shared).tolist(),
         total_flops=meter.flops().total,
         dense_flops=meter.dense_flops().total,
-        num_keys=sum(meter.key_rows_L),
+        num_keys=sum(meter.cached_rows_L),
         seconds=seconds,
     )
 

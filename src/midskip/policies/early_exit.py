@@ -160,9 +160,10 @@ class EarlyExit(ScoredPolicy):
         if self.mean_L is None or self._new is None:
             return
         sum_over_ranks(self._new)
-        mean = (self._new[0] / self._new[1].clamp(min=1)).to(self.mean_L)
-        is_first = int(self.num_steps) <= self.num_layers
-        self.mean_L[layer] = mean if is_first else MEMORY * self.mean_L[layer] + (1 - MEMORY) * mean
+        count, before = self._new[1], self.mean_L[layer].clone()
+        mean = (self._new[0] / count.clamp(min=1)).to(before)
+        moved = torch.where(before == 0, mean, MEMORY * before + (1 - MEMORY) * mean)  # 0 before the first
+        self.mean_L[layer] = torch.where(count > 0, moved, before)  # nobody reached the layer: nothing is known
         self._new = None
 
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
