@@ -16,8 +16,8 @@ from midskip import MidskipForCausalLM
 from midskip.bench import bench, bench_run, run_settings
 from midskip.bench.models import Side
 from midskip.bench.results import work_of
+from midskip.budget.measured_on import hashes_of
 from midskip.budget.monitor import BudgetDriftError, DriftMonitor
-from midskip.budget.weights import hashes_of
 
 pytestmark = pytest.mark.integration
 

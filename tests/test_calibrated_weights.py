@@ -12,8 +12,8 @@ from torch import Tensor
 
 from midskip import MidskipForCausalLM
 from midskip.budget.calibrate import calibrate, loss_by_budget
+from midskip.budget.measured_on import NUM_VALUES, hashes_of
 from midskip.budget.monitor import DriftMonitor
-from midskip.budget.weights import NUM_VALUES, hashes_of
 from midskip.cli import main
 from midskip.model.layers import compile_blocks
 

@@ -14,7 +14,7 @@ from tiny_cards import evaluated, pushed_card, retrofitted, timed
 from tiny_curve import CURVE
 
 from midskip import MidskipConfig, MidskipForCausalLM
-from midskip.budget.weights import hashes_of
+from midskip.budget.measured_on import hashes_of
 from midskip.card import MARK, Measured, model_card, try_card, write_card
 from midskip.cli import main
 

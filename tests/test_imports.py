@@ -15,7 +15,7 @@ ORDER = (
         *CORE,
         "model.config",
         "budget.calibration",
-        "budget.weights",
+        "budget.measured_on",
         "budget.monitor",
         "distributed",
         "names",

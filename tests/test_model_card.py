@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.budget.calibration import Calibration
-from midskip.budget.weights import hashes_of
+from midskip.budget.measured_on import hashes_of
 from midskip.card import MARK, Measured, model_card, read_measured, read_run, source_name
 from midskip.cli import main
 from midskip.runs import load_run

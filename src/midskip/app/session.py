@@ -10,7 +10,7 @@ from threading import Lock
 from transformers import PreTrainedTokenizerBase
 
 from midskip.budget.calibration import Calibration
-from midskip.budget.weights import calibration_of
+from midskip.budget.measured_on import calibration_of
 from midskip.look import Look, Outcome, look, stream, under, what_if
 from midskip.model.modeling import MidskipForCausalLM
 

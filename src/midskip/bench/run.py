@@ -30,8 +30,8 @@ from midskip.bench.tasks import Decode, Prefill, Products, Task, Training
 from midskip.bench.timing import WARM_UP_TURNS, Clock
 from midskip.bench.trainer import TrainerSteps
 from midskip.budget.calibrate import Windows
+from midskip.budget.measured_on import hashes_of
 from midskip.budget.monitor import not_live
-from midskip.budget.weights import hashes_of
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer

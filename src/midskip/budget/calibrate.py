@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from midskip.budget.calibration import GAP, NUM_BUCKETS, RULES, Calibration, bucket_of
+from midskip.budget.measured_on import calibration_of, hashes_of, settings_of
 from midskip.budget.monitor import limits_kept
-from midskip.budget.weights import calibration_of, hashes_of, settings_of
 from midskip.data import TokenWindows
 from midskip.data.labelled import Items
 from midskip.distributed import rank_and_world_size

@@ -39,7 +39,7 @@ class Calibration:
         share_std, loss_std: standard deviation, over blocks of `block_tokens`, of the mean difference to those.
         rule: which scale a budget stands for: that of the lowest loss within the budget (`"loss"`), or the one at which
             that share ran (`"share"`), for a model that is best where all runs, as a retrofitted one.
-        weights: hashes of the weights that it was measured on, see `midskip.budget.weights`; None if not known.
+        weights: hashes of the weights that it was measured on, see `midskip.budget.measured_on`; None if not known.
         settings: the `SETTINGS` of the configuration that it was measured with; None if not known.
 
     `Calibration.from_dict` checks what it is given; this constructor does not.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midskip.budget.calibration import NUM_BUCKETS, ON_DRIFT, bucket_counts, bucket_of
-from midskip.budget.weights import calibration_of
+from midskip.budget.measured_on import calibration_of
 
 SCORED_ROWS = 64  # the most tokens of a pass whose loss the monitor works out
 _is_live: ContextVar[bool] = ContextVar("is_live", default=True)

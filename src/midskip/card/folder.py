@@ -43,7 +43,7 @@ def read_measured(folder: str | Path, weights: Mapping[str, str] | None) -> Meas
     """What a folder has.
 
     Args:
-        weights: of the model, as `midskip.budget.weights.hashes_of` gives them: times of other weights are left out.
+        weights: of the model, as `hashes_of` gives them: times of other weights are left out.
 
     Raises:
         ValueError: a file that cannot be read.

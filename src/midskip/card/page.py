@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
 from midskip.budget.calibration import Calibration
-from midskip.budget.weights import hashes_of
+from midskip.budget.measured_on import hashes_of
 from midskip.card.costs import calibrated, evaluated, limits, retrofitted, speed
 from midskip.card.folder import CARD_FILE, MARK, Measured, read_measured
 from midskip.card.markdown import code, decimal, plain, source_name, table

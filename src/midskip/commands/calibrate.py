@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
     add_json(parser)
     options = parser.parse_args(arguments)
     from midskip.budget.calibrate import calibrate, check_settings, check_writable, thinned
-    from midskip.budget.weights import hashes_of
+    from midskip.budget.measured_on import hashes_of
     from midskip.distributed import joined_ranks
     from midskip.report import calibration_table, print_line, print_paths
     from midskip.runs import BEST_FOLDER, load_run, to_json

@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--name", help="of the repository it will lie in, as somebody/skipper (default: the folder's)")
     add_trust(parser)
     options = parser.parse_args(arguments)
-    from midskip.budget.weights import calibration_of
+    from midskip.budget.measured_on import calibration_of
     from midskip.card import CARD_FILE, write_card
     from midskip.report import print_paths
     from midskip.runs import load_any_run

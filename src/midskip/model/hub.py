@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import check_peft_version
 
-from midskip.budget.weights import calibration_of, hashes_of, settings_of
+from midskip.budget.measured_on import calibration_of, hashes_of, settings_of
 from midskip.card import CARD_FILE, MARK, Measured, header_of, model_card, read_measured
 
 TEMPLATE = "This model card has been automatically generated."  # in the card transformers makes where there is none

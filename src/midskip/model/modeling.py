@@ -16,7 +16,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
-from midskip.budget.weights import calibration_of
+from midskip.budget.measured_on import calibration_of
 from midskip.distributed import is_initialized
 from midskip.model.cache import SkipCache, unchanged_if_broken_off
 from midskip.model.config import PARTS, MidskipConfig, intermediate_sizes

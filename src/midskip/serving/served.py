@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from midskip.budget.calibration import Calibration
-from midskip.budget.weights import calibration_of
+from midskip.budget.measured_on import calibration_of
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.runs import load_run
 from midskip.serving.errors import ApiError
