@@ -117,6 +117,7 @@ def test_unknown_setting_is_refused_with_a_hint(tiny: Callable[..., MidskipConfi
         ({"eos_token_id": [1, None]}, r"eos_token_id is \[1, None\]; expected the id of a token"),
         ({"id2label": False}, "id2label is False; expected a dictionary, or None"),
         ({"attn_implementation": "eager"}, "attn_implementation is 'eager'; .*leave it out"),
+        ({"return_dict": False}, "return_dict is False; expected True"),
     ],
 )
 def test_impossible_value_is_refused(tiny: Callable[..., MidskipConfig], changes: dict, message: str) -> None:

@@ -151,6 +151,10 @@ def test_weights_may_be_sharded(folder: Path) -> None:
             lambda folder: change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(3)})),
             r"the weights lack model\.norm\.weight of the shape",
         ),
+        (
+            lambda folder: change_weights(folder, lambda weights: weights.update({"model.more": torch.ones(3)})),
+            r"config\.json has no place for the weights model\.more: it is of another model",
+        ),
     ],
 )
 def test_a_run_that_is_not_whole_is_refused(folder: Path, damage: Callable[[Path], object], message: str) -> None:

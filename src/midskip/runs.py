@@ -21,6 +21,7 @@ from midskip.model.modeling import MidskipForCausalLM
 PICTURE_FILE, PAGE_FILE = "picture.png", "page.html"
 BEST_FOLDER, BEST_FILE = "best", "evaluation.json"  # the model that evaluated best in training, and how
 PART_FOLDER = "save.part"  # in a folder to which a model is being saved
+REPLACEABLE = ("model.policy.", "model.skip_paths.")  # whose weights a changed configuration may leave without a place
 EVALUATED_FILE = "evaluated.json"  # the last evaluation by `midskip evaluate`
 
 
@@ -105,6 +106,9 @@ def load_any_run(
         )
         if wrong := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
             raise ValueError(f"the weights lack {', '.join(wrong)} of the shape in config.json")
+        body = (name for name in found["unexpected_keys"] if not name.startswith(REPLACEABLE))
+        if unused := sorted(body):
+            raise ValueError(f"config.json has no place for the weights {', '.join(unused)}: it is of another model")
         tokenizer = None if labelled else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer is not None:
             tokenizer("a")  # settings that make no sense are noticed when it is used

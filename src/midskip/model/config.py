@@ -231,6 +231,8 @@ class MidskipConfig(PretrainedConfig):
                 "output_attentions and chunk_size_feed_forward would have no effect: packed attention never holds its "
                 "weights, and a block always runs whole; leave them out"
             )
+        if not self.return_dict:
+            raise ValueError("return_dict is False; expected True: for a tuple give return_dict=False to the call")
         self._check_rope()
         if self.calibration is not None:
             self.calibration = Calibration.from_dict(self.calibration).to_dict()
