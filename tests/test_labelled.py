@@ -29,9 +29,9 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
 
 def recipe_of(tmp_path: Path, output: str = "run", source: str = "pointers", **more: Any) -> Recipe:
     data = {"length": 20, "settings": SETTINGS} | more.pop("data", {})
-    policy = {"policy_settings": {"start": "spread"}, "norms": "pre", "skipped_kv": "keep"}
+    model = {"policy_settings": {"start": "spread"}, "norms": "pre", "skipped_kv": "keep"} | more.pop("model", {})
     return tiny_recipe(
-        source, tmp_path / output, "target_share", {"target_share": 0.5, "ramp_steps": 8}, model=policy, data=data,
+        source, tmp_path / output, "target_share", {"target_share": 0.5, "ramp_steps": 8}, model=model, data=data,
         **({"max_steps": 6, "save_steps": 2, "eval_steps": 2} | more),
     )  # fmt: skip
 
@@ -123,16 +123,20 @@ class Uneven(LabelledData):
         self.training, self.validation = items, items
 
 
-def test_a_label_counts_the_same_however_a_batch_is_cut(tmp_path: Path) -> None:
-    rows = []
+@pytest.mark.parametrize("policy", ["middle_out", "early_exit"])
+def test_a_label_counts_the_same_however_a_batch_is_cut(tmp_path: Path, policy: str) -> None:
+    rows, model = [], {"policy": policy, "policy_settings": {}}
     for size, passes in ((8, 1), (4, 2), (1, 8)):
         more = {"per_device_train_batch_size": size, "gradient_accumulation_steps": passes, "max_steps": 1}
-        recipe = recipe_of(tmp_path, f"{passes}", f"{__name__}:Uneven", data={"settings": {}}, eval_steps=0, **more)
+        recipe = recipe_of(
+            tmp_path, f"{passes}", f"{__name__}:Uneven", data={"settings": {}}, eval_steps=0, model=model, **more
+        )
         train(recipe, console=QUIET)
         rows += history(recipe)
     for row in rows[1:]:
-        for name in ("cross_entropy", "gradient_norm"):
+        for name in ("cross_entropy", "auxiliary", "gradient_norm"):
             assert row[name] == pytest.approx(rows[0][name], rel=1e-5)
+    assert (rows[0]["auxiliary"] > 0) == (policy == "early_exit")
 
 
 # ---- what is refused

@@ -107,12 +107,13 @@ class MidskipTrainer(Trainer):
         loss = outputs.loss
         if not model.training:
             return (loss, outputs) if return_outputs else loss
-        if num_items_in_batch is not None:  # passes of the step have other numbers of targets
-            num_passes = self.current_gradient_accumulation_steps * self.args.world_size
-            loss = loss * (_num_targets(inputs) * num_passes / num_items_in_batch)
         valid_BT = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
         regularizer = self.regularizer.loss(outputs.gates, valid_BT)
         auxiliary = 0 * regularizer if outputs.auxiliary_loss is None else outputs.auxiliary_loss
+        if num_items_in_batch is not None:  # passes of the step have other numbers of targets
+            num_passes = self.current_gradient_accumulation_steps * self.args.world_size
+            weight = _num_targets(inputs) * num_passes / num_items_in_batch
+            loss, auxiliary = loss * weight, auxiliary * weight
         if self._pass == self._num_passes - 1:
             self.step.add(loss, regularizer, auxiliary, outputs.gates, outputs.executed, valid_BT)
         total = (loss + regularizer) / self._num_passes + auxiliary  # which is of the last pass alone
