@@ -35,6 +35,8 @@ ROWS: dict[str, dict[str, str]] = {  # who skips: the arm in each sweep
     "exits by predicted loss": {POINTERS: "early exit, by loss", BYTES: "exits by predicted loss"},
     "exits by a straight-through gate": {POINTERS: "early exit, straight-through", BYTES: "early exit"},
     "`reinforce`": {POINTERS: "reinforce", BYTES: "reinforce"},
+    "a rule: the inner layers once a word": {BYTES: "word ends"},
+    "control: the true depths": {POINTERS: "oracle"},
     "control: the same layers for all": {POINTERS: "static", BYTES: "static"},
     "control: blocks at random": {POINTERS: "random, independent", BYTES: "random, independent"},
     "feed-forward sublayers, by a hash of pairs": {BYTES: "feed-forward by pair"},
