@@ -277,7 +277,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     gated, half = [point(shifted(2.8), 2e6)], [point([3.0], 1e6, True), point([2.6], 4e6, True, first_seed=1)]
     (tmp_path / "bare").mkdir()
     cases = {
-        "none": "there is no folder",
+        "none": "there is nothing at",
         "bare": "has no sweep.json",
         write_sweep(tmp_path / "empty", {"dense": [point([None], 1e6, True)]}).name: "none of the results",
         write_sweep(tmp_path / "gated", {"gated": gated}).name: "no result of a dense model",

@@ -120,7 +120,7 @@ def test_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             "the dense models have no 'kv_bytes' that can be compared; expected one of: flops",
         ),
         ([folder, "--cost", "joules"], "invalid choice: 'joules'"),
-        ([str(tmp_path / "none")], "there is no folder"),
+        ([str(tmp_path / "none")], "there is nothing at"),
     ):
         assert main(["frontier", *arguments]) == 2
         error = capsys.readouterr().err

@@ -113,7 +113,10 @@ def read_results(place: str | Path) -> Results:
             raise ValueError(f"{str(place)!r} is no file that `midskip frontier --save` writes")
         return Results(str(place), parts[0], parts[1].get, parts[2].get)
     if not place.is_dir():
-        raise ValueError(f"there is no folder {str(place)!r}; expected one that `midskip sweep` writes")
+        raise ValueError(
+            f"there is nothing at {str(place)!r}; expected a folder that `midskip sweep` writes, or a file that "
+            "`midskip frontier --save` writes"
+        )
     file = place / SWEEP_FILE
     if not file.is_file():
         raise ValueError(f"{str(place)!r} has no {SWEEP_FILE}; expected a folder that `midskip sweep` writes")
