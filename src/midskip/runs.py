@@ -106,8 +106,7 @@ def load_any_run(
         )
         if wrong := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
             raise ValueError(f"the weights lack {', '.join(wrong)} of the shape in config.json")
-        body = (name for name in found["unexpected_keys"] if not name.startswith(REPLACEABLE))
-        if unused := sorted(body):
+        if unused := sorted(name for name in found["unexpected_keys"] if not name.startswith(REPLACEABLE)):
             raise ValueError(f"config.json has no place for the weights {', '.join(unused)}: it is of another model")
         tokenizer = None if labelled else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer is not None:

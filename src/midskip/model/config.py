@@ -232,7 +232,8 @@ class MidskipConfig(PretrainedConfig):
                 "weights, and a block always runs whole; leave them out"
             )
         if not self.return_dict:
-            raise ValueError("return_dict is False; expected True: for a tuple give return_dict=False to the call")
+            told = f"return_dict is {self.return_dict!r}; expected True"
+            raise ValueError(f"{told}: for a tuple give return_dict=False to the call")
         self._check_rope()
         if self.calibration is not None:
             self.calibration = Calibration.from_dict(self.calibration).to_dict()
