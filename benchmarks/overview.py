@@ -1,4 +1,4 @@
-"""One table of all sweeps on small models: who skips, and how far the loss is from that of dense models of equal FLOPs.
+"""Tables of several arms: who skips, and how far the loss is from that of dense models of equal FLOPs.
 
     python benchmarks/overview.py [benchmarks/results]
 
@@ -43,6 +43,14 @@ ROWS: dict[str, dict[str, str]] = {  # who skips: the arm in each sweep
     "control: experts by a hash of pairs, all run equally many": {BYTES: "experts by pair"},
 }  # fmt: skip
 
+DECIDERS = {  # who decides about nested layers on bytes: the arm
+    "a gate that learns": "middle out, hidden states",
+    "a gate that is not trained": "middle out, untrained gate",
+    "the list of a trained gate, from the first step on": "middle out, learned list",
+    "a list that is drawn at random": "middle out, by token",
+    "losses of pairs": "middle out, difficulty",
+}
+
 
 def cell(points: list[dict[str, Any]], number: int) -> str:
     """Of an arm's points that one."""
@@ -65,6 +73,20 @@ def table(folder: Path) -> str:
     for row, arms in ROWS.items():
         cells = [cell(sweeps[file][arms[file]], number) if file in arms else "" for file, number in COLUMNS.values()]
         lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def deciders(file: Path) -> str:
+    """Markdown: for each of `DECIDERS` the share that ran, the distance and its interval, at the arm's first point."""
+    first = {point["arm"]: point for point in reversed(frontier(file)["points"])}
+    lines = [
+        "| who decides about nested layers | arm | share run | from dense, nats, 90% interval |",
+        "| --- " * 4 + "|",
+    ]
+    for row, arm in DECIDERS.items():
+        found, share = first[arm]["against_dense"]["flops"], first[arm]["measures"]["executed_share"]
+        low, high = found["interval"]
+        lines.append(f"| {row} | `{arm}` | {share:.0%} | {found['distance']:+.3f} ({low:+.3f} to {high:+.3f}) |")
     return "\n".join(lines)
 
 

@@ -38,7 +38,7 @@ KINDS: dict[str, Callable[[Path, str], str]] = {
     "reasons": lambda file, _: reasons.table(_json(file)["runs"]),
     "agreement": lambda file, _: agreement.table(_json(file)["runs"]),
     "gates": lambda file, _: gates.table(_json(file)["rows"]),
-    "overview": lambda folder, _: overview.table(folder),
+    "overview": lambda place, _: overview.table(place) if place.is_dir() else overview.deciders(place),
     "speed": lambda file, task: speed.table(_json(file)["rows"], task),
 }
 

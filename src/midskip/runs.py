@@ -16,12 +16,12 @@ from midskip.card import REPORT_FILE as REPORT_FILE
 from midskip.card import read_run
 from midskip.data.labelled import is_labelled
 from midskip.locks import errors_of_the_system
+from midskip.model.config import SKIPPING_WEIGHTS
 from midskip.model.modeling import MidskipForCausalLM
 
 PICTURE_FILE, PAGE_FILE = "picture.png", "page.html"
 BEST_FOLDER, BEST_FILE = "best", "evaluation.json"  # the model that evaluated best in training, and how
 PART_FOLDER = "save.part"  # in a folder to which a model is being saved
-REPLACEABLE = ("model.policy.", "model.skip_paths.")  # whose weights a changed configuration may leave without a place
 EVALUATED_FILE = "evaluated.json"  # the last evaluation by `midskip evaluate`
 
 
@@ -106,7 +106,7 @@ def load_any_run(
         )
         if wrong := sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
             raise ValueError(f"the weights lack {', '.join(wrong)} of the shape in config.json")
-        if unused := sorted(name for name in found["unexpected_keys"] if not name.startswith(REPLACEABLE)):
+        if unused := sorted(name for name in found["unexpected_keys"] if not name.startswith(SKIPPING_WEIGHTS)):
             raise ValueError(f"config.json has no place for the weights {', '.join(unused)}: it is of another model")
         tokenizer = None if labelled else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer is not None:

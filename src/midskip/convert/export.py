@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from midskip.convert.configs import SAME
-from midskip.convert.load import NEW, their_name
-from midskip.model.config import MidskipConfig
+from midskip.convert.load import their_name
+from midskip.model.config import SKIPPING_WEIGHTS, MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies.dense import Dense
 
@@ -48,7 +48,7 @@ def to_transformers(model: MidskipForCausalLM) -> PreTrainedModel:
     with torch.device("meta"):
         plain: Any = their_class(theirs)
     plain.model.rotary_emb = type(plain.model.rotary_emb)(config=theirs).to(model.device)
-    weights = {their_name(name): x for name, x in model.state_dict().items() if not name.startswith(NEW)}
+    weights = {their_name(name): x for name, x in model.state_dict().items() if not name.startswith(SKIPPING_WEIGHTS)}
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(model.generation_config)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from midskip.convert.configs import SUPPORTED, check_model_type, midskip_settings
-from midskip.model.config import MidskipConfig
+from midskip.model.config import SKIPPING_WEIGHTS, MidskipConfig
 from midskip.model.layers import RotaryEmbedding
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import build_policy
@@ -28,7 +28,6 @@ _OF_TOKENIZER = ("merges.txt", "*.jinja")  # and these may lie beside it
 _INDEX = "model.safetensors.index.json"
 _HUB_NAME = r"[\w][\w.-]*(/[\w][\w.-]*)?"
 
-NEW = ("model.policy.", "model.skip_paths.")  # what is in no file of the original
 Readers = dict[str, Callable[[], Tensor]]  # by transformers' names; nothing is read before one is called
 
 
@@ -231,7 +230,7 @@ def _build(config: MidskipConfig, readers: Readers, dtype: torch.dtype) -> Midsk
     for path in body.skip_paths.values():
         path.reset_parameters()  # pyright: ignore[reportCallIssue]
     body.rotary = RotaryEmbedding(config.head_dim, config.rope_parameters)
-    shapes = {name: x.shape for name, x in model.named_parameters() if not name.startswith(NEW)}
+    shapes = {name: x.shape for name, x in model.named_parameters() if not name.startswith(SKIPPING_WEIGHTS)}
     ours = {our_name(name): name for name in readers if not name.endswith("rotary_emb.inv_freq")}  # of old files
     for names, what in (
         (shapes.keys() - ours.keys(), "missing in the files"),

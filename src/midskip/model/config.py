@@ -17,6 +17,7 @@ NORMS = ("sandwich", "pre")
 SKIPPED_KV = ("drop", "keep")
 SKIP_PATHS = ("none", "linear", "low_rank", "adapter")
 PARTS = {"block": ("block",), "sublayer": ("attention", "feed_forward")}  # of a block, which a token skips apart
+SKIPPING_WEIGHTS = ("model.policy.", "model.skip_paths.")  # how their names begin; a dense model has none
 
 # What transformers itself hands to a configuration beside its declared fields.
 _FROM_TRANSFORMERS = {

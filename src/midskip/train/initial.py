@@ -13,11 +13,10 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from midskip.data import LabelledData, Prepared
-from midskip.model.config import MidskipConfig
+from midskip.model.config import SKIPPING_WEIGHTS, MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.train.recipe import Recipe
 
-MAY_BE_NEW = ("model.policy.", "model.skip_paths.")  # as in a model that begins to skip
 SAME = (  # what a model computes, and its weights do not show
     "num_attention_heads", "num_key_value_heads", "head_dim", "norms", "rms_norm_eps", "rope_parameters",
     "tie_word_embeddings", "no_rope_layers",
@@ -70,7 +69,7 @@ class InitialWeights:
         wrong += [
             f"{name} is {shape}, there {found.get(name, 'not')}"
             for name, shape in ours.items()
-            if found.get(name) != shape and not (name not in found and name.startswith(MAY_BE_NEW))
+            if found.get(name) != shape and not (name not in found and name.startswith(SKIPPING_WEIGHTS))
         ]
         wrong += [f"{name} is not, there {found[name]}" for name in found.keys() - ours.keys()]
         if wrong:
@@ -110,7 +109,7 @@ class InitialWeights:
         return found.hexdigest()
 
     def load(self, config: MidskipConfig) -> MidskipForCausalLM:
-        """The model with these weights, in float32; what `MAY_BE_NEW` names is random where it is not there."""
+        """The model with these weights, in float32; what `SKIPPING_WEIGHTS` names is random where it is not there."""
         shown = logging.get_verbosity()
         logging.set_verbosity_error()  # that these are in no file is no news
         try:
