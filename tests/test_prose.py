@@ -6,11 +6,13 @@ import json
 import re
 from itertools import permutations
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from midskip.frontier import frontier
 from midskip.frontier.against import difference
+from midskip.frontier.intervals import mean_interval
 from midskip.frontier.read import COSTS, read_points
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +22,8 @@ INTERVAL = re.compile(r"([+-]?\d\.\d{3})(?: \w+)?,? \(?([+-]?\d\.\d{3}) to ([+-]
 
 
 def _computed() -> set[tuple[float, ...]]:
-    """Distance and interval, in nats: of each point from dense models at each cost, and from each other point."""
+    """Distance and interval: of each point of a sweep from dense models at each cost, and from each other point, in
+    nats; of each model of `learning.json` from each other, in bits a byte."""
     found = []
     for file in RESULTS.glob("*.json"):
         if not {"sweep", "results"} <= set(json.loads(file.read_text(encoding="utf-8"))):
@@ -28,6 +31,13 @@ def _computed() -> set[tuple[float, ...]]:
         rows = [row["against_dense"] or {} for row in frontier(file)["points"]]
         found += [row[cost] for row in rows for cost in COSTS if cost in row]
         found += [difference(*pair) for pair in permutations(read_points(file), 2)]
+    bits = json.loads((RESULTS / "learning.json").read_text(encoding="utf-8"))["rows"]
+    for pair in permutations({(row["run"], row["steps"]) for row in bits}, 2):
+        mine, theirs = (
+            {row["seed"]: row["bits_per_byte"] for row in bits if (row["run"], row["steps"]) == one} for one in pair
+        )
+        distances = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+        found.append({"distance": fmean(distances) if distances else None, "interval": mean_interval(distances)})
     return {(one["distance"], *one["interval"]) for one in found if one["distance"] is not None and one["interval"]}
 
 
