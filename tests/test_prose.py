@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import defaultdict
 from itertools import permutations
 from pathlib import Path
 from statistics import fmean
@@ -31,13 +33,12 @@ def _computed() -> set[tuple[float, ...]]:
         rows = [row["against_dense"] or {} for row in frontier(file)["points"]]
         found += [row[cost] for row in rows for cost in COSTS if cost in row]
         found += [difference(*pair) for pair in permutations(read_points(file), 2)]
-    bits = json.loads((RESULTS / "learning.json").read_text(encoding="utf-8"))["rows"]
-    for pair in permutations({(row["run"], row["steps"]) for row in bits}, 2):
-        mine, theirs = (
-            {row["seed"]: row["bits_per_byte"] for row in bits if (row["run"], row["steps"]) == one} for one in pair
-        )
-        distances = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-        found.append({"distance": fmean(distances) if distances else None, "interval": mean_interval(distances)})
+    bits: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+    for row in json.loads((RESULTS / "learning.json").read_text(encoding="utf-8"))["rows"]:
+        bits[row["run"], row["steps"]][row["seed"]] = row["bits_per_byte"]
+    for mine, theirs in permutations(bits.values(), 2):
+        distances = [mine[seed] - theirs[seed] for seed in mine if seed in theirs] or [math.nan]
+        found.append({"distance": fmean(distances), "interval": mean_interval(distances)})
     return {(one["distance"], *one["interval"]) for one in found if one["distance"] is not None and one["interval"]}
 
 
