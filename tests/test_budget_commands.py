@@ -173,6 +173,31 @@ def test_drift_ends_generation_with_one_line(run: Path, capsys: pytest.CaptureFi
     assert err.count("\n") == 1 and "live prompts have left the band of the calibration on 'news'" in err
 
 
+@pytest.mark.parametrize("options", [[], ["--temperature", "0", "--draft_budget", "0.5"]])
+def test_a_text_is_printed_as_it_is(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """No line is broken, and code is no emoji."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"skipped_kv": "keep", "calibration": CURVE}))
+    monkeypatch.setenv("COLUMNS", "12")
+    text = "y[0:100:5] z[:key:]"
+    assert main(["generate", str(run), "--prompt", text, "--max_new_tokens", "4", *options]) == 0
+    assert capsys.readouterr().out.startswith(text)
+
+
+def test_records_are_read_where_the_run_or_the_option_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, told = run.parent / "text.jsonl", []
+    file.write_text("".join(json.dumps({"body": f"the cat sat {i}"}) + "\n" for i in range(40)), encoding="utf-8")
+    assert main(["evaluate", str(run), "--data", str(file)]) == 2
+    assert "(text_field)" in capsys.readouterr().err
+    for options in (["--text_field", "body"], []):
+        assert main(["evaluate", str(run), "--data", str(file), "--json", *options]) == 0
+        told.append(json.loads(capsys.readouterr().out)["loss"])
+        (run / "recipe.yaml").write_text("output: run\ndata: {source: a.jsonl, text_field: body}\n")
+    assert told[0] == told[1]
+
+
 def test_depth_of_tokens_is_not_live(run: Path, learnt: PreTrainedTokenizerFast) -> None:
     model = MidskipForCausalLM.from_pretrained(run)
     model.config.calibration = CURVE | {"loss_std": [0.0] * 4, "block_tokens": 1}

@@ -28,6 +28,11 @@ def test_without_temperature_each_token_is_the_most_likely(
         assert generate(model, tokenizer, "the cat", 8, temperature=0, seed=seed) == ids
     assert generate(model, tokenizer, "the cat", 8, temperature=1.0, top_k=1, seed=5) == ids
     assert len(set(ids[prompt_length:])) > 1
+    # a configuration that draws otherwise, as the pretrained model's may, stays what it is and does not count
+    model.generation_config.update(repetition_penalty=9.0, top_p=0.01)
+    assert generate(model, tokenizer, "the cat", 8, temperature=0) == ids
+    assert len({tuple(generate(model, tokenizer, "the cat", 8, 9.0, 0, seed)) for seed in range(3)}) > 1
+    assert model.generation_config.repetition_penalty == 9.0
 
 
 @torch.no_grad()

@@ -262,7 +262,8 @@ def test_no_text_formats_the_page(run: Path, evil: str) -> None:
 @pytest.mark.parametrize(
     ("source", "name"),
     [("pydocs", "pydocs"), ("/home/me/texts", "texts"), ("~/a/*.txt", "*.txt"), ("org/tokens", "org/tokens"),
-     ("hub:org/set:config", "hub:org/set:config"), ("hub:/home/me/set", "hub:set")],
+     ("hub:org/set:config", "hub:org/set:config"), ("hub:/home/me/set", "hub:set"),
+     ("a/b.txt, /home/me/c.txt,~/d.txt", "a/b.txt,c.txt,d.txt")],
 )  # fmt: skip
 def test_a_text_is_called_without_the_folders_of_a_machine(source: str, name: str) -> None:
     assert source_name(source) == name

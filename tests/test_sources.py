@@ -125,7 +125,7 @@ def test_records_give_the_field_that_is_asked_for(tmp_path: Path) -> None:
         ('{"text": "a"', r"no JSON in line 2 of '.*a\.jsonl': .*correct it"),
         ("{text}", r"no JSON in line 2"),
         ('["text"]', r"no field 'text' in line 2 .*Its fields: none"),
-        ('{"body": "a", "id": 1}', r"no field 'text' in line 2 .*Its fields: body, id\. .*--text_field"),
+        ('{"body": "a", "id": 1}', r"no field 'text' in line 2 .*Its fields: body, id\. .*text_field"),
         ('{"text": 5}', r"field 'text' in line 2 .* is of type int\. Expected a string"),
         ('{"text": null}', r"field 'text' in line 2 .* is of type NoneType"),
         ('{"text": "\\ud800"}', r"text in line 2 .* half of a surrogate pair"),

@@ -22,7 +22,7 @@ from midskip.evaluate import depth_of_tokens
 from midskip.generate import generate
 from midskip.locks import LOCK_FILE, locked
 from midskip.model.modeling import MidskipForCausalLM
-from midskip.report import comparison_table, depth_text, legend
+from midskip.report import comparison_table, depth_text, legend, print_paths
 from midskip.runs import PAGE_FILE, PICTURE_FILE, REPORT_FILE, load_run
 from midskip.train.recipe import DataSettings, ModelSettings, Recipe, RegularizerSettings, TrainingSettings
 from midskip.train.run import train
@@ -93,9 +93,8 @@ def _demo(folder: Path, steps: int, source: str, console: Console) -> dict[str, 
     title = f"a sample of the gated model, trained for {steps} steps, coloured by depth"
     console.print(Panel(Group(depth_text(tokens, num_layers), legend(num_layers)), title=title))
     console.print(_table(report))
-    console.print(f"run folder  {folder}", markup=False, highlight=False, soft_wrap=True)
-    for label, name in (("numbers", REPORT_FILE), ("picture", PICTURE_FILE), ("page", PAGE_FILE)):
-        console.print(f"{label:<11} {folder / name}", markup=False, highlight=False, soft_wrap=True)
+    files = {"numbers": REPORT_FILE, "picture": PICTURE_FILE, "page": PAGE_FILE}
+    print_paths(console, {"run folder": folder, **{label: folder / name for label, name in files.items()}})
     return report
 
 

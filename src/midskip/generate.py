@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from midskip.model.modeling import MidskipForCausalLM
 
@@ -26,6 +26,8 @@ def generate(
     draft_budget: float | None = None,
 ) -> list[int]:
     """The token ids of the prompt and of what the model goes on with.
+
+    Of the model's `generation_config` only the ids that end a text count.
 
     Args:
         temperature: 0 for the most likely token each time; above, tokens are drawn, more freely the higher it is. From
@@ -65,16 +67,28 @@ def generate(
     torch.manual_seed(seed)
     draw = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     ids_1T = torch.tensor([ids], device=model.device)
-    output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-        ids_1T,
-        attention_mask=torch.ones_like(ids_1T),  # else transformers takes a token of the pad's id for a pad
-        max_new_tokens=max_new_tokens,
-        pad_token_id=model.config.pad_token_id or 0,
-        use_cache=True,  # whatever the configuration says
-        draft_budget=draft_budget,
-        **draw,
-    )
+    with _nothing_else(model):
+        output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+            ids_1T,
+            attention_mask=torch.ones_like(ids_1T),  # else transformers takes a token of the pad's id for a pad
+            max_new_tokens=max_new_tokens,
+            pad_token_id=model.config.pad_token_id or 0,
+            use_cache=True,  # whatever the configuration says
+            draft_budget=draft_budget,
+            **draw,
+        )
     return output[0].tolist()
+
+
+@contextmanager
+def _nothing_else(model: MidskipForCausalLM) -> Iterator[None]:
+    """Of the model's own generation configuration, which may penalise or cut what is drawn, only the ends of text."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id if own else None)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def calibrated(calibration: Calibration) -> list[str]:
 
 def evaluated(found: Mapping[str, Any]) -> list[str]:
     """The table of `midskip evaluate --budgets`."""
-    rows = [("as trained", found["as_trained"]), *((f"{row['budget']:.2f}", row) for row in found["budgets"])]
+    rows = [("as trained", found["as_trained"]), *((f"{row['budget']:g}", row) for row in found["budgets"])]
     cells = [(name, f"{row['executed_share']:.1%}", f"{row['loss']:.4f}") for name, row in rows]
     intro = f"On {plain(source_name(str(found['text'])))}, {found['num_tokens']:,} tokens:"
     return ["### Measured on text", intro, table(("budget", "block-tokens that ran", "loss, nats a token"), cells)]
@@ -50,7 +50,7 @@ def retrofitted(found: Mapping[str, Any]) -> list[str]:
             one = row["texts"][name]
             rows.append(
                 (
-                    plain(name), f"{row['budget']:.2f}", f"{one['executed_share']:.1%}",
+                    plain(name), f"{row['budget']:g}", f"{one['executed_share']:.1%}",
                     f"{one['flops_per_token'] / whole:.1%}", f"{one['loss']:.4f}", f"{one['price']:+.4f}",
                 )
             )  # fmt: skip

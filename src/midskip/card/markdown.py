@@ -15,10 +15,10 @@ def plain(text: object) -> str:
 
 
 def source_name(source: str) -> str:
-    """What a text or a tokenizer is called: of a path that begins at the root or at home, its last part alone."""
+    """What a text or a tokenizer is called: of each path that begins at the root or at home, its last part alone."""
     prefix = "hub:" if source.startswith("hub:") else ""
-    path = source.removeprefix(prefix)
-    return prefix + (Path(path).name if path.startswith(("/", "~", "..")) else path)
+    paths = [path.strip() for path in source.removeprefix(prefix).split(",")]
+    return prefix + ",".join(Path(path).name if path.startswith(("/", "~", "..")) else path for path in paths)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

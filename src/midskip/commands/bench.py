@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from midskip.commands.parser import Parser, add_trust, at_least_one, counts, numbers, text_of, words
+from midskip.commands.parser import Parser, add_text_field, add_trust, at_least_one, counts, numbers, text_of, words
 
 SHAPE = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"
@@ -33,6 +33,7 @@ def parser() -> Parser:
     about = "time the model of this run folder, with its own gates, against itself with nothing skipped"
     add("--run", type=os.path.expanduser, help=about)
     add("--data", help="with --run: text, as `midskip prepare` takes it (default: the run's held-out text)")
+    add_text_field(made)
     add("--tasks", type=words, help="also trainer (optimizer steps), products (default: prefill,decode,training)")
     add("--batch_sizes", type=counts, help="sequences decoded at once (default: 1,8,32)")
     add("--shares", type=numbers, help="of block-tokens skipped (default: 0,0.25,0.5,0.75)")
@@ -66,11 +67,11 @@ def run(arguments: list[str]) -> None:
 
     given: dict[str, Any] = {name: value for name, value in vars(options).items() if value is not None}
     output, run, data = given.pop("output"), given.pop("run", None), given.pop("data", None)
-    trust = given.pop("trust")
+    trust, text_field = given.pop("trust"), given.pop("text_field", None)
     given = with_preset(given.pop("preset", None), given, of_a_run=run is not None)
     if run is None:
-        if data is not None:
-            raise ValueError("--data is text for a trained model: give its run folder by --run")
+        if data is not None or text_field is not None:
+            raise ValueError("--data and --text_field are of text for a trained model: give its run folder by --run")
         shape = {name: given.pop(name) for name in SHAPE if name in given}
         names = given.pop("shape", ("paper",))
         settings_of = {name: BenchSettings.of(name, shape, **given) for name in names}  # all are checked first

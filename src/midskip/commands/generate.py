@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> None:
     *texts, last = token_texts(tokenizer, ids)  # the last one was not run
     tokens = [TokenDepth(text, run, part=part, num_parts=count) for (text, part, count), run in zip(texts, blocks)]
     text = depth_text(tokens, num_layers)
-    console.print(text if last.part else text.append(visible(last.text)))
+    console.print(text if last.part else text.append(visible(last.text)), soft_wrap=True)
     console.print(f"{meter.executed_share:.1%} of the blocks ran")
     console.print(legend(num_layers))
 
@@ -92,7 +92,7 @@ def _with_drafts(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, 
     """Print the text, whose tokens all ran every block, and how many were drafted and accepted."""
     from midskip.data import token_texts
     from midskip.generate import generate
-    from midskip.report import visible
+    from midskip.report import print_line
 
     ids = generate(
         model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed,
@@ -102,7 +102,7 @@ def _with_drafts(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase, 
     assert report is not None
     console = Console()
     text = "".join(token.text for token in token_texts(tokenizer, ids) if not token.part)
-    console.print(visible(text), markup=False, highlight=False)
+    print_line(console, text)
     accepted = f"{report.num_accepted} of {report.num_drafted} drafted tokens were accepted"
     console.print(f"{accepted} ({report.accepted_share:.1%})")
     console.print(f"{report.executed_share:.1%} of the blocks ran in drafts")

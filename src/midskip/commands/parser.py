@@ -67,8 +67,13 @@ def add_text(parser: argparse.ArgumentParser, more: str = "") -> None:
         help="text, as `midskip prepare` takes it, all of it used, or the held-out text of a folder that it wrote; by "
         f"default the run's own held-out text{more}",
     )
+    add_text_field(parser)
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows a pass (default: %(default)s)")
     add_trust(parser)
+
+
+def add_text_field(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text_field", help="where records of --data have the text (default: where the run's had it)")
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +123,7 @@ def text_of(
                 f"itself, or prepare it with --tokenizer {options.run}"
             )
         return prepared.windows("validation", length, settings.separate_documents)
-    ids = encode_source(tokenizer, options.data, console=console)
+    ids = encode_source(tokenizer, options.data, options.text_field or settings.text_field, console)
     end_of_text = end_of_text_id(tokenizer) if settings.separate_documents else None
     return TokenWindows(ids, length, drop_last=False, end_of_text=end_of_text)
 

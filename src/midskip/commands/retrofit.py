@@ -18,6 +18,7 @@ def run(arguments: list[str]) -> None:
         "--validation", required=True, action="append", metavar="[NAME=]TEXT",
         help="held-out text on which budgets are priced; may be given several times, the first is also calibrated on",
     )  # fmt: skip
+    parser.add_argument("--text_field", default="text", help="where records have the text (default: %(default)s)")
     parser.add_argument("--output", required=True, help="folder, made if it does not exist")
     parser.add_argument(
         "--choice", choices=("tokens", "spans", "exits", "layers"), default="tokens",

@@ -288,7 +288,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
     if not isinstance(text, str):
         raise DataError(
             f"The field {text_field!r} in {where} is of type {type(text).__name__}. Expected a string; correct it, or "
-            "name the field that holds the text (--text_field)."
+            "name the field that holds the text (text_field)."
         )
     try:
         text.encode()
@@ -300,5 +300,5 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
 def _no_field(text_field: str, fields: Iterable[str], where: str) -> DataError:
     return DataError(
         f"There is no field {text_field!r} in {where}. Its fields: {', '.join(fields) or 'none'}. Name the one that "
-        "holds the text (--text_field)."
+        "holds the text (text_field)."
     )

@@ -41,7 +41,8 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     start = end = num_parts = 0
     for piece in pieces:
         end, num_parts = end + len(piece), num_parts + 1
-        if end in between or num_parts == MOST_PARTS:  # the end of the text is one, too
+        in_a_sign = end < len(whole) and whole[end] & 0xC0 == 0x80  # of UTF-8, whose further bytes are 10xxxxxx
+        if end in between or (num_parts >= MOST_PARTS and not in_a_sign):  # the end of the text is one, too
             text = _shown(whole[start:end])
             texts += [TokenText(text, part, num_parts) for part in range(num_parts)]
             start, num_parts = end, 0

@@ -53,5 +53,5 @@ def print_paths(console: Console, paths: Mapping[str, object]) -> None:
 
 
 def print_line(console: Console, text: str) -> None:
-    """In one line, however long, as plain text; what would steer a terminal is made visible."""
+    """As it is, however long its lines; what would steer a terminal is made visible."""
     console.print(visible(text), markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PrinterCallback, set_seed
 from midskip.data import TokenWindows
 from midskip.model.loss import divergence
 from midskip.model.modeling import MidskipForCausalLM
+from midskip.report import print_line
 from midskip.retrofit.learning import Original, learning
 from midskip.retrofit.shares import DrawnShares
 from midskip.train.arguments import training_arguments
@@ -79,7 +81,7 @@ def distil(
     """
     console = console or Console(stderr=True)
     arguments = training_arguments(settings, folder)
-    checkpoint = newest_checkpoint(folder, console.print)
+    checkpoint = newest_checkpoint(folder, partial(print_line, console))
     if checkpoint is not None:
         shares.load_state_dict(json.loads((checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")))
     set_seed(settings.seed)  # adapters are drawn

@@ -142,9 +142,10 @@ class Texts:
         length = settings.length
         if length > limit:
             raise ValueError(f"length is {length}; the model takes at most {limit} tokens: give --length less")
-        training = Source(settings.data)
+        self.text_field = settings.text_field
+        training = Source(settings.data, self.text_field)
         for source in settings.validation.values():
-            require_apart(training, Source(source), "give --validation text that is held out")
+            require_apart(training, Source(source, self.text_field), "give --validation text that is held out")
         count = max(2, settings.fit_tokens // length)
         self.checksums: dict[str, str] = {}
         self.training = self._windows("data", settings.data, count, length, tokenizer, console)
@@ -163,7 +164,7 @@ class Texts:
         self, name: str, source: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase, console: Console
     ) -> TokenWindows:
         """Of a text that has `count` of them."""
-        ids = encode_source(tokenizer, source, console=console)
+        ids = encode_source(tokenizer, source, self.text_field, console)
         if len(ids) < count * length:
             raise ValueError(
                 f"{source!r} has {len(ids)} tokens; expected at least {count * length}, {count} windows of {length}: "
@@ -229,7 +230,7 @@ def price_table(rows: list[dict[str, Any]], stage: str) -> Table:
     columns += [f"{name}: {what}" for name in rows[0]["texts"] for what in ("ran", "FLOPs", "nats", "above")]
     cells = []
     for row in rows:
-        cells.append([f"{row['budget']:.2f}"])
+        cells.append([f"{row['budget']:g}"])
         for name, found in row["texts"].items():
             flops = found["flops_per_token"] / rows[0]["texts"][name]["flops_per_token"]
             cells[-1] += [f"{found['executed_share']:.1%}", f"{flops:.1%}"]

@@ -32,6 +32,7 @@ class RetrofitSettings:
         model: folder or hub name of the pretrained model, a GGUF file, or the folder of a dense run.
         data: text to fit and to train on, as `midskip prepare` takes it.
         validation: held-out text by name, on which budgets are priced; the first is also calibrated on.
+        text_field: where .jsonl, .parquet and hub data sets have the text.
         output: folder, made if it does not exist.
         choice: who skips: `"tokens"`, each layer by token; `"spans"`, tokens leave and come back at the mirrored layer
             (`middle_out`); `"exits"`, they leave and never return (`early_exit`); `"layers"`, the same layers for all.
@@ -69,6 +70,7 @@ class RetrofitSettings:
     data: str
     validation: dict[str, str]
     output: str
+    text_field: str = "text"
     choice: str = "tokens"
     order: str = "loss"
     skip_unit: str = "block"
@@ -189,7 +191,7 @@ class RetrofitSettings:
 
     def changed(self, earlier: dict[str, Any], begun: list[str]) -> list[str]:
         """What differs from the settings that a folder was begun with; those of a stage to come may."""
-        free = ["output", "save_steps"]
+        free = ["output", "save_steps", "text_field"]  # the texts are compared themselves
         free += [name for stage, names in OF_STAGE.items() if stage not in begun for name in names]
         now = asdict(self)
         names = [name for name in dict.fromkeys([*earlier, *now]) if name not in free]

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from midskip.report import visible
+from midskip.report import print_line, visible
 from midskip.sweep.plan import Run, Sweep
 from midskip.sweep.store import Store
 
@@ -141,7 +141,7 @@ class _Lines:
                 continue
             self.told.add(run.key)
             line = f"{run.label}: {what} ({progress(self.sweep, self.store).words()})"
-            self.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
+            print_line(self.console, line)
 
 
 def time_of(seconds: float) -> str:

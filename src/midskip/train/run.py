@@ -21,6 +21,7 @@ from midskip.locks import locked, tidy
 from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
+from midskip.report import print_line
 from midskip.runs import BEST_FILE, BEST_FOLDER, REPORT_FILE, save_whole, to_json
 from midskip.train.arguments import check_reporters, training_arguments
 from midskip.train.checkpoints import (
@@ -117,7 +118,7 @@ def _train(
             num_parameters = _count_parameters(recipe, regularizer, text.vocab_size)
             num_checkpoints = settings.save_total_limit if settings.save_steps else 0
             check_disk(folder, num_parameters, num_checkpoints, best=bool(settings.eval_steps))
-            put_aside(broken, partial(console.print, markup=False, highlight=False, soft_wrap=True))
+            put_aside(broken, partial(print_line, console))
             if checkpoint is not None:
                 remove_old(folder, settings.save_total_limit)  # one that was half removed
             begin(folder, recipe, text, start | start_of(initial), first_step)
