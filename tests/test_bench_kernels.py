@@ -17,9 +17,10 @@ from midskip.bench.agree import check_ours
 from midskip.bench.kernels import attention_by
 from midskip.bench.models import Side, positions
 from midskip.bench.peak import flops_per_s, peak_bytes
-from midskip.bench.tasks import Prefill, Products
+from midskip.bench.tasks import Products
 from midskip.bench.timing import Clock
 from midskip.bench.trainer import TIMED_STEPS, Rows, TrainerSteps
+from midskip.cost import Meter
 from midskip.model import attention
 from midskip.regularizers import build_regularizer
 
@@ -76,17 +77,25 @@ def test_a_kernel_with_wrong_gradients_is_not_timed(monkeypatch: pytest.MonkeyPa
         check_ours(good, ids(), gradients=True)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_products_are_those_of_the_rows_that_run(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, task, done, linear = side(share, "fixed"), Products(ids(2, 30)), [], F.linear
+@pytest.mark.parametrize(
+    "changes",
+    [{"skipped_kv": "drop"}, {"skipped_kv": "keep"}, {"skip_unit": "sublayer"}, {"skip_path": "linear"}],
+    ids=str,
+)
+def test_products_are_those_of_the_rows_that_run(
+    make_model: Callable[..., MidskipForCausalLM], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("mixed", DTYPE, **changes)
+    one, task, done, linear = Side("trained", model), Products(ids(2, 30) % 31), [], F.linear
     with torch.no_grad():
         step, work = task.begin(one), task.work(one)
         monkeypatch.setattr(F, "linear", lambda x, w: done.append(2 * len(x) * w.numel()) or linear(x, w))
         step(0)
         monkeypatch.undo()
-        assert work == Prefill(task.ids_BT).work(one)
-    of_attention = 4 * work.causal_pairs * one.model.config.hidden_size
-    assert sum(done) == work.flops - of_attention
+        with Meter(model) as meter:
+            one.call(task.ids_BT, logits_to_keep=1)
+    flops = meter.flops()
+    assert sum(done) == work.flops == flops.total - flops.attention and meter.executed_share < 1
 
 
 def test_optimizer_steps_leave_the_model_as_it_was(make_model: Callable[..., MidskipForCausalLM]) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from midskip.bench.models import Side
 from midskip.bench.peak import peak_bytes
@@ -158,29 +159,20 @@ class Prefill(Task):
 
 
 class Products(Prefill):
-    """Nothing but the matrix products with weights of a prefill, of the rows that really go through each layer: what
+    """Nothing but the matrix products with weights of a prefill, each with as many rows as it really takes: what
     skipping cannot go below with this library on this machine."""
 
     name = "products"
 
     def __init__(self, ids_BT: Tensor):
         super().__init__(ids_BT)
-        self._rows: dict[str, list[int]] = {}
+        self._products: dict[str, list[tuple[Tensor, int]]] = {}  # of each side: weight, and how many rows it took
 
     def is_for(self, side: Side) -> bool:
         return super().is_for(side) and side.attention == "auto"
 
     def begin(self, side: Side) -> Callable[[int], Any]:
-        model = side.model.eval()
-        if side.name not in self._rows:
-            self._rows[side.name] = self.work(side).rows_by_layer
-        products = [
-            (layer.weight, rows)
-            for block, rows in zip(model.model.layers, self._rows[side.name], strict=True)
-            for layer in block.modules()
-            if isinstance(layer, nn.Linear) and rows
-        ]
-        products.append((model.lm_head.weight, self.batch_size))
+        products, model = self._of(side), side.model
         inputs = {
             size: torch.randn(size, dtype=model.dtype, device=model.device)
             for size in {(rows, weight.shape[1]) for weight, rows in products}
@@ -188,9 +180,31 @@ class Products(Prefill):
         return lambda step: [F.linear(inputs[rows, weight.shape[1]], weight) for weight, rows in products][-1]
 
     def work(self, side: Side) -> Work:
-        if side.is_ours:
-            return self._metered(side, lambda: Prefill.begin(self, side)(0).past_key_values)
-        return super().work(side)
+        flops = sum(2 * rows * weight.numel() for weight, rows in self._of(side))
+        return replace(Prefill(self.ids_BT).work(side), flops=flops, causal_pairs=0)
+
+    def _of(self, side: Side) -> list[tuple[Tensor, int]]:
+        """Read off a prefill, once: attention and feed-forward may have other rows, and keys others than queries."""
+        if side.name not in self._products:
+            with torch.compiler.set_stance("force_eager"), _Products() as found:
+                super().begin(side)(0)
+            self._products[side.name] = found.taken
+        return self._products[side.name]
+
+
+class _Products(TorchFunctionMode):
+    """Notes the products with weights that are taken while it is entered: weight, and rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            rows_ND, weight = args[:2]
+            if rows := rows_ND.numel() // weight.shape[1]:
+                self.taken.append((weight, rows))
+        return func(*args, **(kwargs or {}))
 
 
 class Decode(Task):
