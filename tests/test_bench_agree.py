@@ -1,5 +1,6 @@
 """What `midskip bench` refuses to time: what does not compute what the reference implementation does."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from midskip.cli import main
 from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Attention
 from midskip.policies.middle_out import MiddleOut
+from midskip.policies.scored import Router
 
 pytestmark = pytest.mark.integration
 
@@ -187,6 +189,37 @@ def test_a_gate_that_is_wrong_in_the_timed_dtype_is_not_rounding(
     message = r"trained \(whole, float32\).*a token is present or not that is 2\.50e-01 away from where that changes"
     with pytest.raises(DisagreementError, match=message):
         check_ours(learned, ids_BT)
+
+
+@pytest.mark.parametrize("policy", ["independent", "mixture_of_depths", "reinforce", "early_exit"])
+def test_hard_gates_may_round_over_and_wrong_ones_are_found(
+    policy: str, make_model: Callable[..., MidskipForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, index = {"scores": "straight_through"} if policy == "early_exit" else {}, 1
+    model = make_model(None, torch.bfloat16, num_hidden_layers=5, policy=policy, policy_settings=settings).eval()
+    ids_BT, decider = torch.randint(31, (2, CHECKED_COLUMNS)), model.model.policy
+    number_2N: list[torch.Tensor] = []
+    with torch.no_grad():
+        decider.bias.fill_(-9)  # all run
+        for one in (model, copy.deepcopy(model).double()):
+            router = one.model.policy.routers[index]
+            hook = router.register_forward_hook(lambda router, given, number_N: number_2N.append(number_N.double()))
+            one(ids_BT)
+            hook.remove()
+        between_N = torch.stack(number_2N).mean(0).bfloat16().double()
+        between_N = between_N[(number_2N[0] - between_N) * (number_2N[1] - between_N) < 0]
+        decider.bias[index] = between_N[0]  # one token is on one side of it in bfloat16, and on the other in float64
+    rounded = Side("trained", model)
+    assert any(one.num_tokens < ids_BT.numel() for one in check_ours(rounded, ids_BT))
+    forward = Router.forward
+
+    def wrong(self: Router, h_ND: torch.Tensor) -> torch.Tensor:
+        number_N = forward(self, h_ND)
+        return -number_N if h_ND.dtype == torch.bfloat16 else number_N
+
+    monkeypatch.setattr(Router, "forward", wrong)
+    with pytest.raises(DisagreementError, match=r"trained \(whole, bfloat16\).*away from where that changes"):
+        check_ours(rounded, ids_BT)
 
 
 def test_imposed_depths_do_not_round(monkeypatch: pytest.MonkeyPatch) -> None:

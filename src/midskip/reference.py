@@ -30,6 +30,7 @@ class ReferenceOutput:
     gates: Tensor  # [L, B, T]
     depth_scores: Tensor | None  # [ceil(L/2), B, T]; scores go on growing past 1
     hidden_states: Tensor  # [blocks + 1, B, T, D], the last one after the last norm
+    readiness: Tensor | None = None  # [L, B, T], of a policy that tells one, 0 in layers without; see `Decision`
 
 
 def reference_forward(
@@ -47,7 +48,7 @@ def reference_forward(
     logits = torch.zeros(*shape, config.vocab_size, dtype=dtype)
     gates = torch.zeros(config.num_skip_units, *shape, dtype=dtype)
     hidden = torch.zeros(config.num_hidden_layers + 1, *shape, config.hidden_size, dtype=dtype)
-    scores, losses = [], []
+    scores, readiness, losses = [], [], []
     for b in range(shape[0]):
         columns = valid_BT[b].nonzero().squeeze(1)
         if not len(columns):
@@ -63,13 +64,16 @@ def reference_forward(
         hidden = hidden + torch.einsum("b,tc,lcd->lbtd", one_hot, put, run.hidden_states)
         if run.depth_scores is not None:
             scores.append(torch.einsum("b,tc,lc->lbt", one_hot, put, run.depth_scores))
+        if run.readiness is not None:
+            readiness.append(torch.einsum("b,tc,lc->lbt", one_hot, put, run.readiness))
         if labels is not None:
             for here, after in zip(range(shape[1] - 1), range(1, shape[1]), strict=True):
                 if valid_BT[b, here] and valid_BT[b, after] and labels[b, after] != -100:
                     row = run.logits[int((columns == here).nonzero())]
                     losses.append(torch.logsumexp(row, 0) - row[labels[b, after]])
     loss = None if labels is None else (torch.stack(losses).mean() if losses else logits.sum() * 0)
-    return ReferenceOutput(loss, logits, gates, torch.stack(scores).sum(0) if scores else None, hidden)
+    depth_scores, told = (torch.stack(found).sum(0) if found else None for found in (scores, readiness))
+    return ReferenceOutput(loss, logits, gates, depth_scores, hidden, told)
 
 
 def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> ReferenceOutput:
@@ -86,7 +90,7 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Re
     for document in documents:
         for t in document:
             sees_TT[t, document[0] : t + 1] = True
-    hidden, gates, scores = [x_TD], [], []
+    hidden, gates, scores, told = [x_TD], [], [], []
     asked: list[tuple[dict[str, Any], PackedBatch]] = []
     for document in documents:
         batch = PackedBatch.from_rectangle(torch.ones(1, len(document), dtype=torch.bool), position_T[None, document])
@@ -109,7 +113,8 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Re
                     _decided_gates(body.policy, layer, x_TD[document], state, batch)
                     for document, (state, batch) in zip(documents, asked, strict=True)
                 ]
-                output_gate_T, key_gate_T, taking_T = map(torch.cat, zip(*pairs, strict=True))
+                output_gate_T, key_gate_T, taking_T, readiness_T = map(torch.cat, zip(*pairs, strict=True))
+                told.append(readiness_T)
             gates.append(output_gate_T)
             before_TD = x_TD
             if config.skipped_kv == "keep":
@@ -126,7 +131,8 @@ def _run_row(model: MidskipForCausalLM, ids_T: Tensor, position_T: Tensor) -> Re
     hidden[-1] = _rms_norm(x_TD, body.norm)
     logits_TV = hidden[-1] @ model.lm_head.weight.T
     depth_scores = torch.stack(scores) if scores else None
-    return ReferenceOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden))
+    readiness = torch.stack(told) if told and body.policy.is_hard else None
+    return ReferenceOutput(None, logits_TV, torch.stack(gates), depth_scores, torch.stack(hidden), readiness)
 
 
 def _documents(position_T: Tensor) -> list[list[int]]:
@@ -143,9 +149,9 @@ def _documents(position_T: Tensor) -> list[list[int]]:
 
 def _decided_gates(
     policy: Policy, layer: int, x_TD: Tensor, state: dict[str, Any], batch: PackedBatch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gates of outputs and of keys as the policy decides on one document, 0 where a token is not kept, and how far
-    each takes the skip path."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gates of outputs and of keys as the policy decides on one document, 0 where a token is not kept, how far each
+    takes the skip path, and its readiness to skip."""
     decision = policy.decide(layer, x_TD, state, batch)
     present_T = x_TD.new_ones(len(x_TD)) if decision.keep_N is None else decision.keep_N.to(x_TD.dtype)
     output_gate_T, key_gate_T = (
@@ -153,7 +159,8 @@ def _decided_gates(
         for gate in (decision.output_gate_N, decision.key_gate_N)
     )
     taking_T = 1 - output_gate_T if decision.skip_path_N is None else decision.skip_path_N.to(x_TD.dtype)
-    return output_gate_T, key_gate_T, taking_T
+    readiness_T = torch.zeros_like(x_TD[:, 0]) if decision.readiness_N is None else decision.readiness_N.to(x_TD.dtype)
+    return output_gate_T, key_gate_T, taking_T, readiness_T
 
 
 def _priorities(policy: Policy, ids_T: Tensor, documents: list[list[int]]) -> Tensor:

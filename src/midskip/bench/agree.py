@@ -17,8 +17,8 @@ differences of numbers that nearly cancel. The larger change counts. A result go
 through one for each term; independent errors add up by squares (Higham and Mary 2019, doi 10.1137/18M1226312).
 
 A learned gate may round to the other side of 0 and moves all that comes after: its sequence is compared up to there.
-That is accepted only where the true depth score is as close to 1, and the wrong gate to 0, as rounding explains, by a
-bound that is derived in the same way.
+That is accepted only where the true depth score (a router's readiness to skip) is as close to 1, and the wrong gate, if
+it is no hard one, to 0, as rounding explains, by a bound that is derived in the same way.
 
 B sequences, T columns, V vocabulary, L layers.
 """
@@ -68,8 +68,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class _Reference:
-    """What is right, in float64: logits [B, T, V], gates and depth scores [L, B, T] (1 - gate where a policy has none);
-    and how strongly errors are passed on to logits and to depth scores."""
+    """What is right, in float64: logits [B, T, V], gates and depth scores [L, B, T] (of routers the readiness to skip,
+    of policies that tell neither 1 - gate); and how strongly errors are passed on to logits and to depth scores.
+
+    is_hard: gates are 0 or 1, and the score alone says how far a token is from where that changes.
+    """
 
     logits: Tensor
     gates: Tensor
@@ -77,6 +80,7 @@ class _Reference:
     condition: float
     depth_condition: float
     config: MidskipConfig
+    is_hard: bool = False
 
 
 def bound(dtype: torch.dtype, config: MidskipConfig, condition: float) -> float:
@@ -202,13 +206,15 @@ def _reference(
     depth_change = depth_change_LBT[:, same_BT].max().item() if same_BT.any() else math.inf
     moved += [_gradients(exact, loss)] if gradients else []
     conditions = change / MOVED, depth_change / MOVED
-    return _Reference(right.logits, right.gates, depth_scores_LBT, *conditions, exact.config), expected, moved
+    is_told = right.depth_scores is not None or right.readiness is not None
+    is_hard = exact.model.policy.is_hard and is_told
+    return _Reference(right.logits, right.gates, depth_scores_LBT, *conditions, exact.config, is_hard), expected, moved
 
 
 def _depth_scores(output: ReferenceOutput) -> Tensor:
     """[L, B, T], of the mirrored layers too."""
     if output.depth_scores is None:
-        return 1 - output.gates
+        return 1 - output.gates if output.readiness is None else output.readiness
     num_layers = len(output.gates)
     return output.depth_scores[[min(layer, num_layers - 1 - layer) for layer in range(num_layers)]]
 
@@ -225,7 +231,9 @@ def _largest_flip(gates_LBT: Tensor, reference: _Reference) -> float:
     flips_LBT = (gates_LBT > 0) != (reference.gates > 0)
     seen_LBT = flips_LBT.long().cummax(2).values
     first_LBT = flips_LBT & (seen_LBT.cumsum(0) == seen_LBT)
-    far_LBT = (gates_LBT - reference.gates).abs().maximum((reference.depth_scores - 1).abs())
+    far_LBT = (reference.depth_scores - 1).abs()
+    if not reference.is_hard:
+        far_LBT = far_LBT.maximum((gates_LBT - reference.gates).abs())
     return far_LBT[first_LBT].max().item() if first_LBT.any() else 0.0
 
 

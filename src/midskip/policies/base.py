@@ -42,6 +42,8 @@ class Decision:
             (`config.skip_path`); it must not be kept. None: each token takes it as far as it does not run the layer,
             that is, times 1 minus its output gate. A policy whose tokens stay away for several layers says here where
             they leave, and the path stands for all of those layers.
+        readiness_N: float32 or wider [N], of a hard gate: the token is kept where it lies below 1. It decides nothing;
+            `midskip bench` reads it, to tell a gate that rounding moved from one that is wrong.
 
     A policy that keeps the same tokens in two layers returns the same tensor `keep_N`, best the same `Decision`:
     what follows from it (rows, positions, angles) is then worked out once.
@@ -51,9 +53,12 @@ class Decision:
     output_gate_N: Tensor | None = None
     key_gate_N: Tensor | None = None
     skip_path_N: Tensor | None = None
+    readiness_N: Tensor | None = None
 
     @classmethod
-    def hard(cls, keep_N: Tensor, score_N: Tensor, skip_path_N: Tensor | None = None) -> Decision:
+    def hard(
+        cls, keep_N: Tensor, score_N: Tensor, skip_path_N: Tensor | None = None, readiness_N: Tensor | None = None
+    ) -> Decision:
         """A hard gate: exactly 1 where a token is kept and 0 elsewhere, in training and evaluation alike.
 
         Its gradient is a surrogate, the straight-through one: in the backward pass the output gate of a token that is
@@ -63,11 +68,10 @@ class Decision:
         Args:
             keep_N: bool [N].
             score_N: float32 or wider, finite [N], what rises with the gate: the more, the sooner the token is kept.
-            skip_path_N: as in `Decision`.
+            skip_path_N, readiness_N: as in `Decision`.
         """
-        if not (torch.is_grad_enabled() and score_N.requires_grad):
-            return cls(keep_N, skip_path_N=skip_path_N)
-        return cls(keep_N, 1 + (score_N - score_N.detach()), skip_path_N=skip_path_N)
+        gate_N = 1 + (score_N - score_N.detach()) if torch.is_grad_enabled() and score_N.requires_grad else None
+        return cls(keep_N, gate_N, None, skip_path_N, readiness_N)
 
     def leaving(self, keep_N: Tensor) -> Tensor:
         """bool [N]: who is kept here and not by `keep_N`, the decision about the next layer."""

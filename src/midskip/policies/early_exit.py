@@ -107,10 +107,11 @@ class EarlyExit(ScoredPolicy):
             keep_N = keep_N & (uniform(batch, state["step"] * self.num_layers + layer) >= rate)
         leaving_N = self._leaving(before, keep_N)
         batch.count([keep_N, leaving_N])
+        told_N = readiness_N.detach()
         state["decision"] = (
-            Decision(keep_N, skip_path_N=leaving_N)
+            Decision(keep_N, skip_path_N=leaving_N, readiness_N=told_N)
             if self.predicts
-            else Decision.hard(keep_N, 1 - readiness_N, leaving_N)
+            else Decision.hard(keep_N, 1 - readiness_N, leaving_N, told_N)
         )
         return state["decision"]
 

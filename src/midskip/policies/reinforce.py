@@ -51,7 +51,7 @@ class Reinforce(ScoredPolicy):
             state.update(step=step, log_p=[], kept=[], value=self.routers[self.num_layers](h_ND.detach()))
         readiness_N = self.readiness(number_N, layer)  # below 1 where r lies above b
         if not self.training:
-            return Decision(self.within(readiness_N < 1, state))
+            return Decision(self.within(readiness_N < 1, state), readiness_N=readiness_N.detach())
         logit_N = -readiness_N.clamp(min=torch.finfo(readiness_N.dtype).tiny).log()
         draw_N = uniform(batch, state["step"] * self.num_layers + layer).to(logit_N.dtype)
         keep_N = self.within(draw_N < torch.sigmoid(logit_N), state)

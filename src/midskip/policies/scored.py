@@ -113,7 +113,7 @@ class ScoredPolicy(Policy):
 
     def decision(self, keep_N: Tensor, readiness_N: Tensor) -> Decision:
         """With the surrogate gradient (`Decision.hard`)."""
-        return Decision.hard(keep_N, 1 - readiness_N)
+        return Decision.hard(keep_N, 1 - readiness_N, None, readiness_N.detach())
 
 
 DRAWN_BY = ("position", "pair", "token")
