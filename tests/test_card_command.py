@@ -35,10 +35,10 @@ def test_the_command_shows_all_that_was_measured(whole: Path, hub: dict[str, Any
     assert main(["card", str(whole), "--name", "somebody/skipper"]) == 0
     text = (whole / "README.md").read_text()
     for row in (
-        "| stories | 1.00 | 50.0% | 100.0% | 3.2500 | +0.0000 |",
-        "| stories | 0.50 | 50.0% | 50.0% | 3.5000 | +0.2500 |",
+        "| stories | 1 | 50.0% | 100.0% | 3.2500 | +0.0000 |",
+        "| stories | 0.5 | 50.0% | 50.0% | 3.5000 | +0.2500 |",
         "| as trained | 49.0% | 2.7500 |",
-        "| 0.50 | 49.0% | 2.8750 |",
+        "| 0.5 | 49.0% | 2.8750 |",
         "| prefill | 1 | 512 | trained | 52.50 | 0.750 | 0.625 | 50.0% |",
         f"| {CURVE['share'][0]:.3f} | {CURVE['loss'][0]:.4f} |",
     ):
