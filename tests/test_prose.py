@@ -23,7 +23,8 @@ PAGES = ["frontier.md", "frontier-training.md", "results.md"]
 INTERVAL = re.compile(r"([+-]?\d\.\d{3})(?: \w+)?,? \(?([+-]?\d\.\d{3}) to ([+-]?\d\.\d{3})")
 
 
-def _computed() -> set[tuple[float, ...]]:
+@pytest.fixture(scope="module")
+def computed() -> set[tuple[float, ...]]:
     """Distance and interval: of each point of a sweep from dense models at each cost, and from each other point, in
     nats; of each model of `learning.json` from each other, in bits a byte."""
     found = []
@@ -40,11 +41,6 @@ def _computed() -> set[tuple[float, ...]]:
         distances = [mine[seed] - theirs[seed] for seed in mine if seed in theirs] or [math.nan]
         found.append({"distance": fmean(distances), "interval": mean_interval(distances)})
     return {(one["distance"], *one["interval"]) for one in found if one["distance"] is not None and one["interval"]}
-
-
-@pytest.fixture(scope="module")
-def computed() -> set[tuple[float, ...]]:
-    return _computed()
 
 
 @pytest.mark.parametrize("page", PAGES)

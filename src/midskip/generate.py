@@ -27,7 +27,7 @@ def generate(
 ) -> list[int]:
     """The token ids of the prompt and of what the model goes on with.
 
-    Of the model's `generation_config` only the ids that end a text count.
+    Of the model's `generation_config` only `eos_token_id` counts.
 
     Args:
         temperature: 0 for the most likely token each time; above, tokens are drawn, more freely the higher it is. From
@@ -67,7 +67,7 @@ def generate(
     torch.manual_seed(seed)
     draw = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     ids_1T = torch.tensor([ids], device=model.device)
-    with _nothing_else(model):
+    with _own_configuration_aside(model):
         output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             ids_1T,
             attention_mask=torch.ones_like(ids_1T),  # else transformers takes a token of the pad's id for a pad
@@ -81,8 +81,8 @@ def generate(
 
 
 @contextmanager
-def _nothing_else(model: MidskipForCausalLM) -> Iterator[None]:
-    """Of the model's own generation configuration, which may penalise or cut what is drawn, only the ends of text."""
+def _own_configuration_aside(model: MidskipForCausalLM) -> Iterator[None]:
+    """Of the model's `generation_config`, which may penalise repetition or set `top_p`, only `eos_token_id` counts."""
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id if own else None)
     try:

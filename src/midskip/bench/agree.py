@@ -71,7 +71,7 @@ class _Reference:
     """What is right, in float64: logits [B, T, V], gates and depth scores [L, B, T] (of routers the readiness to skip,
     of policies that tell neither 1 - gate); and how strongly errors are passed on to logits and to depth scores.
 
-    is_hard: gates are 0 or 1, and the score alone says how far a token is from where that changes.
+    by_score: gates are 0 or 1, and the score alone says how far a token is from where that changes.
     """
 
     logits: Tensor
@@ -80,7 +80,7 @@ class _Reference:
     condition: float
     depth_condition: float
     config: MidskipConfig
-    is_hard: bool = False
+    by_score: bool = False
 
 
 def bound(dtype: torch.dtype, config: MidskipConfig, condition: float) -> float:
@@ -207,8 +207,8 @@ def _reference(
     moved += [_gradients(exact, loss)] if gradients else []
     conditions = change / MOVED, depth_change / MOVED
     is_told = right.depth_scores is not None or right.readiness is not None
-    is_hard = exact.model.policy.is_hard and is_told
-    return _Reference(right.logits, right.gates, depth_scores_LBT, *conditions, exact.config, is_hard), expected, moved
+    by_score = exact.model.policy.is_hard and is_told
+    return _Reference(right.logits, right.gates, depth_scores_LBT, *conditions, exact.config, by_score), expected, moved
 
 
 def _depth_scores(output: ReferenceOutput) -> Tensor:
@@ -232,7 +232,7 @@ def _largest_flip(gates_LBT: Tensor, reference: _Reference) -> float:
     seen_LBT = flips_LBT.long().cummax(2).values
     first_LBT = flips_LBT & (seen_LBT.cumsum(0) == seen_LBT)
     far_LBT = (reference.depth_scores - 1).abs()
-    if not reference.is_hard:
+    if not reference.by_score:
         far_LBT = far_LBT.maximum((gates_LBT - reference.gates).abs())
     return far_LBT[first_LBT].max().item() if first_LBT.any() else 0.0
 

@@ -186,24 +186,24 @@ class Products(Prefill):
     def _of(self, side: Side) -> list[tuple[Tensor, int]]:
         """Read off a prefill, once: attention and feed-forward may have other rows, and keys others than queries."""
         if side.name not in self._products:
-            with torch.compiler.set_stance("force_eager"), _Products() as found:
+            with torch.compiler.set_stance("force_eager"), _LinearCalls() as found:
                 super().begin(side)(0)
-            self._products[side.name] = found.taken
+            self._products[side.name] = found.products
         return self._products[side.name]
 
 
-class _Products(TorchFunctionMode):
-    """Notes the products with weights that are taken while it is entered: weight, and rows."""
+class _LinearCalls(TorchFunctionMode):
+    """Notes each call of `F.linear` while it is entered: its weight, and how many rows it took."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.taken: list[tuple[Tensor, int]] = []
+        self.products: list[tuple[Tensor, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             rows_ND, weight = args[:2]
             if rows := rows_ND.numel() // weight.shape[1]:
-                self.taken.append((weight, rows))
+                self.products.append((weight, rows))
         return func(*args, **(kwargs or {}))
 
 

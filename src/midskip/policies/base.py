@@ -42,8 +42,9 @@ class Decision:
             (`config.skip_path`); it must not be kept. None: each token takes it as far as it does not run the layer,
             that is, times 1 minus its output gate. A policy whose tokens stay away for several layers says here where
             they leave, and the path stands for all of those layers.
-        readiness_N: float32 or wider [N], of a hard gate: the token is kept where it lies below 1. It decides nothing;
-            `midskip bench` reads it, to tell a gate that rounding moved from one that is wrong.
+        readiness_N: float32 or wider [N], a hard gate's readiness to skip: in evaluation, without limits, a token is
+            kept where it lies below 1. It decides nothing; `midskip bench` reads it, to tell a gate that rounding moved
+            from one that is wrong.
 
     A policy that keeps the same tokens in two layers returns the same tensor `keep_N`, best the same `Decision`:
     what follows from it (rows, positions, angles) is then worked out once.

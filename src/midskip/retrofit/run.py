@@ -142,29 +142,29 @@ class Texts:
         length = settings.length
         if length > limit:
             raise ValueError(f"length is {length}; the model takes at most {limit} tokens: give --length less")
-        self.text_field = settings.text_field
-        training = Source(settings.data, self.text_field)
+        training = Source(settings.data, settings.text_field)
         for source in settings.validation.values():
-            require_apart(training, Source(source, self.text_field), "give --validation text that is held out")
+            require_apart(training, Source(source, settings.text_field), "give --validation text that is held out")
         count = max(2, settings.fit_tokens // length)
         self.checksums: dict[str, str] = {}
-        self.training = self._windows("data", settings.data, count, length, tokenizer, console)
+        self.training = self._windows("data", settings.data, count, settings, tokenizer, console)
         step = len(self.training) // count
         self.fitting = [self.training[row * step] for row in range(count)]
         self.held_out: dict[str, list[Any]] = {}
         self.calibration: list[Any] = []
         count = 2 * (settings.price_tokens // length)
         for name, source in settings.validation.items():
-            windows = self._windows(f"validation {name}", source, count, length, tokenizer, console)
+            windows = self._windows(f"validation {name}", source, count, settings, tokenizer, console)
             rows = [windows[row * len(windows) // count] for row in range(count)]
             self.held_out[name] = rows[::2]
             self.calibration = self.calibration or rows[1::2]
 
     def _windows(
-        self, name: str, source: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase, console: Console
-    ) -> TokenWindows:
+        self, name: str, source: str, count: int, settings: RetrofitSettings, tokenizer: PreTrainedTokenizerBase,
+        console: Console,
+    ) -> TokenWindows:  # fmt: skip
         """Of a text that has `count` of them."""
-        ids = encode_source(tokenizer, source, self.text_field, console)
+        ids, length = encode_source(tokenizer, source, settings.text_field, console), settings.length
         if len(ids) < count * length:
             raise ValueError(
                 f"{source!r} has {len(ids)} tokens; expected at least {count * length}, {count} windows of {length}: "
