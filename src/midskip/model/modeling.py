@@ -154,9 +154,8 @@ class MidskipModel(MidskipPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [h_ND] if output_hidden_states else None
         decisions, state = [], PassState()
-        parts = PARTS[self.config.skip_unit]
         for layer, block in enumerate(self.layers):
-            for part in parts:
+            for part in PARTS[self.config.skip_unit]:
                 unit = len(decisions)
                 past = None if cache is None or unit in self.policy.closed_layers else cache.layers[layer]
                 decision = self.policy(unit, h_ND, state, batch)
@@ -315,8 +314,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         num_items: int | Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         batch = packed.batch
-        shape = (batch.batch_size, batch.num_columns)
-        if labels.shape != shape:
+        if labels.shape != (shape := (batch.batch_size, batch.num_columns)):
             raise ValueError(f"labels has the shape {list(labels.shape)}; expected {list(shape)}")
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             raise ValueError("labels need the logits of all columns: leave logits_to_keep out")
@@ -338,6 +336,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         nats_N, asked_nats_M = nats_P.split([batch.num_tokens, len(nats_P) - batch.num_tokens])
         scored_N = target_N != IGNORED
         if observes:
+            if num_items is not None:
+                policy.warn_of_trainer()
             policy.observe(packed.state, nats_N.detach(), scored_N)
             auxiliary_loss = policy.objective(packed.state, nats_N.detach(), scored_N, asked_nats_M)
         loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)

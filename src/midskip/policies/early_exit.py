@@ -61,7 +61,8 @@ class EarlyExit(ScoredPolicy):
             raise ValueError(f"exit_share is {exit_share!r}; expected a number above 0 and up to 1")
         check_counts(first_tokens=first_tokens)
         self.exit_share, self.first_tokens = exit_share, first_tokens
-        self.layer_dropout, self.needs_target_share = layer_dropout, self.predicts
+        self.layer_dropout = layer_dropout
+        self.needs_target_share = self.learns_apart = self.predicts
         self.num_steps = nn.Buffer(torch.tensor(0))
         self.mean_L = nn.Buffer(torch.zeros(num_layers)) if self.predicts else None
         self._new: Tensor | None = None  # sum and count of exit losses in passes not absorbed yet
