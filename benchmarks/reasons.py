@@ -56,7 +56,7 @@ def changed(model: MidskipForCausalLM, change: Callable[[int, Decision], Decisio
 
 def exchange(decision: Decision, out: bool, into: bool, generator: torch.Generator) -> tuple[Decision, int]:
     """Tokens drawn among those that are kept leave (`out`), as many of the others come (`into`), with the mean gate of
-    those kept. Also how many these are on each side: 0 where all are kept, or none."""
+    those kept; they take no skip path. Also how many these are on each side: 0 where all are kept, or none."""
     keep_N = decision.keep_N
     if keep_N is None:
         return decision, 0
@@ -66,15 +66,17 @@ def exchange(decision: Decision, out: bool, into: bool, generator: torch.Generat
         return decision, 0
     leave_M, come_M = (side[torch.randperm(len(side), generator=generator).to(side.device)[:count]] for side in sides)
     new_N = keep_N.clone()
-    gates = {}
+    changes = {}
     if out:
         new_N[leave_M] = False
     if into:
         new_N[come_M] = True
         for name in ("output_gate_N", "key_gate_N"):
             if (gate_N := getattr(decision, name)) is not None:
-                gates[name] = gate_N.index_fill(0, come_M, gate_N[keep_N].mean().item())
-    return replace(decision, keep_N=new_N, skip_path_N=None, **gates), count
+                changes[name] = gate_N.index_fill(0, come_M, gate_N[keep_N].mean().item())
+    if decision.skip_path_N is not None:
+        changes["skip_path_N"] = decision.skip_path_N & ~new_N
+    return replace(decision, keep_N=new_N, **changes), count
 
 
 @torch.no_grad()

@@ -34,6 +34,8 @@ WIDTH = int(os.environ.get("TOUR_WIDTH", 128))
 # held out: what a model is worth is measured on text that it has not seen.
 
 # %%
+if FOLDER.exists():
+    raise SystemExit(f"{FOLDER} is of an earlier tour: remove it, or name another as TOUR_FOLDER")
 FOLDER.mkdir(parents=True)
 for name, documents in zip(("train", "held_out"), split_documents(list(read_documents("pydocs"))), strict=True):
     (FOLDER / f"{name}.txt").write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -155,6 +156,18 @@ def test_as_trained_lifts_all_limits(session: Session) -> None:
     assert _limits(session, "runs/tiny", False, 0.5, 2) == Limits("runs/tiny", 0.5, 2)
     assert _keep("the cat", ("the cat", "the cat sat"))[0] == "the cat sat", "stopped, it keeps what came"
     assert _keep("my own", ("the cat", "the cat sat"))[0] != "the cat sat", "changed meanwhile"
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("host", ["203.0.113.1", "no-such-host.invalid"])
+def test_an_address_of_another_machine_is_refused_at_once(session: Session, host: str) -> None:
+    pytest.importorskip("gradio")
+    from midskip.app.blocks import serve
+
+    started_s = time.monotonic()
+    with pytest.raises(ValueError, match=f"cannot listen on {host}: give another --port, or --host an address of this"):
+        serve(session, "", host, None, False)
+    assert time.monotonic() - started_s < 10, "and not port by port"
 
 
 def test_each_number_of_layers_has_its_shades() -> None:

@@ -43,6 +43,11 @@ class KeepIsANumber(Threshold):
         return Decision((score_N < 1).long())
 
 
+class KeepIsAList(Threshold):
+    def decision(self, score_N: Tensor) -> Decision:
+        return Decision((score_N < 1).tolist())  # pyright: ignore[reportArgumentType]
+
+
 class GateAboveOne(Threshold):
     def decision(self, score_N: Tensor) -> Decision:
         return Decision(None, 0.5 + score_N, None)
@@ -205,6 +210,7 @@ def test_what_the_lawless_are_made_from_is_lawful(policy: type[Policy], skipped_
 
 
 LAWLESS: list[tuple[type[Policy], str, str]] = [
+    (KeepIsAList, "gates", r"keep_N is list; expected torch.bool \[\d+\]"),
     (NoDecision, "gates", "decide returned Tensor; expected a Decision"),
     (KeepIsANumber, "gates", r"keep_N is torch.int64 \[\d+\]; expected torch.bool \[\d+\]"),
     (GateAboveOne, "gates", "output_gate_N reaches from .* where kept; expected 0 to 1, in layer 0"),

@@ -131,10 +131,12 @@ def test_evaluation_during_training_is_on_all_held_out_text(make_recipe: MakeRec
 # ---- what ran
 
 
-@pytest.mark.parametrize("passes", [1, 3])
-def test_norms_are_those_of_the_tokens_that_go_in_and_come_out(make_recipe: MakeRecipe, passes: int) -> None:
+@pytest.mark.parametrize(("passes", "skip_unit"), [(1, "block"), (3, "block"), (1, "sublayer")])
+def test_norms_are_those_of_the_tokens_that_go_in_and_come_out(
+    make_recipe: MakeRecipe, passes: int, skip_unit: str
+) -> None:
     recipe = make_recipe(
-        model=RELEASED,
+        model=RELEASED | {"skip_unit": skip_unit},
         max_steps=1,
         logging_steps=1,
         per_device_train_batch_size=6 // passes,
@@ -148,9 +150,12 @@ def test_norms_are_those_of_the_tokens_that_go_in_and_come_out(make_recipe: Make
     states = [h_BTD.norm(dim=-1) for h_BTD in (*output.hidden_states[:-1], before_norm[0].view(6, -1, 16))]
     present_LBT = output.gates > 0
     assert len(states) == 5 and 0 < present_LBT.float().mean() < 1
-    for layer in range(4):
-        for name, norms_BT in (("norm_in", states[layer]), ("norm_out", states[layer + 1])):
-            mean = norms_BT[present_LBT[layer]].mean().item()
+    for layer, units in enumerate(present_LBT.unflatten(0, (4, -1))):
+        for name, norms_BT, present_BT in (
+            ("norm_in", states[layer], units[0]),
+            ("norm_out", states[layer + 1], units[-1]),
+        ):
+            mean = norms_BT[present_BT].mean().item()
             assert row[f"{name}_by_layer"][layer] == pytest.approx(mean, rel=1e-4), (name, layer)
 
 

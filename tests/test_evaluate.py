@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from midskip import MidskipForCausalLM
 from midskip.cost import dense_flops
 from midskip.data import TokenWindows, encode_documents, token_bytes, token_texts
-from midskip.evaluate import depth_of_tokens, evaluate
+from midskip.evaluate import depth_of_tokens, evaluate, passages
 
 LENGTH = 13  # of the windows; the text leaves a last one of 5 tokens
 MakeModel = Callable[..., MidskipForCausalLM]
@@ -247,6 +247,15 @@ def test_a_hopeless_model_has_a_finite_perplexity(make_model: MakeModel, tokeniz
 
 
 @torch.no_grad()
+def test_passages_are_of_windows_that_have_tokens(
+    model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast, windows: TokenWindows
+) -> None:
+    whole = all_of(windows)[:2]
+    pads = whole[0] | {"attention_mask": torch.zeros_like(whole[0]["attention_mask"])}
+    assert passages(model, tokenizer, [pads, pads, *whole], 2) == passages(model, tokenizer, [whole[0]])
+    assert len(passages(model, tokenizer, [pads, *whole, pads])) == 2
+
+
 def test_depth_of_tokens_is_that_of_the_gates(
     model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast, windows: TokenWindows
 ) -> None:

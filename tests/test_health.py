@@ -72,6 +72,7 @@ def test_the_warm_up_is_not_looked_at() -> None:
 def test_a_regularizer_without_a_target_has_no_share_to_miss() -> None:
     history = [{name: x for name, x in row.items() if name != "expected_share"} for row in rows(300)]
     assert Health(10, history).signs == {}
+    assert Health(10, history[:150] + rows(300)[150:]).signs == {}, "nor one that has a target later"
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -10,6 +10,7 @@ import torch
 from test_checkpoints import stop_at_step
 from tiny_runs import QUIET, Stop, assert_same_weights, differences, history, tiny_recipe, weights
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from midskip import MidskipForCausalLM
 from midskip.cli import main
@@ -165,6 +166,18 @@ class Odd(LabelledData):
         self.training, self.validation = OddItems(num_items), OddItems(num_items)
 
 
+class Endless(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = (item for item in ())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Pairs(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = TensorDataset(torch.zeros(9, 8).long(), torch.zeros(9, 8).long())  # pyright: ignore[reportAttributeAccessIssue]
+
+
 ODD = {"data": {"length": 8, "settings": {}}}
 
 
@@ -188,7 +201,26 @@ def refused(recipe: Recipe, message: str, trainers: list[MidskipTrainer], **more
         ("pointers", {"settings": SETTINGS | {"num_training": 1}}, "There are 1 items to train on. Expected 2 or more"),
         ("no_such_module:Data", {}, "labelled data 'no_such_module:Data' cannot be loaded"),
         ("collections:Counter", {}, "expected a subclass of midskip.data.labelled.LabelledData"),
-        ("test_labelled:Odd", {"settings": {"num_items": 0}}, "has training 0. Expected 1 or more items"),
+        (
+            "test_labelled:Odd",
+            {"settings": {"num_items": 0}},
+            "has training 0. Expected 1 or more items",
+        ),
+        (
+            "test_labelled:Odd",
+            {"settings": {"num_ids": "5"}},
+            r"has vocab_size '5'. Expected a whole number \(int\), 1",
+        ),
+        (
+            "test_labelled:Endless",
+            {"settings": {}},
+            "has as training a generator, which has no length. Expected a map-style Dataset",
+        ),
+        (
+            "test_labelled:Pairs",
+            ODD["data"],
+            "training item 0 of Pairs is a tuple. Expected a dict with input_ids and labels",
+        ),
         (
             "test_labelled:Odd",
             {"settings": {"num_ids": 4}},

@@ -200,6 +200,14 @@ def test_text_comes_as_generate_writes_it_and_as_deep(
     assert blocks == [token.blocks for token in look(model, tokenizer, written).tokens]
 
 
+def test_it_ends_where_generate_does(model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Chat models name more ends of text in their generation_config than in their config."""
+    *_, (written, _) = stream(model, [3] * 5, 12, temperature=0)
+    model.generation_config.eos_token_id = [2, written[7]]
+    *_, (ended, _) = stream(model, [3] * 5, 12, temperature=0)
+    assert ended == written[: written.index(written[7], 5) + 1]
+
+
 def test_a_policy_that_looks_back_writes_too(model: MidskipForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = list(stream(model, [3] * 9, 5, temperature=0))
     monkeypatch.setattr(type(model.model.policy), "looks_back", True)

@@ -85,6 +85,23 @@ def test_folders_without_safetensors_are_refused(smollm2: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.json", "{"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "32"}'),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
+        ("model.safetensors.index.json", "{}"),
+        ("generation_config.json", "{"),
+    ],
+)
+def test_a_damaged_file_is_named(smollm2: Path, name: str, content: str) -> None:
+    (smollm2 / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read .*is it whole\? Fetch it again") as error:
+        pretrained(smollm2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "change, message",
     [
         ({"num_hidden_layers": 4}, r"9 missing in the files, among them model.layers.3.input_layernorm.weight"),

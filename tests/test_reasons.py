@@ -12,6 +12,7 @@ from torch import Tensor
 
 from midskip import MidskipForCausalLM
 from midskip.evaluate import evaluate
+from midskip.policies import Decision
 
 Make = Callable[..., MidskipForCausalLM]
 
@@ -51,6 +52,16 @@ def test_one_layer_is_changed_and_an_exchange_keeps_its_share(
     assert torch.equal(before_N, seen[0][1]) and 0 < count <= 0.1 * len(before_N) and loss != plain["loss"]
     left, came = (before_N & ~after_N).sum(), (after_N & ~before_N).sum()
     assert [left, came] == {"exchanged": [count] * 2, "skipped": [count, 0], "run": [0, count]}[half]
+
+
+def test_no_other_token_takes_a_skip_path(reasons: Any) -> None:
+    keep_N = torch.tensor([True, True, False, False] * 10)
+    path_N = torch.tensor([False, False, True, False] * 10)
+    given = Decision(keep_N, skip_path_N=path_N)
+    decision, count = reasons.exchange(given, True, True, torch.Generator().manual_seed(0))
+    came_N, left_N = decision.keep_N & ~keep_N, keep_N & ~decision.keep_N
+    assert count == came_N.sum() == left_N.sum() > 0 and (came_N & path_N).any()
+    assert torch.equal(decision.skip_path_N, path_N & ~came_N)
 
 
 def test_where_all_run_nothing_can_be_exchanged(

@@ -227,11 +227,15 @@ def depth_of_tokens(
 def passages(
     model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerBase | None, windows: Items, most: int = 4
 ) -> list[list[TokenDepth]]:
-    """`depth_of_tokens` of some windows, evenly spread."""
+    """`depth_of_tokens` of some windows, evenly spread: of each of `most` parts the first that is not all pads."""
     count, found = min(most, len(windows)), []
-    for number in range(count):
-        window = windows[number * len(windows) // count]
-        valid = window.get("attention_mask", torch.ones_like(window["input_ids"])).bool()
-        ids, positions = window["input_ids"][valid].tolist(), window.get("position_ids")
-        found.append(depth_of_tokens(model, tokenizer, ids, None if positions is None else positions[valid].tolist()))
+    for part in range(count):
+        for number in range(part * len(windows) // count, (part + 1) * len(windows) // count):
+            window = windows[number]
+            valid = window.get("attention_mask", torch.ones_like(window["input_ids"])).bool()
+            if valid.any():
+                ids, given = window["input_ids"][valid].tolist(), window.get("position_ids")
+                positions = None if given is None else given[valid].tolist()
+                found.append(depth_of_tokens(model, tokenizer, ids, positions))
+                break
     return found

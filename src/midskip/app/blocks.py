@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -228,8 +229,11 @@ def serve(session: Session, text: str, host: str, port: int | None, in_browser: 
     """Start to listen, and return the page and its address. Nothing is asked for from anywhere else."""
     font = ["sans-serif"]
     theme = gr.themes.Default(font=font, font_mono=["monospace"])  # system fonts  # pyright: ignore[reportPrivateImportUsage]
-    page = build(session, text)
     try:
+        # of another machine's address Gradio would try one port after the other
+        family, *_, own = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        socket.create_server(own[:2], family=family).close()
+        page = build(session, text)
         _, address, _ = page.launch(
             server_name=host, server_port=port, inbrowser=in_browser, share=False, prevent_thread_lock=True, quiet=True,
             footer_links=[], ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, show_error=True,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -51,8 +51,8 @@ def pretrained(
         source: a folder with `config.json` and safetensors files, a name on the Hugging Face Hub, or a `.gguf` file.
         policy, policy_settings, skipped_kv: as in `MidskipConfig`. `"keep"` leaves attention as it was trained: tokens
             that skip a layer still have a key and a value there.
-        dtype: of the weights, `torch.bfloat16` or `"bfloat16"`; by default, or with `"auto"`, that of the files, and
-            float32 for GGUF.
+        dtype: of the weights, `torch.bfloat16` or `"bfloat16"`; by default, or with `"auto"`, that in `config.json`, or
+            of the first weight if none is there, and float32 for GGUF.
         gguf_file: the name of a GGUF file in the folder or repository, which transformers reads and dequantizes.
         revision: branch, tag or commit on the hub.
         config_changes: other settings of `MidskipConfig`, such as `skip_unit` or `max_position_embeddings`.
@@ -72,7 +72,8 @@ def pretrained(
     if gguf_file is None:
         readers = _readers(folder, source)
         if (folder / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(folder)
+            with reading(folder / "generation_config.json"):
+                generation = GenerationConfig.from_pretrained(folder)
     else:
         if "rope_parameters" not in config_changes:
             _check_gguf(folder / gguf_file)
@@ -160,8 +161,11 @@ def _read_config(folder: Path, gguf_file: str | None, source: object) -> Any:
             others = sorted(path.name for path in folder.glob("*.gguf"))
             hint = f"; name one of its GGUF files as gguf_file: {', '.join(others)}" if others else ""
             raise ValueError(f"{source} has no config.json; expected a Hugging Face folder{hint}")
-        check_model_type(json.loads(file.read_text(encoding="utf-8")).get("model_type"), source)
-        theirs = AutoConfig.from_pretrained(folder)
+        with reading(file):
+            named = dict(json.loads(file.read_text(encoding="utf-8")))
+        check_model_type(named.get("model_type"), source)
+        with reading(file):
+            theirs = AutoConfig.from_pretrained(folder)
     check_model_type(theirs.model_type, source)
     return theirs
 
@@ -181,7 +185,8 @@ def _check_gguf(file: Path) -> None:
 
 def _readers(folder: Path, source: object) -> Readers:
     if (folder / _INDEX).is_file():
-        files = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        with reading(folder / _INDEX):
+            files = dict(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
     elif (folder / "model.safetensors").is_file():
         with _opened(folder / "model.safetensors") as saved:
             files = dict.fromkeys(saved.keys(), "model.safetensors")
@@ -204,11 +209,18 @@ def _read(file: Path, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    with reading(file), safe_open(file, framework="pt") as saved:
+        yield saved
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever goes wrong within is a ValueError that names the file."""
     try:
-        with safe_open(file, framework="pt") as saved:
-            yield saved
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read ({error}): is it whole? Fetch it again.") from None
+        yield
+    except Exception as error:  # of many kinds: of JSON, safetensors, transformers' checks of settings
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{file} cannot be read ({reason}): is it whole? Fetch it again.") from error
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from midskip.convert.load import reading
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
 
@@ -63,10 +64,12 @@ def from_pretrained(folder: str | Path, skipped_kv: str = "keep") -> MidskipForC
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no *.safetensors; convert other formats to safetensors first")
-    config = json.loads((folder / "config.json").read_text())
+    with reading(folder / "config.json"):
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     weights: dict[str, Tensor] = {}
     for file in files:
-        weights.update(load_file(file))
+        with reading(file):
+            weights.update(load_file(file))
     return from_state_dict({name.removeprefix("model."): x for name, x in weights.items()}, config, skipped_kv)
 
 

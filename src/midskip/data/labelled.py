@@ -100,6 +100,8 @@ class LabelledData:
 
     def _fingerprint(self, item: dict[str, Tensor], where: str) -> int:
         """A checksum of an item that was found to be whole."""
+        if not isinstance(item, Mapping):
+            raise DataError(f"The {where} is a {type(item).__name__}. Expected a dict with input_ids and labels.")
         if unknown := sorted(item.keys() - _LOWEST.keys()):
             raise DataError(f"The {where} has {', '.join(unknown)}. Expected {', '.join(_LOWEST)}; leave out the rest.")
         ends = {"input_ids": self.vocab_size, "labels": self.vocab_size, "group": MAX_GROUPS}
@@ -174,9 +176,14 @@ def build_labelled(source: str, settings: Mapping[str, Any]) -> LabelledData:
     data = kind(**settings)
     for name in ("vocab_size", "length", *SIDES):
         value = getattr(data, name, None)
+        if name in SIDES and value is not None and not hasattr(value, "__len__"):
+            raise DataError(
+                f"Labelled data {source!r} has as {name} a {type(value).__name__}, which has no length. Expected a "
+                "map-style Dataset or a list."
+            )
         number = len(value) if name in SIDES and value is not None else value
         lowest = {"vocab_size": 1, "length": 2}.get(name, 1)
         if not isinstance(number, int) or number < lowest:
-            what = f"{lowest} or more{' items' if name in SIDES else ''}"
-            raise DataError(f"Labelled data {source!r} has {name} {number}. Expected {what}; set it in the class.")
+            what = f"a whole number (int), {lowest} or more" if name not in SIDES else "1 or more items"
+            raise DataError(f"Labelled data {source!r} has {name} {number!r}. Expected {what}; set it in the class.")
     return data

@@ -39,7 +39,7 @@ def stream(
     room = model.config.max_position_embeddings
     if not 0 < len(ids) <= room:
         raise ValueError(f"the prompt has {len(ids)} tokens; expected 1 to {room}, which is what the model takes")
-    ends = model.config.eos_token_id
+    ends = model.generation_config.eos_token_id  # as `generate` has it: chat models list more there than in the config
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     looks_back = model.model.policy.looks_back  # then there is no cache, and each pass reads all anew
     generator = torch.Generator(model.device).manual_seed(seed)

@@ -107,20 +107,20 @@ def _gates(trial: Trial) -> None:
 def _problem(decision: Any, num_tokens: int) -> str:
     if not isinstance(decision, Decision):
         return f"decide returned {type(decision).__name__}; expected a Decision"
-    keep_N = decision.keep_N
-    if keep_N is not None and (keep_N.dtype != torch.bool or keep_N.shape != (num_tokens,)):
-        return f"keep_N is {keep_N.dtype} {list(keep_N.shape)}; expected torch.bool [{num_tokens}]"
-    if (path_N := decision.skip_path_N) is not None:
-        if path_N.dtype != torch.bool or path_N.shape != (num_tokens,):
-            return f"skip_path_N is {path_N.dtype} {list(path_N.shape)}; expected torch.bool [{num_tokens}]"
-        if (path_N if keep_N is None else path_N & keep_N).any():
-            return "skip_path_N is True for a token that is kept"
+    for name in ("keep_N", "skip_path_N", "output_gate_N", "key_gate_N"):
+        x_N, wants_bool = getattr(decision, name), name in ("keep_N", "skip_path_N")
+        dtypes = (torch.bool,) if wants_bool else (torch.float32, torch.float64)
+        if x_N is None or (isinstance(x_N, Tensor) and x_N.dtype in dtypes and x_N.shape == (num_tokens,)):
+            continue
+        form = f"{x_N.dtype} {list(x_N.shape)}" if isinstance(x_N, Tensor) else type(x_N).__name__
+        return f"{name} is {form}; expected {'torch.bool' if wants_bool else 'torch.float32 or float64'} [{num_tokens}]"
+    keep_N, path_N = decision.keep_N, decision.skip_path_N
+    if path_N is not None and (path_N if keep_N is None else path_N & keep_N).any():
+        return "skip_path_N is True for a token that is kept"
     for name in ("output_gate_N", "key_gate_N"):
         gate_N = getattr(decision, name)
         if gate_N is None:
             continue
-        if gate_N.dtype not in (torch.float32, torch.float64) or gate_N.shape != (num_tokens,):
-            return f"{name} is {gate_N.dtype} {list(gate_N.shape)}; expected torch.float32 or float64 [{num_tokens}]"
         kept_N = gate_N if keep_N is None else gate_N[keep_N]
         if not ((kept_N >= 0) & (kept_N <= 1)).all():
             return f"{name} reaches from {kept_N.min():.4g} to {kept_N.max():.4g} where kept; expected 0 to 1"

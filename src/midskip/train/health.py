@@ -57,7 +57,7 @@ class Health:
         ran, gates = (sum(sum(row[name]) for row in self._rows) for name in ("share_by_layer", "gate_mean_by_layer"))
         if gates < SMALLEST_GATE * ran:
             self._found("gates", f"the mean gate of the tokens that run sank to {gates / ran:.3f}")
-        if "expected_share" in row:
+        if all("expected_share" in row for row in self._rows):
             error = statistics.fmean(row["executed_share"] - row["expected_share"] for row in self._rows)
             if abs(error) > SHARE_ERROR:
                 self._found("share", f"the share of block-tokens that ran is off by {error:+.3f}")

@@ -111,7 +111,10 @@ class Profiler:
         def look(block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             if is_backward():
                 return
-            for sums_L, h_ND in zip(self._sums_2L, (arguments[0], output), strict=True):
+            goes_in, comes_out = arguments[-1] != "feed_forward", arguments[-1] != "attention"  # two calls by sublayer
+            for is_end, sums_L, h_ND in zip((goes_in, comes_out), self._sums_2L, (arguments[0], output), strict=True):
+                if not is_end:
+                    continue
                 norm_N = torch.linalg.vector_norm(h_ND.detach(), dim=-1, dtype=torch.float32).double()
                 count = norm_N.new_tensor(float(norm_N.numel()))
                 sums_L[layer].append(torch.stack([count, norm_N.sum(), norm_N.square().sum()]))
