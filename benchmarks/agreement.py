@@ -10,6 +10,7 @@ N tokens of the text, V vocabulary.
 """
 
 import argparse
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -29,14 +30,20 @@ from midskip.runs import load_run, to_json, write_atomically
 WINDOWS = 8  # of a pass
 
 
+def batches_of(model: MidskipForCausalLM, windows: Items) -> Iterator[dict[str, Tensor]]:
+    """What the model is given of them, pass by pass: their documents stay apart."""
+    for start in range(0, len(windows), WINDOWS):
+        batch = batch_of(windows, range(start, min(start + WINDOWS, len(windows))), model.device)
+        yield {name: x for name, x in batch.items() if name not in ("labels", "group")}
+
+
 @torch.no_grad()
 def layers_run(model: MidskipForCausalLM, windows: Items) -> tuple[Tensor, Tensor]:
     """int64 [N], the tokens of the text, and float64 [N], how many layers each of them ran."""
     tokens, layers = [], []
-    for start in range(0, len(windows), WINDOWS):
-        batch = batch_of(windows, range(start, min(start + WINDOWS, len(windows))), model.device)
+    for batch in batches_of(model, windows):
         tokens.append(batch["input_ids"].flatten())
-        layers.append(model(input_ids=batch["input_ids"], use_cache=False).executed.sum(0).flatten())
+        layers.append(model(**batch, use_cache=False).executed.sum(0).flatten())
     return torch.cat(tokens), torch.cat(layers).double()
 
 

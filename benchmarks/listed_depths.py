@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agreement import with_held_out_text
+from agreement import batches_of, with_held_out_text
 from torch import Tensor, nn
 
-from midskip.evaluate import batch_of
 from midskip.model.packing import PackedBatch
 from midskip.policies import Decision, Policy
 from midskip.runs import to_json, write_atomically
-
-WINDOWS = 8  # of a pass
 
 
 class ListedDepths(Policy):
@@ -61,9 +58,9 @@ def listed(run: Path) -> list[int]:
     model, windows = with_held_out_text(run)
     num_gates, size = (model.config.num_skip_units + 1) // 2, model.config.vocab_size
     passed_GV, seen_V = torch.zeros(num_gates, size), torch.zeros(size)
-    for start in range(0, len(windows), WINDOWS):
-        ids_BT = batch_of(windows, range(start, min(start + WINDOWS, len(windows))), model.device)["input_ids"]
-        ran_GN = model(input_ids=ids_BT, use_cache=False).executed[:num_gates].flatten(1).float()
+    for batch in batches_of(model, windows):
+        ids_BT = batch["input_ids"]
+        ran_GN = model(**batch, use_cache=False).executed[:num_gates].flatten(1).float()
         passed_GV.index_add_(1, ids_BT.flatten(), ran_GN)
         seen_V += torch.bincount(ids_BT.flatten(), minlength=size)
     return ((passed_GV >= 0.5 * seen_V) & (seen_V > 0)).sum(0).clamp(min=1).tolist()

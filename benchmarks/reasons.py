@@ -26,7 +26,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from agreement import mean_by_token
+from agreement import WINDOWS, batches_of, mean_by_token
 from rich.console import Console
 from torch import Tensor
 
@@ -38,7 +38,6 @@ from midskip.evaluate import batch_of, evaluate
 from midskip.policies import Decision
 from midskip.runs import load_any_run, to_json, write_atomically
 
-WINDOWS = 8  # of a pass
 MOST = 0.1  # of the tokens of a pass, that are exchanged
 LAST_PLACE = 8  # in a word, and all that come after
 HALVES = {"exchanged": (True, True), "skipped": (True, False), "run": (False, True)}
@@ -127,10 +126,8 @@ def gradients(model: MidskipForCausalLM, windows: Items) -> list[dict[str, float
 def constancy_and_norms(model: MidskipForCausalLM, windows: Items) -> dict[str, Any]:
     """How far the number of layers that a token runs differs at all, and norms by layer."""
     tokens, blocks, norms = [], [], []
-    for start in range(0, len(windows), WINDOWS):
-        batch = batch_of(windows, range(start, min(start + WINDOWS, len(windows))), model.device)
-        given = {name: x for name, x in batch.items() if name not in ("labels", "group")}
-        output = model(**given, output_hidden_states=True, use_cache=False)
+    for batch in batches_of(model, windows):
+        output = model(**batch, output_hidden_states=True, use_cache=False)
         tokens.append(batch["input_ids"].flatten())
         blocks.append(output.executed.sum(0).flatten())
         hidden = output.hidden_states[:-1]  # the last is after the norm
@@ -156,10 +153,8 @@ def by_place_in_word(model: MidskipForCausalLM, tokenizer: Any, windows: Items) 
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     blocks: dict[int, list[float]] = {}
     nats: dict[int, list[float]] = {}
-    for start in range(0, len(windows), WINDOWS):
-        batch = batch_of(windows, range(start, min(start + WINDOWS, len(windows))), model.device)
-        tokens_BT = batch["input_ids"]
-        output = model(input_ids=tokens_BT, use_cache=False)
+    for batch in batches_of(model, windows):
+        tokens_BT, output = batch["input_ids"], model(**batch, use_cache=False)
         blocks_BT = output.executed.sum(0)
         logits_BVT = output.logits.float().movedim(2, 1)
         nats_BT = torch.nn.functional.cross_entropy(logits_BVT[..., :-1], tokens_BT[:, 1:], reduction="none")
