@@ -15,7 +15,7 @@ def test_the_examples_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     depth = read_sweep("sweeps/pydocs-depth.yaml")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assert len(read_sweep("sweeps/pointers.yaml").runs({})) == 3 * 43
-    assert {point.num_runs() for point in read_sweep("sweeps/pointers-tuned.yaml").points} == {3 + 4}
+    assert {point.num_runs() for point in read_sweep("sweeps/pointers-tuned.yaml").points} == {5 + 4}
     in_bytes = read_sweep("sweeps/bytes.yaml").points  # whose learning rates stand above its arms
     dense = [point for point in in_bytes if point.arm in ("dense", "dense, d 96", "dense, d 48")]
     assert all(point.num_runs() == 3 + 2 for point in dense) and len(dense) == 9, "the opponent is tuned at each"
