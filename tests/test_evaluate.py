@@ -246,7 +246,6 @@ def test_a_hopeless_model_has_a_finite_perplexity(make_model: MakeModel, tokeniz
 # Depth by token
 
 
-@torch.no_grad()
 def test_passages_are_of_windows_that_have_tokens(
     model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast, windows: TokenWindows
 ) -> None:
@@ -256,6 +255,7 @@ def test_passages_are_of_windows_that_have_tokens(
     assert len(passages(model, tokenizer, [pads, *whole, pads])) == 2
 
 
+@torch.no_grad()
 def test_depth_of_tokens_is_that_of_the_gates(
     model: MidskipForCausalLM, tokenizer: PreTrainedTokenizerFast, windows: TokenWindows
 ) -> None:

@@ -158,7 +158,7 @@ class _Curve:
             raise ValueError(
                 f"the text to calibrate on has {self.num_tokens} tokens; expected at least "
                 f"{FEWEST_BLOCKS * self.block_tokens}, {FEWEST_BLOCKS} blocks of {self.block_tokens}: give more text, "
-                "or a larger --max_tokens"
+                "or, to `midskip calibrate`, a larger --max_tokens"
             )
         loss_N, blocks_N, position_N = torch.cat(batches, 1)
         buckets = [bucket_of(position) for position in range(self.model.config.max_position_embeddings)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -209,16 +209,17 @@ def _read(file: Path, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    with reading(file), safe_open(file, framework="pt") as saved:
+    with reading(file, SafetensorError), safe_open(file, framework="pt") as saved:  # to run out of memory is no damage
         yield saved
 
 
 @contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Whatever goes wrong within is a ValueError that names the file."""
+def reading(file: Path, kind: type[Exception] = Exception) -> Iterator[None]:
+    """An error of that kind becomes a ValueError that names the file. By default all do: JSON, transformers' checks of
+    settings and its loaders each raise their own."""
     try:
         yield
-    except Exception as error:  # of many kinds: of JSON, safetensors, transformers' checks of settings
+    except kind as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{file} cannot be read ({reason}): is it whole? Fetch it again.") from error
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def from_pretrained(folder: str | Path, skipped_kv: str = "keep") -> MidskipForC
         config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     weights: dict[str, Tensor] = {}
     for file in files:
-        with reading(file):
+        with reading(file, SafetensorError):
             weights.update(load_file(file))
     return from_state_dict({name.removeprefix("model."): x for name, x in weights.items()}, config, skipped_kv)
 

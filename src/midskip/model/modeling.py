@@ -337,7 +337,7 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         scored_N = target_N != IGNORED
         if observes:
             if num_items is not None:
-                policy.warn_of_trainer()
+                policy.warn_of_plain_trainer()
             policy.observe(packed.state, nats_N.detach(), scored_N)
             auxiliary_loss = policy.objective(packed.state, nats_N.detach(), scored_N, asked_nats_M)
         loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)

@@ -113,8 +113,8 @@ class Policy(nn.Module):
         has_skip_paths: whether the model has any; set by the model.
         has_linear_gates: whether `set_linear_gate` can be used, as a fit in closed form does.
         closed_layers: layers that no token ever runs, under no limits either: a cache holds no keys there.
-        learns_apart: whether training changes it beside the gradient of the cross-entropy, by `absorb` or `objective`,
-            which transformers' Trainer leaves out; by default whether the class has either.
+        needs_midskip_trainer: whether it is trained by `absorb` or `objective`, which transformers' Trainer leaves out;
+            by default whether its class defines either.
         needs_target_share: whether no gradient opens or closes its gates, so that the regularizer target_share has to.
         gate_of_layer: for each layer the index of the gate that it goes by, whose share of tokens a regularizer may
             set through `bias`; None where it may not. By default there is none. A policy that has some also has
@@ -137,7 +137,7 @@ class Policy(nn.Module):
         self.has_linear_gates, self.open_bias = False, 0.0
         self.closed_layers: frozenset[int] = frozenset()
         own = type(self)
-        self.learns_apart = own.absorb is not Policy.absorb or own.objective is not Policy.objective
+        self.needs_midskip_trainer = own.absorb is not Policy.absorb or own.objective is not Policy.objective
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Set the starting values of the policy's own parameters and buffers, through `init` (`torch.nn.init`, or
@@ -218,9 +218,10 @@ class Policy(nn.Module):
             "none"
         )
 
-    def warn_of_trainer(self) -> None:
-        """Called in a training pass that gives `num_items_in_batch`, as transformers' Trainer does."""
-        if self.learns_apart:
+    def warn_of_plain_trainer(self) -> None:
+        """Warn if this policy `needs_midskip_trainer`. The model calls it in a training pass that was given
+        `num_items_in_batch`, which tells transformers' Trainer from `MidskipTrainer`."""
+        if self.needs_midskip_trainer:
             warnings.warn(
                 f"transformers' Trainer trains the cross-entropy alone: what the policy {type(self).__name__} learns "
                 "beside it stays as it is. `midskip train` trains both",

@@ -75,7 +75,6 @@ class Redrawn(MiddleOut):
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02, redraw_steps: int = 10):
         super().__init__(num_layers, width, initializer_range, gates="hard")
         self.redraw_steps, self.num_steps = redraw_steps, nn.Buffer(torch.tensor(0))
-        self.learns_apart = True
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         super().reset_parameters(init)

@@ -62,7 +62,7 @@ class EarlyExit(ScoredPolicy):
         check_counts(first_tokens=first_tokens)
         self.exit_share, self.first_tokens = exit_share, first_tokens
         self.layer_dropout = layer_dropout
-        self.needs_target_share = self.learns_apart = self.predicts
+        self.needs_target_share = self.needs_midskip_trainer = self.predicts
         self.num_steps = nn.Buffer(torch.tensor(0))
         self.mean_L = nn.Buffer(torch.zeros(num_layers)) if self.predicts else None
         self._new: Tensor | None = None  # sum and count of exit losses in passes not absorbed yet

@@ -87,7 +87,8 @@ class MiddleOut(Policy):
         self.open_bias = hard_bias if self.is_hard else SOFT_OPEN_SCORE / self.num_gates
         self.needs_target_share = self.is_hard and scores not in BY_STATES
         self.difficulty = Difficulty() if self.is_hard and scores == "difficulty" else None
-        self.learns_apart = self.difficulty is not None
+        if type(self).absorb is MiddleOut.absorb:  # which is for `difficulty` alone
+            self.needs_midskip_trainer = self.difficulty is not None
         self.weight = None if self.needs_target_share else nn.Parameter(torch.empty(self.num_gates, width))
         self.bias = nn.Parameter(torch.empty(self.num_gates), requires_grad=not self.needs_target_share)
 

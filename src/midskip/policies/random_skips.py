@@ -54,7 +54,7 @@ class RandomSkips(Policy):
         if by not in DRAWN_BY:
             raise ValueError(f"by is {by!r}; expected one of {', '.join(map(repr, DRAWN_BY))}")
         self.kind, self.redraw, self.by, self.is_mirrored = kind, redraw, by, kind == "middle_out"
-        self.learns_apart = redraw
+        self.needs_midskip_trainer = redraw
         self.num_steps = nn.Buffer(torch.tensor(0))
         if shares is not None:
             self.present = _checked(shares, num_layers)

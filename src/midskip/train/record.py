@@ -111,12 +111,16 @@ class Profiler:
         def look(block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             if is_backward():
                 return
-            goes_in, comes_out = arguments[-1] != "feed_forward", arguments[-1] != "attention"  # two calls by sublayer
-            for is_end, sums_L, h_ND in zip((goes_in, comes_out), self._sums_2L, (arguments[0], output), strict=True):
-                if not is_end:
-                    continue
-                norm_N = torch.linalg.vector_norm(h_ND.detach(), dim=-1, dtype=torch.float32).double()
-                count = norm_N.new_tensor(float(norm_N.numel()))
-                sums_L[layer].append(torch.stack([count, norm_N.sum(), norm_N.square().sum()]))
+            part, (sums_in_L, sums_out_L) = arguments[-1], self._sums_2L
+            if part != "feed_forward":  # where sublayers skip apart the block is called for each: attention first,
+                sums_in_L[layer].append(_sums_of_norms(arguments[0]))
+            if part != "attention":  # and feed-forward last
+                sums_out_L[layer].append(_sums_of_norms(output))
 
         return look
+
+
+def _sums_of_norms(h_ND: Tensor) -> Tensor:
+    """float64 [3], over the N tokens."""
+    norm_N = torch.linalg.vector_norm(h_ND.detach(), dim=-1, dtype=torch.float32).double()
+    return torch.stack([norm_N.new_tensor(float(norm_N.numel())), norm_N.sum(), norm_N.square().sum()])
