@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from learning import KV, RUNS, budget, prepared, run_folder, run_one
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from midskip.bench.results import machine
 from midskip.evaluate import batch_of
@@ -44,16 +44,14 @@ class Fresh(MiddleOut):
         imposed_N: int64 [N], gates that each token of the next pass runs; None: as drawn.
     """
 
+    counts_steps = True
+
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02):
         super().__init__(num_layers, width, initializer_range, gates="hard")
-        self.num_steps = nn.Buffer(torch.tensor(0))
         self.imposed_N: Tensor | None = None
 
     def priority(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
         return drawn(torch.arange(len(token_N), device=token_N.device), previous_N, int(self.num_steps))
-
-    def absorb(self) -> None:
-        self.num_steps += 1
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], layout: PackedBatch) -> Decision:
         if self.imposed_N is None:

@@ -21,10 +21,12 @@ from transformers import AutoTokenizer
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.bench.results import machine
-from midskip.evaluate import evaluate, everything_run
+from midskip.budget.monitor import limits_kept
+from midskip.card import RETROFIT_FILE
+from midskip.evaluate import evaluate
 from midskip.report import comparison_table
 from midskip.retrofit import RetrofitSettings
-from midskip.retrofit.run import REPORT, Texts
+from midskip.retrofit.run import Texts
 from midskip.runs import to_json
 
 NOT_KEPT = ("model", "data", "validation", "output")  # names of files
@@ -47,7 +49,7 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine(), "retrofits": defaultdict(list)}
     for name, places in folders.items():
         for place in places:
-            report = json.loads(Path(place, REPORT).read_text(encoding="utf-8"))
+            report = json.loads(Path(place, RETROFIT_FILE).read_text(encoding="utf-8"))
             kept = {key: value for key, value in report["settings"].items() if key not in NOT_KEPT}
             found["retrofits"][name].append({"settings": kept, "stages": report["stages"]})
     if options.random:
@@ -122,13 +124,13 @@ def draw(lines: dict[str, dict[str, list[Points]]], path: Path) -> None:
 
 def random_rows(folder: Path) -> list[dict[str, Any]]:
     """Loss above that of budget 1.0 when as many block-tokens are skipped at random, first and last layers run."""
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    report = json.loads((folder / RETROFIT_FILE).read_text(encoding="utf-8"))
     settings = RetrofitSettings(**report["settings"])
     config = MidskipConfig.from_pretrained(folder)
     texts = Texts(settings, AutoTokenizer.from_pretrained(folder), config.max_position_embeddings, Console(stderr=True))
     whole = MidskipForCausalLM.from_pretrained(folder).eval()
     rows = []
-    with everything_run(whole):
+    with limits_kept(whole, 0.0):
         losses = {name: evaluate(whole, windows)["loss"] for name, windows in texts.held_out.items()}
     for share in settings.trained_shares(config.num_skip_units):
         random = {"policy": "random", "policy_settings": {"share": share, "outer": settings.outer}}

@@ -17,32 +17,25 @@ from midskip.policies import Decision, Policy
 
 
 class WordEnds(Policy):
-    """The first and the last `outer` layers run for every byte. Those between run for the first byte of a text and, by
-    `at`, for each byte that is in no word and follows one that is (`"end"`), or for each byte in a word that follows
-    one that is not (`"start"`), which are as many. The letters and digits of ASCII are in words, and all bytes that are
-    not ASCII.
+    """The first and the last `outer` layers run for every byte. Those between run for the first byte of a text and for
+    each byte that is in no word and follows one that is. The letters and digits of ASCII are in words, and all bytes
+    that are not ASCII.
 
     Args:
         outer: layers at each end, at least 1 and fewer than half of all.
-        at: `"end"` or `"start"`.
     """
 
-    def __init__(
-        self, num_layers: int, width: int, initializer_range: float = 0.02, outer: int = 1, at: str = "end"
-    ):  # fmt: skip
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02, outer: int = 1):
         super().__init__(num_layers, width, initializer_range)
         if not 1 <= outer < num_layers / 2:
             raise ValueError(f"outer is {outer!r}; expected 1 or more, and fewer than half of {num_layers} layers")
-        if at not in ("end", "start"):
-            raise ValueError(f"at is {at!r}; expected 'end' or 'start'")
-        self.inner_layers, self.at = range(outer, num_layers - outer), at
+        self.inner_layers = range(outer, num_layers - outer)
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         if layer == 0:
             assert batch.token_N is not None
-            this_N, before_N = in_word(batch.token_N), in_word(batch.previous_token_N)
-            once_N = before_N & ~this_N if self.at == "end" else this_N & ~before_N
-            state["inner"] = Decision(once_N | (batch.previous_token_N < 0))
+            ends_N = in_word(batch.previous_token_N) & ~in_word(batch.token_N)
+            state["inner"] = Decision(ends_N | (batch.previous_token_N < 0))
             batch.count([state["inner"].keep_N])
         return state["inner"] if layer in self.inner_layers else Decision()
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import midskip
+from midskip.budget.calibrate import calibrate
 from midskip.data import encode_documents, token_bytes
 from midskip.data.batches import TokenWindows
 from midskip.evaluate import evaluate
@@ -126,6 +127,7 @@ def test_tasks_run_under_budgets(saved_model: Path, samples: object, tmp_path: P
     )
     model = MidskipForCausalLM.from_pretrained(saved_model)
     tokenizer = AutoTokenizer.from_pretrained(saved_model)
+    calibrate(model, TokenWindows(encode_documents(tokenizer, TEXTS * 8), 32), rule="share")
     rows = evaluate_tasks(model, tokenizer, ["choice"], [None, 1.0], include_path=tmp_path)
     assert [row["budget"] for row in rows] == [None, 1.0] and rows[1]["executed_share"] == 1
     assert rows[0]["executed_share"] < 1 and 0 <= rows[0]["results"]["choice"]["acc,none"] <= 1

@@ -29,6 +29,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "soft gates": {},
     "hard gates": {"policy_settings": {"gates": "hard"}},
 }
+LAYER_DROPOUT = {"policy": "early_exit", "policy_settings": {"scores": "straight_through", "layer_dropout": 0.2}}
 CHECKPOINTING = {"activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing")
                  else "gradient_checkpointing": True}  # fmt: skip
 
@@ -56,7 +57,7 @@ def fit(
             "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "per_device_eval_batch_size": 5,
         }  # fmt: skip
         trainer = Trainer(
-            make_model(vocab_size=320, **POLICIES.get(policy, {"policy": policy})),
+            make_model(vocab_size=320, **(POLICIES | {"layer dropout": LAYER_DROPOUT}).get(policy, {"policy": policy})),
             TrainingArguments(str(tmp_path / "run"), per_device_train_batch_size=batch_size, **(settings | more)),
             train_dataset=rows,  # pyright: ignore[reportArgumentType]
             eval_dataset=rows,  # pyright: ignore[reportArgumentType]
@@ -130,10 +131,10 @@ def test_predictions_are_logits_alone(fit: Callable[..., Trainer], rows: list[An
     assert torch.allclose(torch.as_tensor(found.predictions[:1, : LENGTHS[0]]), logits_1TV, atol=1e-9)
 
 
-@pytest.mark.parametrize("policy", ["mixture_of_depths", "reinforce", "early_exit", "random"])
+@pytest.mark.parametrize("policy", ["mixture_of_depths", "reinforce", "early_exit", "layer dropout", "random"])
 def test_what_stays_untrained_is_told(fit: Callable[..., Trainer], policy: str) -> None:
     """Of the others nothing is said: a warning ends a test."""
-    with pytest.warns(UserWarning, match="learns beside it stays as it is"):
+    with pytest.warns(UserWarning, match="learns beside it, .* stays as it is"):
         fit(policy, 4, max_steps=1)
 
 

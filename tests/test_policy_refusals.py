@@ -36,7 +36,7 @@ GIVEN = {"static": {"share": 0.5}, "mixture_of_depths": {"capacity": 0.5}, "rein
             "exit_loss is 0.1, of scores 'predicted_loss'",
         ),
         ("early_exit", {"exit_share": 0}, "exit_share is 0; expected a number above 0"),
-        ("early_exit", {"exit_share": None}, "exit_share is None; expected a number from 0 to 1"),
+        ("early_exit", {"exit_share": None}, "exit_share is None; expected a number above 0 and up to 1"),
         ("early_exit", {"scores": "predicted_loss", "exit_loss": [1]}, r"exit_loss is \[1\]; expected a number"),
         ("early_exit", {"layer_dropout": "much"}, "layer_dropout is 'much'; expected a number from 0 to 1"),
         ("early_exit", {"layer_dropout": 2}, "layer_dropout is 2; expected a number from 0 to 1"),

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tiny_runs import QUIET, write_documents
 
 from midskip import MidskipConfig, MidskipForCausalLM
+from midskip.budget.monitor import limits_kept
 from midskip.cli import main
 from midskip.convert import to_transformers
 from midskip.data import load_tokenizer
-from midskip.evaluate import everything_run
 from midskip.retrofit import RetrofitSettings, retrofit
 from midskip.retrofit.distil import Distiller
 from midskip.retrofit.learning import TRAINABLE, learning
@@ -234,7 +234,7 @@ def test_routers_learn_unless_layers_are_left_out_for_all(dense: Path, choice: s
 def test_the_original_stays_at_hand_while_others_learn(make_model: Make, what: str) -> None:
     model = make_model(policy="independent", norms="pre", skipped_kv="keep", skip_path="linear", vocab_size=64)
     ids = torch.randint(64, (2, 12))
-    with everything_run(model):
+    with limits_kept(model, 0.0):
         whole = model(ids).logits
     with learning(model, what, lora_rank=2) as original:
         for parameter in model.parameters():

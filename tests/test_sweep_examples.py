@@ -18,7 +18,7 @@ def test_the_examples_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {point.num_runs() for point in read_sweep("sweeps/pointers-tuned.yaml").points} == {5 + 4}
     in_bytes = read_sweep("sweeps/bytes.yaml").points  # whose learning rates stand above its arms
     dense = [point for point in in_bytes if point.arm in ("dense", "dense, d 96", "dense, d 48")]
-    assert all(point.num_runs() == 3 + 2 for point in dense) and len(dense) == 9, "the opponent is tuned at each"
+    assert all(point.num_runs() == 3 + 2 for point in dense) and len(dense) == 8, "the opponent is tuned at each"
     assert {len(point.learning_rates) for point in in_bytes} == {0, 3}
     assert {len(point.learning_rates) for point in read_sweep("sweeps/paper.yaml").points} == {0}
     assert len(read_sweep("sweeps/longer.yaml").runs({})) == 3 * 3

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -23,17 +22,9 @@ from midskip.data.progress import progress_bar
 from midskip.distributed import rank_and_world_size, sum_over_ranks
 from midskip.groups import add_groups, group_sizes, results_by_group
 from midskip.look import look
-from midskip.model.loss import IGNORED, cross_entropy
+from midskip.model.loss import IGNORED, cross_entropy, next_targets
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import TokenDepth
-
-
-@contextmanager
-def everything_run(model: MidskipForCausalLM) -> Iterator[MidskipForCausalLM]:
-    """The model, in which every token now runs every layer."""
-    with limits_kept(model):
-        model.model.policy.set_limits(0.0)
-        yield model
 
 
 @contextmanager
@@ -147,8 +138,7 @@ class _Sums:
     ) -> None:  # fmt: skip
         valid_BT = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         position_BT = valid_BT.long().cumsum(1) - 1 if position_ids is None else position_ids
-        next_BT = F.pad(torch.where(valid_BT, labels_BT, IGNORED)[:, 1:], (0, 1), value=IGNORED)
-        target_N = torch.where(valid_BT, next_BT, IGNORED).flatten()
+        target_N = next_targets(labels_BT, valid_BT).flatten()
         scored_N = target_N != IGNORED
         loss_N = cross_entropy(logits_BTV.flatten(0, 1), target_N).double()
         correct_N = logits_BTV.argmax(-1).flatten() == target_N

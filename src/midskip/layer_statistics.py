@@ -3,7 +3,7 @@
 Letters in tensor names: L layers, B sequences, T positions, D width; 3 is (count, sum, sum of squares).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -53,32 +53,6 @@ class LayerStatistics:
         sums_3L = torch.stack([count_L, values_LBT.sum((1, 2)), values_LBT.square().sum((1, 2))])
         self.add_sums({name: sums_3L})
 
-    def add_gates(
-        self,
-        gates_LBT: Tensor,
-        depth_scores_LBT: Tensor | None = None,
-        hidden_LBTD: Tensor | Sequence[Tensor] | None = None,
-        valid_BT: Tensor | None = None,
-    ) -> None:
-        """Counts in what the released code of arXiv 2506.21103 measures, of one batch.
-
-        Args:
-            gates_LBT: gates in [0, 1], [L, B, T]. Added as "gate", and as "skipped": 1 where the gate is
-                exactly 0, else 0, so that 1 - mean is the share of tokens present. (There: gates, zeros.)
-            depth_scores_LBT: [ceil(L / 2), B, T], of the layers that have one. Added as "depth_score".
-                (There: masks.)
-            hidden_LBTD: hidden states after each block, [L, B, T, D] or L tensors [B, T, D]. Their Euclidean
-                norms are added as "hidden_norm". (There: resid_l2_norm.)
-            valid_BT: as in `add`, which says the errors too.
-        """
-        self.add("gate", gates_LBT, valid_BT)
-        self.add("skipped", gates_LBT == 0, valid_BT)
-        if depth_scores_LBT is not None:
-            self.add("depth_score", depth_scores_LBT, valid_BT)
-        if hidden_LBTD is not None:
-            norms = [torch.linalg.vector_norm(h_BTD, dim=-1, dtype=torch.float32) for h_BTD in hidden_LBTD]
-            self.add("hidden_norm", torch.stack(norms), valid_BT)
-
     def sums(self) -> dict[str, Tensor]:
         """A copy of the sums: float64 [3, L] by name, in the order in which the names first came."""
         return {name: sums_3L.clone() for name, sums_3L in self._sums_3L.items()}
@@ -100,22 +74,6 @@ class LayerStatistics:
         """Population variance by layer, float64 [L]. ValueError as for `mean`."""
         mean_L, mean_square_L = self._moments(name)
         return (mean_square_L - mean_L.square()).clamp(min=0)  # the difference of equals may round to below 0
-
-    def standard_deviation(self, name: str) -> Tensor:
-        """Square root of the variance by layer, float64 [L]. ValueError as for `mean`."""
-        return self.variance(name).sqrt()
-
-    def overall_mean(self, name: str) -> Tensor:
-        """Average over layers of `mean`, which is the mean of all values; float64 scalar."""
-        return self.mean(name).mean()
-
-    def overall_variance(self, name: str) -> Tensor:
-        """Average over layers of `variance`: the spread within layers, not between them; float64 scalar."""
-        return self.variance(name).mean()
-
-    def overall_standard_deviation(self, name: str) -> Tensor:
-        """Average over layers of `standard_deviation`, not the root of `overall_variance`; float64 scalar."""
-        return self.standard_deviation(name).mean()
 
     def _moments(self, name: str) -> tuple[Tensor, Tensor]:
         if name not in self._sums_3L:

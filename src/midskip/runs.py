@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from midskip.card import RECIPE_FILE as RECIPE_FILE
 from midskip.card import REPORT_FILE as REPORT_FILE
@@ -22,7 +23,6 @@ from midskip.model.modeling import MidskipForCausalLM
 PICTURE_FILE, PAGE_FILE = "picture.png", "page.html"
 BEST_FOLDER, BEST_FILE = "best", "evaluation.json"  # the model that evaluated best in training, and how
 PART_FOLDER = "save.part"  # in a folder to which a model is being saved
-EVALUATED_FILE = "evaluated.json"  # the last evaluation by `midskip evaluate`
 
 
 def to_json(values: Any) -> str:
@@ -38,6 +38,17 @@ def write_atomically(path: Path, text: str) -> None:
     with errors_of_the_system(path):
         part.write_text(text, encoding="utf-8")
         part.replace(path)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """transformers says nothing of weights that are in no file and begin at random, as routers and skip paths do."""
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
 
 
 def save_whole(

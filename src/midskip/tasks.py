@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from midskip.budget.monitor import limits_kept
 from midskip.cost import meter
-from midskip.evaluate import everything_run
 from midskip.model.modeling import MidskipForCausalLM
 
 
@@ -46,7 +45,7 @@ def evaluate_tasks(
 
     Args:
         tasks: by lm_eval's names.
-        budgets: shares of block-tokens that may run; at 1.0 every token runs every block. By default as trained.
+        budgets: as `set_budget` takes them, None for as trained, which is the default.
         include_path: a folder with tasks of your own, as YAML.
         limit: documents of each task; all by default.
         batch_size: of lm_eval.
@@ -62,8 +61,8 @@ def evaluate_tasks(
     wrapped = importlib.import_module("lm_eval.models.huggingface").HFLM
     rows = []
     for budget in budgets or [None]:
-        with everything_run(model) if budget == 1.0 else limits_kept(model):
-            if budget not in (None, 1.0):
+        with limits_kept(model):
+            if budget is not None:
                 model.set_budget(budget)
             with meter(model) as work:
                 found = importlib.import_module("lm_eval").simple_evaluate(

@@ -7,9 +7,10 @@ from midskip.lazy import lazy_names
 
 if TYPE_CHECKING:
     from midskip.bench.agree import DisagreementError
-    from midskip.bench.run import BENCH_FILE, BENCH_PICTURE_FILE, bench, bench_run
+    from midskip.bench.run import BENCH_PICTURE_FILE, bench, bench_run
     from midskip.bench.settings import BenchSettings, run_settings
     from midskip.bench.trainer import last_regularizer
+    from midskip.card import BENCH_FILE
 
 __all__ = [
     "BENCH_FILE",
@@ -26,7 +27,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "BENCH_FILE": "midskip.bench.run",
+        "BENCH_FILE": "midskip.card",
         "BENCH_PICTURE_FILE": "midskip.bench.run",
         "BenchSettings": "midskip.bench.settings",
         "DisagreementError": "midskip.bench.agree",

@@ -125,11 +125,6 @@ class Energy:
     gross_joules: float
     duration_s: float
 
-    def __add__(self, other: Energy) -> Energy:
-        return Energy(
-            self.joules + other.joules, self.gross_joules + other.gross_joules, self.duration_s + other.duration_s
-        )
-
 
 class EnergyMeter:
     """Reads the energy of work: of the processor, and of the GPUs that are named.

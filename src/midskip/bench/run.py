@@ -29,9 +29,10 @@ from midskip.bench.table import case_table
 from midskip.bench.tasks import Decode, Prefill, Products, Task, Training
 from midskip.bench.timing import WARM_UP_TURNS, Clock
 from midskip.bench.trainer import TrainerSteps
-from midskip.budget.calibrate import Windows
 from midskip.budget.measured_on import hashes_of
 from midskip.budget.monitor import not_live
+from midskip.card import BENCH_FILE
+from midskip.data.labelled import Items
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
@@ -39,7 +40,7 @@ from midskip.report.speed import write_speed_picture
 from midskip.report.tokens import visible
 from midskip.runs import to_json, write_atomically
 
-BENCH_FILE, BENCH_PICTURE_FILE = "bench.json", "bench.png"
+BENCH_PICTURE_FILE = "bench.png"
 ENERGY_ROUNDS = 3
 WIDTH = 140  # of tables that go to a file
 
@@ -81,7 +82,7 @@ def bench(settings: BenchSettings, output: str | Path = "runs/bench", console: C
 
 
 def bench_run(
-    settings: BenchSettings, model: MidskipForCausalLM, windows: Windows, output: str | Path = "runs/bench",
+    settings: BenchSettings, model: MidskipForCausalLM, windows: Items, output: str | Path = "runs/bench",
     console: Console | None = None, regularizer: Regularizer | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The same with the learned gates of a trained model, on text: against the model with nothing skipped, and Llama.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 WARM_UP_TURNS = 1
@@ -56,10 +56,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     """The value that `share` of all lie below, between two of them in proportion."""
     if not values or not 0 <= share <= 1:
         raise ValueError(f"asked for the quantile {share} of {len(values)} values; expected 0 to 1 of at least one")
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+    return float(np.quantile(values, share))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

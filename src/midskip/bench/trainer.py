@@ -30,7 +30,7 @@ from midskip.policies import Policy
 from midskip.regularizers import Regularizer
 from midskip.runs import RECIPE_FILE
 from midskip.train.arguments import training_arguments
-from midskip.train.checkpoints import REGULARIZER_FILE, checkpoints_in, fault_of, step_of
+from midskip.train.checkpoints import REGULARIZER_FILE, find_checkpoint
 from midskip.train.optimizer import build_optimizer
 from midskip.train.recipe import TrainingSettings
 from midskip.train.saved import read_saved_recipe
@@ -48,13 +48,13 @@ def last_regularizer(run: Path, trust: Collection[str] = ()) -> Regularizer | No
     Raises:
         ValueError: it is from another module, and no installed package offers it.
     """
-    whole = [checkpoint for checkpoint in checkpoints_in(run) if fault_of(checkpoint) is None]
-    if not whole or not (run / RECIPE_FILE).is_file():
+    checkpoint, _ = find_checkpoint(run)
+    if checkpoint is None or not (run / RECIPE_FILE).is_file():
         return None
     recipe = read_saved_recipe(run / RECIPE_FILE)
     check_saved(recipe.regularizer.name, "regularizer", trust, f"the recipe in {str(run)!r}")
     regularizer = recipe.build_regularizer()
-    state = (max(whole, key=step_of) / REGULARIZER_FILE).read_text(encoding="utf-8")
+    state = (checkpoint / REGULARIZER_FILE).read_text(encoding="utf-8")
     regularizer.load_state_dict(json.loads(state))
     return regularizer
 

@@ -22,6 +22,7 @@ from midskip.data.labelled import Items
 from midskip.distributed import rank_and_world_size
 from midskip.evaluate import evaluate
 from midskip.model.modeling import MidskipForCausalLM
+from midskip.names import one_of
 from midskip.runs import write_atomically
 
 CLOSE = 0.01  # scales that differ by no more than this part of them are not told apart
@@ -30,11 +31,9 @@ LARGEST_SCALE = 2.0**20
 FLAT = 0.01  # a share that is above that at the largest scale by no more than this does not change any more
 FEWEST_BLOCKS = 8  # for a standard deviation
 
-Windows = Items  # `TokenWindows`, a list of windows, ...
-
 
 def calibrate(
-    model: MidskipForCausalLM, windows: Windows, text: str = "", *, rule: str | None = None, lowest: float = 0.1,
+    model: MidskipForCausalLM, windows: Items, text: str = "", *, rule: str | None = None, lowest: float = 0.1,
     block_tokens: int = 256, batch_size: int = 8, progress: bool = False,
 ) -> Calibration:  # fmt: skip
     """Measure share and loss at scales of the scores from 0 up, and write the curve into `model.config.calibration`.
@@ -94,8 +93,7 @@ def check_settings(model: MidskipForCausalLM, lowest: float = 0.1, block_tokens:
         raise ValueError(f"lowest is {lowest!r}; expected a share of the blocks between 0 and 1")
     if block_tokens < 1:
         raise ValueError(f"block_tokens is {block_tokens!r}; expected at least 1")
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(map(repr, RULES))}")
+    one_of("rule", rule, RULES)
     if rank_and_world_size()[1] > 1:
         raise ValueError("calibration runs in one process, and there are several: start it without torchrun")
 
@@ -120,7 +118,7 @@ def check_writable(folder: str | Path) -> None:
         ) from error
 
 
-def thinned(windows: TokenWindows, max_tokens: int) -> Windows:
+def thinned(windows: TokenWindows, max_tokens: int) -> Items:
     """As many of the windows, evenly spaced, as hold about `max_tokens`; all if they hold no more."""
     every = -(-len(windows) * windows.length // max_tokens)
     return windows if every <= 1 else [windows[number] for number in range(0, len(windows), every)]
@@ -130,7 +128,7 @@ class _Curve:
     """The points measured, by scale."""
 
     def __init__(
-        self, model: MidskipForCausalLM, windows: Windows, lowest: float, block_tokens: int, batch_size: int,
+        self, model: MidskipForCausalLM, windows: Items, lowest: float, block_tokens: int, batch_size: int,
         progress: bool,
     ):  # fmt: skip
         self.model, self.windows, self.lowest, self.block_tokens = model, windows, lowest, block_tokens
@@ -227,7 +225,7 @@ def scales_for(model: MidskipForCausalLM, budgets: Sequence[float]) -> tuple[Cal
 
 
 def loss_by_budget(
-    model: MidskipForCausalLM, windows: Windows, budgets: Sequence[float], batch_size: int = 8, progress: bool = False
+    model: MidskipForCausalLM, windows: Items, budgets: Sequence[float], batch_size: int = 8, progress: bool = False
 ) -> list[dict[str, Any]]:
     """Share and loss on a text at each budget, beside those on the text that the model was calibrated on.
 
@@ -244,8 +242,7 @@ def loss_by_budget(
     calibration, score_scales = scales_for(model, budgets)
     rows = []
     for budget, score_scale in zip(budgets, score_scales, strict=True):
-        with limits_kept(model):
-            model.model.policy.set_limits(score_scale)
+        with limits_kept(model, score_scale):
             result = evaluate(
                 model, windows, batch_size=batch_size, progress=progress, title=f"Evaluating, budget {budget:g}"
             )

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 TOLERANCE = 0.02  # of a budget, by which the share of a point that serves it may be above
@@ -156,7 +157,7 @@ class Calibration:
             The mean at those positions, and `BAND_STDS` standard deviations on either side, of the points measured on
             either side of the scale (of one, where it was measured): the widest.
         """
-        means = [(_weighted(self.share_by_bucket[point], counts), point) for point in self._around(score_scale)]
+        means = [(fmean(self.share_by_bucket[point], counts), point) for point in self._around(score_scale)]
         rounding = 1e-6  # where every block had the same share
         return (
             min(mean - BAND_STDS * self.share_std[point] for mean, point in means) - rounding,
@@ -166,7 +167,7 @@ class Calibration:
     def highest_loss(self, score_scale: float, counts: Sequence[float]) -> float:
         """The highest loss that a block of tokens should have at a scale; a low one is welcome. As `share_band`."""
         return max(
-            _weighted(self.loss_by_bucket[point], counts) + BAND_STDS * self.loss_std[point]
+            fmean(self.loss_by_bucket[point], counts) + BAND_STDS * self.loss_std[point]
             for point in self._around(score_scale)
         )
 
@@ -204,11 +205,6 @@ def calibration_in(values: Any, adjustable: bool) -> Calibration:
             "folder, or midskip.budget.calibrate.calibrate on the model"
         )
     return Calibration.from_dict(values)
-
-
-def _weighted(values: Sequence[float], counts: Sequence[float]) -> float:
-    """The mean of the values, each counted so often."""
-    return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
 
 
 def _is_amount(value: Any) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from midskip.budget.calibration import NUM_BUCKETS, ON_DRIFT, bucket_counts, bucket_of
 from midskip.budget.measured_on import calibration_of
+from midskip.names import one_of
 
 SCORED_ROWS = 64  # the most tokens of a pass whose loss the monitor works out
 _is_live: ContextVar[bool] = ContextVar("is_live", default=True)
@@ -40,13 +41,16 @@ def not_live() -> Iterator[None]:
 
 
 @contextmanager
-def limits_kept(model: Any) -> Iterator[None]:
-    """What is run within is not live: no monitor looks at it, and afterwards the limits are those of before."""
+def limits_kept(model: Any, score_scale: float | None = None, max_layers: int | None = None) -> Iterator[Any]:
+    """Gives the model, under these limits of `Policy.set_limits` if there is a scale, else under those in force. What
+    is run within is not live: no monitor looks at it. Afterwards the limits are those of before."""
     policy = model.model.policy
     before = policy.score_scale, policy.max_layers
     try:
         with not_live():
-            yield
+            if score_scale is not None:
+                policy.set_limits(score_scale, max_layers)
+            yield model
     finally:
         policy.set_limits(*before)
 
@@ -79,8 +83,7 @@ class DriftMonitor:
     """
 
     def __init__(self, model: nn.Module, on_drift: str = "keep"):
-        if on_drift not in ON_DRIFT:
-            raise ValueError(f"on_drift is {on_drift!r}; expected one of {', '.join(map(repr, ON_DRIFT))}")
+        one_of("on_drift", on_drift, ON_DRIFT)
         self.model: Any = model
         self.policy: Any = self.model.model.policy
         self.calibration = calibration_of(self.model)

@@ -101,8 +101,9 @@ def run(arguments: list[str]) -> None:
 
 def _finish(options: argparse.Namespace, result: Any, summary: Callable[[Console], None]) -> None:
     """Write all numbers, and print them or a summary and where they are."""
+    from midskip.card import EVALUATED_FILE
     from midskip.report import print_line, print_paths
-    from midskip.runs import EVALUATED_FILE, to_json, write_atomically
+    from midskip.runs import to_json, write_atomically
 
     printed, written = to_json(result), Path(options.run, EVALUATED_FILE)
     try:

@@ -6,6 +6,7 @@ D width, L layers, M keys, N queries.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -48,6 +49,7 @@ class Meter:
         self.past_seqlens: list[int] = []
         self.policy_flops = self.skip_path_flops = self.head_rows = 0
         self.bytes, self._dense_bytes = Bytes(), Bytes()
+        self._bytes_of = cache(_bytes_of)
 
     def __enter__(self) -> Meter:
         body = self.model.model
@@ -140,7 +142,7 @@ class Meter:
                 self._index_sums.append((unit, len(self._layers[unit]), index_sum))
             self._layers[unit].append(work)
             read = block.modules_of(part) if work.query_rows else block.modules_of("keys") if work.key_rows else ()
-            weights = sum(map(_bytes_of, read))
+            weights = sum(map(self._bytes_of, read))
             # what a cache notes of columns is for cropping, and is not read
             token_bytes = past.token_bytes - past.columns.element_size() if past and work.cache_tokens else 0
             self.bytes += Bytes(weights, work.cache_tokens * token_bytes)
@@ -158,29 +160,26 @@ class Meter:
         self.seqlens += batch.seqlens
         self.past_seqlens += past
         body = self.model.model
-        others = sum(map(_bytes_of, (body.embed_layernorm, body.norm)))
+        others = sum(map(self._bytes_of, (body.embed_layernorm, body.norm)))
         if batch.token_N is not None:  # of pads nothing has to be read
             others += batch.num_tokens * body.embed_tokens.weight[0].nbytes
-        self.bytes += Bytes(others + _bytes_of(policy))
+        self.bytes += Bytes(others + self._bytes_of(policy))
         seen = sum(n + held for n, held in zip(batch.seqlens, past, strict=True) if n) if any(past) else 0
         key_width, device = self.config.num_key_value_heads * self.config.head_dim, h_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
         a_token = 2 * key_width * dtype.itemsize * len(body.layers)
-        self._dense_bytes += Bytes(others + sum(map(_bytes_of, body.layers)), seen * a_token)
+        self._dense_bytes += Bytes(others + sum(map(self._bytes_of, body.layers)), seen * a_token)
 
     def _on_skip_path(self, path: SkipPath, arguments: tuple[Any, ...], output: Tensor) -> None:
         if not is_backward():
             self.skip_path_flops += path.flops * len(output)
-            self.bytes += Bytes(_bytes_of(path) if len(output) else 0)
+            self.bytes += Bytes(self._bytes_of(path) if len(output) else 0)
 
     def _on_head(self, head: nn.Module, arguments: tuple[Any, ...]) -> None:
         if not is_backward():
             self.head_rows += arguments[0].shape[:-1].numel()
-            self._both(_bytes_of(head))
-
-    def _both(self, weights: int) -> None:
-        self.bytes += Bytes(weights)
-        self._dense_bytes += Bytes(weights)
+            weights = Bytes(self._bytes_of(head))
+            self.bytes, self._dense_bytes = self.bytes + weights, self._dense_bytes + weights
 
 
 def meter(model: MidskipForCausalLM) -> Meter:

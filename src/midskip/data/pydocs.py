@@ -18,7 +18,7 @@ _SKIPPED_FOLDERS = {"__pycache__", "idle_test", "test", "tests"}
 _SHORTEST_DOCSTRING = 40  # characters; below it are mostly "See X." and repeated names
 
 
-def load_pydocs(progress: bool = True) -> str:
+def load_pydocs() -> str:
     """The corpus `pydocs`, 2.4 MB, each document followed by a line `<|endoftext|>`.
 
     It is kept in the user's cache, by version of Python; a cache that cannot be used is no error.
@@ -30,7 +30,7 @@ def load_pydocs(progress: bool = True) -> str:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if text := file.read_bytes().decode("utf-8"):
             return text
-    text = _build(progress)
+    text = _build()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:  # others see the whole file or none
@@ -40,7 +40,7 @@ def load_pydocs(progress: bool = True) -> str:
     return text
 
 
-def _build(progress: bool) -> str:
+def _build() -> str:
     """The topics of the language reference, then one document a module: its names and their docstrings."""
     documents: list[str] = []
     with contextlib.suppress(ImportError):  # some distributions leave it out
@@ -49,7 +49,7 @@ def _build(progress: bool) -> str:
         documents += [topics[name].strip("\n") for name in sorted(topics)]
     seen = set(documents)
     library = Path(sysconfig.get_path("stdlib"))
-    for file in progress_bar(_python_files(library), "Building the pydocs corpus", progress):
+    for file in progress_bar(_python_files(library), "Building the pydocs corpus", show=True):
         sections: list[str] = []
         for name, docstring in _docstrings(file, library):
             if len(docstring) >= _SHORTEST_DOCSTRING and docstring not in seen:

@@ -9,11 +9,11 @@ from statistics import fmean, stdev
 CONFIDENCE = 0.9
 
 
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """The two-sided t-interval of the mean of the population; None for fewer than two values."""
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The two-sided t-interval of the mean of the population, at `CONFIDENCE`; None for fewer than two values."""
     if len(values) < 2:
         return None
-    half = t_quantile((1 + confidence) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    half = t_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
 
 

@@ -2,6 +2,6 @@
 
 from midskip.look.forced import Outcome, what_if
 from midskip.look.stream import stream
-from midskip.look.text import Look, look, under
+from midskip.look.text import Look, look
 
-__all__ = ["Look", "Outcome", "look", "stream", "under", "what_if"]
+__all__ = ["Look", "Outcome", "look", "stream", "what_if"]

@@ -87,12 +87,8 @@ def _pass(
     def change(_: nn.Module, given: tuple[Any, ...], decision: Decision) -> Decision:
         return decision if layers is None else forced(decision, column, given[1], given[0], layers)
 
-    hook = model.model.policy.register_forward_hook(change)
-    try:
-        with Meter(model) as meter:
-            output = model(torch.tensor([list(ids)], device=model.device), use_cache=False)
-    finally:
-        hook.remove()
+    with model.model.policy.register_forward_hook(change), Meter(model) as meter:
+        output = model(torch.tensor([list(ids)], device=model.device), use_cache=False)
     known = [*ids[1:], *([] if next_id is None else [next_id])]
     logits_TV, target_T = output.logits[0, : len(known)], torch.tensor(known, device=model.device, dtype=torch.long)
     nats_T, ranks_T = cross_entropy(logits_TV, target_T), ranks_of(logits_TV, target_T)

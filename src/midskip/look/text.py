@@ -6,8 +6,7 @@ B windows, T columns, N = B * T tokens of a pass, V vocabulary, L layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from midskip.budget.monitor import limits_kept
 from midskip.cost import LayerWork, Meter, block_flops, head_flops
 from midskip.data.token_text import TokenText, token_texts
 from midskip.model.config import PARTS, MidskipConfig
@@ -24,15 +22,6 @@ from midskip.model.modeling import MidskipForCausalLM
 from midskip.report import TokenDepth
 
 MOST_LOGITS = 2**24  # of one pass
-
-
-@contextmanager
-def under(model: MidskipForCausalLM, score_scale: float = 1.0, max_layers: int | None = None) -> Iterator[None]:
-    """Within, the policy has these limits (`Policy.set_limits`), and no monitor of live prompts looks at the model.
-    Afterwards the limits are those of before."""
-    with limits_kept(model):
-        model.model.policy.set_limits(score_scale, max_layers)
-        yield
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Losses of packed logits, a few rows at a time: no float32 copy of all logits is made.
 
-N tokens, R of them at a time, V vocabulary.
+B sequences, T columns, N tokens, R of them at a time, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,18 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 2**22, 2**27  # that are worked on at a time; a GPU is full with so many
 IGNORED = -100  # the target of a token that is not scored
+
+
+def next_targets(labels_BT: Tensor, valid_BT: Tensor) -> Tensor:
+    """int64 [B, T]: the label of the next column, which each token has to predict; `IGNORED` where it or that token is
+    a pad, and in the last column.
+
+    Args:
+        labels_BT: int64.
+        valid_BT: bool, False for pads.
+    """
+    next_BT = F.pad(torch.where(valid_BT, labels_BT, IGNORED)[:, 1:], (0, 1), value=IGNORED)
+    return torch.where(valid_BT, next_BT, IGNORED)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -9,7 +9,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, initialization
 from transformers.generation.utils import GenerationMixin
@@ -25,7 +24,7 @@ from midskip.model.hub import CardedModel
 from midskip.model.inputs import check_others, inputs_for
 from midskip.model.layer_cache import LayerCache
 from midskip.model.layers import Block, RMSNorm, RotaryEmbedding
-from midskip.model.loss import IGNORED, cross_entropy
+from midskip.model.loss import IGNORED, cross_entropy, next_targets
 from midskip.model.outputs import MidskipCausalLMOutput, MidskipModelOutput, Packed
 from midskip.model.packing import PackedBatch
 from midskip.model.skip_path import SkipPath, take_path
@@ -318,9 +317,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
             raise ValueError(f"labels has the shape {list(labels.shape)}; expected {list(shape)}")
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             raise ValueError("labels need the logits of all columns: leave logits_to_keep out")
-        valid_BT = batch.unpack(torch.ones_like(batch.column_N))
-        next_BT = F.pad(torch.where(valid_BT.bool(), labels, IGNORED)[:, 1:], (0, 1), value=IGNORED)
-        h_ND, target_N = packed.h_ND, batch.pack(next_BT)
+        valid_BT = batch.unpack(torch.ones_like(batch.column_N)).bool()
+        h_ND, target_N = packed.h_ND, batch.pack(next_targets(labels, valid_BT))
         policy, observes, auxiliary_loss = self.model.policy, self.training and self.model.policy.is_observing, None
         asked = policy.asks(packed.state) if observes else None
         target_P = target_N

@@ -114,7 +114,9 @@ class Policy(nn.Module):
         has_linear_gates: whether `set_linear_gate` can be used, as a fit in closed form does.
         closed_layers: layers that no token ever runs, under no limits either: a cache holds no keys there.
         needs_midskip_trainer: whether it is trained by `absorb` or `objective`, which transformers' Trainer leaves out;
-            by default whether its class defines either.
+            by default whether its class defines either, or counts steps.
+        counts_steps: whether it has a buffer `num_steps`, the number of optimizer steps; a subclass that needs it sets
+            this, and calls `super()` where it has a `reset_parameters` or `absorb` of its own.
         needs_target_share: whether no gradient opens or closes its gates, so that the regularizer target_share has to.
         gate_of_layer: for each layer the index of the gate that it goes by, whose share of tokens a regularizer may
             set through `bias`; None where it may not. By default there is none. A policy that has some also has
@@ -127,6 +129,7 @@ class Policy(nn.Module):
     is_mirrored: bool = False
     is_hard: bool = False
     needs_target_share: bool = False
+    counts_steps: bool = False
 
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02):
         super().__init__()
@@ -137,12 +140,17 @@ class Policy(nn.Module):
         self.has_linear_gates, self.open_bias = False, 0.0
         self.closed_layers: frozenset[int] = frozenset()
         own = type(self)
-        self.needs_midskip_trainer = own.absorb is not Policy.absorb or own.objective is not Policy.objective
+        learns = own.absorb is not Policy.absorb or own.objective is not Policy.objective
+        self.needs_midskip_trainer = learns or self.counts_steps
+        if self.counts_steps:
+            self.num_steps = nn.Buffer(torch.tensor(0))
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         """Set the starting values of the policy's own parameters and buffers, through `init` (`torch.nn.init`, or
         transformers' own, which leaves alone what a checkpoint has set). What is left out has no value at all where a
         checkpoint lacks it. Linear layers inside a policy need none of it."""
+        if self.counts_steps:
+            init.zeros_(self.num_steps)
 
     def forward(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         """`decide`, as a module call, so that hooks (meters, sharded weights) see it."""
@@ -173,8 +181,10 @@ class Policy(nn.Module):
     def absorb(self) -> None:
         """Learn from what was observed in the passes of an optimizer step; called after it, on all ranks.
 
-        Here: nothing. Decisions must not change between two calls.
+        Here it counts the step, if this policy counts them. Decisions must not change between two calls.
         """
+        if self.counts_steps:
+            self.num_steps += 1
 
     def asks(self, state: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
         """Hidden states [M, D] from which the next tokens are to be predicted too, through the last norm and the head,
@@ -224,7 +234,7 @@ class Policy(nn.Module):
         if self.needs_midskip_trainer:
             warnings.warn(
                 f"transformers' Trainer trains the cross-entropy alone: what the policy {type(self).__name__} learns "
-                "beside it stays as it is. `midskip train` trains both",
+                "beside it, or draws anew in each step, stays as it is. `midskip train` trains both",
                 stacklevel=2,
             )
 
@@ -264,6 +274,13 @@ def check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
             raise ValueError(f"{name} is {value!r}; expected a whole number of at least 0, below 2**63")
+
+
+def check_shares(**shares: Any) -> None:
+    """Raises ValueError for one that is no number above 0 and up to 1."""
+    for name, value in shares.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+            raise ValueError(f"{name} is {value!r}; expected a number above 0 and up to 1")
 
 
 def build_policy(path: str, num_layers: int, width: int, initializer_range: float, settings: dict) -> Policy:

@@ -6,7 +6,7 @@ N packed tokens, L layers.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision, Policy
@@ -72,16 +72,11 @@ class Redrawn(MiddleOut):
     """Hard gates that go by a hash of tokens, which is drawn anew every `redraw_steps` optimizer steps: the control for
     what it is worth that the same tokens keep leaving."""
 
+    counts_steps = True
+
     def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02, redraw_steps: int = 10):
         super().__init__(num_layers, width, initializer_range, gates="hard")
-        self.redraw_steps, self.num_steps = redraw_steps, nn.Buffer(torch.tensor(0))
-
-    def reset_parameters(self, init: Any = nn.init) -> None:
-        super().reset_parameters(init)
-        init.zeros_(self.num_steps)
+        self.redraw_steps = redraw_steps
 
     def priority(self, token_N: Tensor, previous_N: Tensor) -> Tensor:
         return drawn(token_N, previous_N, int(self.num_steps) // self.redraw_steps)
-
-    def absorb(self) -> None:
-        self.num_steps += 1

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, check_counts
+from midskip.names import one_of
+from midskip.policies.base import Decision, check_counts, check_shares
 from midskip.policies.scored import ScoredPolicy, uniform
 
 SCORES = ("predicted_loss", "straight_through")
@@ -40,36 +41,34 @@ class EarlyExit(ScoredPolicy):
         first_tokens: positions at the beginning of each sequence whose tokens never leave but by `layer_dropout`.
     """
 
+    counts_steps = True
+
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, scores: str = "predicted_loss",
         exit_loss: float | None = None, exit_share: float = 1.0, layer_dropout: float = 0.0, router: str = "bottleneck",
         first_tokens: int = 0,
     ):  # fmt: skip
-        if scores not in SCORES:
-            raise ValueError(f"scores is {scores!r}; expected one of {', '.join(map(repr, SCORES))}")
+        one_of("scores", scores, SCORES)
         self.predicts = scores == "predicted_loss"
         if exit_loss is not None and not self.predicts:
             raise ValueError(f"exit_loss is {exit_loss!r}, of scores 'predicted_loss': leave it out")
         gates = (0,) * num_layers if self.predicts else tuple(range(num_layers))
         super().__init__(num_layers, width, initializer_range, gates, num_layers, router, not self.predicts)
         self.exit_loss = 0.1 if exit_loss is None else exit_loss
-        shares = {"exit_loss": self.exit_loss, "layer_dropout": layer_dropout, "exit_share": exit_share}
-        for name, value in shares.items():
+        for name, value in (("exit_loss", self.exit_loss), ("layer_dropout", layer_dropout)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
-        if exit_share == 0:
-            raise ValueError(f"exit_share is {exit_share!r}; expected a number above 0 and up to 1")
+        check_shares(exit_share=exit_share)
         check_counts(first_tokens=first_tokens)
         self.exit_share, self.first_tokens = exit_share, first_tokens
         self.layer_dropout = layer_dropout
-        self.needs_target_share = self.needs_midskip_trainer = self.predicts
-        self.num_steps = nn.Buffer(torch.tensor(0))
+        self.needs_target_share = self.predicts
+        self.needs_midskip_trainer = self.predicts or layer_dropout > 0  # whose draw goes by the step
         self.mean_L = nn.Buffer(torch.zeros(num_layers)) if self.predicts else None
         self._new: Tensor | None = None  # sum and count of exit losses in passes not absorbed yet
 
     def reset_parameters(self, init: Any = nn.init) -> None:
         super().reset_parameters(init)
-        init.zeros_(self.num_steps)
         if self.mean_L is not None:
             init.zeros_(self.mean_L)
 
@@ -137,9 +136,11 @@ class EarlyExit(ScoredPolicy):
         return (x_MD if self.exit_loss else x_MD.detach()), indices_N
 
     def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, asked_nats_M: Tensor) -> Tensor | None:
-        reached = sum(0 * parameter.sum() for parameter in self.routers.parameters())  # every rank wants a gradient
+        if not self.predicts:
+            return None
+        reached = torch.stack([0 * each.sum() for each in self.routers.parameters()]).sum()  # a gradient on each rank
         if "exit" not in state:
-            return reached if self.predicts else None  # pyright: ignore[reportReturnType]
+            return reached
         x_MD, indices_N = state["exit"]
         weight_M = (scored_N if indices_N is None else scored_N.index_select(0, indices_N)).to(nats_N.dtype)
         count = weight_M.sum()
@@ -158,7 +159,7 @@ class EarlyExit(ScoredPolicy):
     @torch.no_grad()
     def absorb(self) -> None:
         layer = int(self.num_steps) % self.num_layers
-        self.num_steps += 1
+        super().absorb()
         if self.mean_L is None or self._new is None:
             return
         sum_over_ranks(self._new)

@@ -43,9 +43,7 @@ class Independent(ScoredPolicy):
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         gate = self.gate_of_layer[layer]
         if gate is None:
-            if self.max_layers is None:
-                return Decision()
-            return Decision(self.within(torch.ones_like(batch.column_N, dtype=torch.bool), state))
+            return self.ungated(state, batch)
         readiness_N = self.readiness(self.routers[gate](h_ND.detach()), gate)
         keep_N = readiness_N < 1
         if self.first_tokens:

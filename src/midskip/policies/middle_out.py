@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
+from midskip.names import one_of
 from midskip.policies.base import Decision, Policy, check_counts
 from midskip.policies.difficulty import Difficulty, drawn
 
@@ -69,8 +70,8 @@ class MiddleOut(Policy):
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
         for name, value, known in (("start", start, STARTS), ("gates", gates, GATES), ("scores", scores, SCORES)):
-            if value not in known and not (value is None and name == "scores"):
-                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+            if value is not None or name != "scores":
+                one_of(name, value, known)
         if gates == "hard" and start != "open":
             raise ValueError(f"start is {start!r}, of soft gates; hard gates start 'open': leave it out")
         if gates == "soft" and scores is not None:
@@ -88,11 +89,12 @@ class MiddleOut(Policy):
         self.needs_target_share = self.is_hard and scores not in BY_STATES
         self.difficulty = Difficulty() if self.is_hard and scores == "difficulty" else None
         if type(self).absorb is MiddleOut.absorb:  # which is for `difficulty` alone
-            self.needs_midskip_trainer = self.difficulty is not None
+            self.needs_midskip_trainer = self.difficulty is not None or self.counts_steps
         self.weight = None if self.needs_target_share else nn.Parameter(torch.empty(self.num_gates, width))
         self.bias = nn.Parameter(torch.empty(self.num_gates), requires_grad=not self.needs_target_share)
 
     def reset_parameters(self, init: Any = nn.init) -> None:
+        super().reset_parameters(init)
         init.constant_(self.bias, 0.0 if self.start == "released" else self.open_bias)
         if self.difficulty is not None:
             init.zeros_(self.difficulty.seen)
@@ -191,6 +193,7 @@ class MiddleOut(Policy):
             self.difficulty.observe(token_N, previous_N, nats_N, scored_N)
 
     def absorb(self) -> None:
+        super().absorb()
         if self.difficulty is not None:
             self.difficulty.absorb()
 

@@ -6,11 +6,11 @@ N packed tokens, L layers, G gates, S sequences.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, Policy
+from midskip.policies.base import Decision, Policy, check_shares
 from midskip.policies.scored import ScoredPolicy
 
 MEMORY = 0.98  # of the threshold, from one step to the next
@@ -32,24 +32,20 @@ class MixtureOfDepths(ScoredPolicy):
         router: `"linear"` or `"bottleneck"`.
     """
 
+    counts_steps = True
+
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, capacity: float = 0.125,
         ramp_steps: int = 50, router: str = "linear",
     ):  # fmt: skip
-        if isinstance(capacity, bool) or not isinstance(capacity, int | float) or not 0 < capacity <= 1:
-            raise ValueError(f"capacity is {capacity!r}; expected a number above 0 and up to 1")
+        check_shares(capacity=capacity)
         if isinstance(ramp_steps, bool) or not isinstance(ramp_steps, int) or ramp_steps < 1:
             raise ValueError(f"ramp_steps is {ramp_steps!r}; expected a whole number of at least 1")
         gates = tuple(layer // 2 if layer % 2 else None for layer in range(num_layers))
         super().__init__(num_layers, width, initializer_range, gates, num_layers // 2, router, trains_bias=False)
         self.gates, self.gate_of_layer = gates, (None,) * num_layers  # the capacity holds the share
         self.capacity, self.ramp_steps = capacity, ramp_steps
-        self.num_steps = nn.Buffer(torch.tensor(0))
         self._lowest: Tensor | None = None  # [2, G], sums over sequences of the lowest number kept, and their count
-
-    def reset_parameters(self, init: Any = nn.init) -> None:
-        super().reset_parameters(init)
-        init.zeros_(self.num_steps)
 
     def share_profile(self, outer: int) -> list[float | None]:
         return Policy.share_profile(self, outer)  # a ValueError: the capacity holds the share
@@ -57,9 +53,7 @@ class MixtureOfDepths(ScoredPolicy):
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         gate = self.gates[layer]
         if gate is None:
-            if self.max_layers is None:
-                return Decision()
-            return Decision(self.within(torch.ones(len(h_ND), dtype=torch.bool, device=h_ND.device), state))
+            return self.ungated(state, batch)
         number_N = self.routers[gate](h_ND.detach())
         readiness_N = self.readiness(number_N, gate)
         if self.training and self.score_scale == 1.0 and self.max_layers is None:
@@ -93,7 +87,7 @@ class MixtureOfDepths(ScoredPolicy):
 
     @torch.no_grad()
     def absorb(self) -> None:
-        self.num_steps += 1
+        super().absorb()
         if self._lowest is None:
             return
         sum_over_ranks(self._lowest)

@@ -5,11 +5,11 @@ N packed tokens.
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, Policy
+from midskip.names import one_of
+from midskip.policies.base import Decision, Policy, check_shares
 from midskip.policies.middle_out import nested
 from midskip.policies.scored import DRAWN_BY, uniform
 
@@ -33,29 +33,27 @@ class RandomSkips(Policy):
             place of `share` and `outer`; of the kind `"independent"`.
     """
 
+    counts_steps = True
+
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, share: float | None = None,
         kind: str = "independent", outer: int = 0, redraw: bool = True, by: str = "position",
         shares: list[float] | None = None,
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
-        if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, KINDS))}")
+        one_of("kind", kind, KINDS)
         if shares is not None and (share is not None or kind != "independent" or outer):
             given = f"share {share}, kind {kind!r} and outer {outer}"
             raise ValueError(f"shares are given, and {given}; expected no share, kind 'independent' and outer 0")
         share = 0.5 if share is None else share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"share is {share!r}; expected a number above 0 and up to 1")
+        check_shares(share=share)
         if isinstance(outer, bool) or not isinstance(outer, int) or not 0 <= outer <= num_layers // 2:
             raise ValueError(f"outer is {outer!r}; expected a whole number from 0 to {num_layers // 2}")
         if not isinstance(redraw, bool):
             raise ValueError(f"redraw is {redraw!r}; expected true or false")
-        if by not in DRAWN_BY:
-            raise ValueError(f"by is {by!r}; expected one of {', '.join(map(repr, DRAWN_BY))}")
+        one_of("by", by, DRAWN_BY)
         self.kind, self.redraw, self.by, self.is_mirrored = kind, redraw, by, kind == "middle_out"
         self.needs_midskip_trainer = redraw
-        self.num_steps = nn.Buffer(torch.tensor(0))
         if shares is not None:
             self.present = _checked(shares, num_layers)
             self.closed_layers = frozenset(n for n, one in enumerate(self.present) if not one)
@@ -71,10 +69,6 @@ class RandomSkips(Policy):
             raise ValueError(f"share is {share!r} and outer {outer}, whose layers alone are more: lower outer")
         self.present = self._present(profile, mean)
 
-    def reset_parameters(self, init: Any = nn.init) -> None:
-        super().reset_parameters(init)
-        init.zeros_(self.num_steps)
-
     def _present(self, profile: list[float | None], mean: float) -> list[float]:
         """Share of the tokens in each layer."""
         depths = [depth for depth in profile if depth is not None]
@@ -87,16 +81,12 @@ class RandomSkips(Policy):
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         if layer == 0:
             seed = FIXED_SEED + (1 + int(self.num_steps) if self.training and self.redraw else 0)
-            layers = range(self.num_layers)
-            seeds = [seed * self.num_layers + n * (self.kind == "independent") for n in layers]
-            draws = [uniform(batch, seed, self.by) for seed in seeds]
-            keeps = [None if share == 1 else draw_N < share for draw_N, share in zip(draws, self.present, strict=True)]
+            seeds = [seed * self.num_layers + n * (self.kind == "independent") for n in range(self.num_layers)]
+            draws = {seed: uniform(batch, seed, self.by) for seed in set(seeds)}
+            keeps = [None if share == 1 else draws[n] < share for n, share in zip(seeds, self.present, strict=True)]
             state["decisions"] = [Decision(keep_N) for keep_N in keeps]
             batch.count(keeps)
         return state["decisions"][layer]
-
-    def absorb(self) -> None:
-        self.num_steps += 1
 
 
 def _checked(shares: list[float], num_layers: int) -> list[float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from midskip.model.packing import PackedBatch
 from midskip.policies.base import Decision
@@ -28,6 +28,8 @@ class Reinforce(ScoredPolicy):
         router: `"bottleneck"` or `"linear"`.
     """
 
+    counts_steps = True
+
     def __init__(
         self, num_layers: int, width: int, initializer_range: float = 0.02, cost: float = 0.0, weight: float = 0.1,
         router: str = "bottleneck",
@@ -38,11 +40,6 @@ class Reinforce(ScoredPolicy):
         gates = tuple(range(num_layers))
         super().__init__(num_layers, width, initializer_range, gates, num_layers + 1, router, trains_bias=False)
         self.cost, self.weight = float(cost), float(weight)
-        self.num_steps = nn.Buffer(torch.tensor(0))
-
-    def reset_parameters(self, init: Any = nn.init) -> None:
-        super().reset_parameters(init)
-        init.zeros_(self.num_steps)
 
     def decide(self, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
         number_N = self.routers[layer](h_ND.detach())
@@ -66,9 +63,6 @@ class Reinforce(ScoredPolicy):
         log_p_N = torch.stack(state["log_p"]).sum(0)
         loss_N = advantage_N.square() - advantage_N.detach() * log_p_N
         return self.weight * (loss_N * scored_N).sum() / scored_N.sum().clamp(min=1)
-
-    def absorb(self) -> None:
-        self.num_steps += 1
 
     def flops(self, layer: int, state: dict[str, Any], batch: PackedBatch) -> int:
         num_routers = 2 if layer == 0 and self.training else 1  # the baseline is one more

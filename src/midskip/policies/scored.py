@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
+from midskip.names import one_of
 from midskip.policies.base import Decision, Policy
 from midskip.policies.difficulty import drawn
 from midskip.policies.middle_out import LARGEST_EXPONENT
@@ -66,8 +67,7 @@ class ScoredPolicy(Policy):
         num_routers: int, router: str, trains_bias: bool = True,
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
-        if router not in ROUTERS:
-            raise ValueError(f"router is {router!r}; expected one of {', '.join(map(repr, ROUTERS))}")
+        one_of("router", router, ROUTERS)
         self.gate_of_layer, self.open_bias = gate_of_layer, OPEN_BIAS
         self.routers = nn.ModuleList(Router(width, router) for _ in range(num_routers))
         num_gates = len({gate for gate in gate_of_layer if gate is not None})
@@ -75,6 +75,7 @@ class ScoredPolicy(Policy):
         self.has_linear_gates = router == "linear" and trains_bias and num_routers == num_gates
 
     def reset_parameters(self, init: Any = nn.init) -> None:
+        super().reset_parameters(init)
         init.constant_(self.bias, self.open_bias)
         for router in self.routers:
             router.reset_parameters(init)  # pyright: ignore[reportCallIssue]
@@ -104,6 +105,12 @@ class ScoredPolicy(Policy):
         keep_N = keep_N & (run_N < self.max_layers)
         state["run_N"] = run_N + keep_N
         return keep_N
+
+    def ungated(self, state: dict[str, Any], batch: PackedBatch) -> Decision:
+        """About a layer without a gate: all tokens run it, but those that have run `max_layers` blocks."""
+        if self.max_layers is None:
+            return Decision()
+        return Decision(self.within(torch.ones_like(batch.column_N, dtype=torch.bool), state))
 
     def router_flops(self, index: int) -> int:
         """Of one token and one router."""

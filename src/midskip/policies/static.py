@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, Policy
+from midskip.policies.base import Decision, Policy, check_shares
 
 
 class Static(Policy):
@@ -27,8 +27,7 @@ class Static(Policy):
         if (share is None) == (layers is None):
             raise ValueError(f"share is {share!r} and layers {layers!r}; expected one of the two")
         if share is not None:
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-                raise ValueError(f"share is {share!r}; expected a number above 0 and up to 1")
+            check_shares(share=share)
             num_run = max(1, round(share * num_layers))
             layers = [*range((num_run + 1) // 2), *range(num_layers - num_run // 2, num_layers)]
         known = set(range(num_layers))

@@ -69,8 +69,8 @@ class Regularizer:
         if policy.needs_target_share:
             raise ValueError(
                 f"the gates of this {type(policy).__name__} have no gradient, so a regularizer has to say how many "
-                f"tokens run; got {type(self).__name__}: use the regularizer 'target_share', or the policy setting "
-                "scores: hidden_states"
+                f"tokens run; got {type(self).__name__}: use the regularizer 'target_share', or settings of the policy "
+                "whose gates learn"
             )
 
     @property

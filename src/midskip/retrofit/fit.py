@@ -22,6 +22,7 @@ from midskip.data.progress import progress_bar
 from midskip.evaluate import batch_of, evaluate, in_evaluation
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.model.skip_path import SkipPath, normalized
+from midskip.names import one_of
 from midskip.retrofit.moments import Moments
 from midskip.retrofit.watch import Seen, look
 
@@ -95,9 +96,8 @@ def fit(
     Raises:
         ValueError: no window; another policy, kind of skip path, choice or order; a share out of range.
     """
-    for name, value, known in (("choice", choice, ("tokens", "layers")), ("order", order, ORDERS)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
+    one_of("choice", choice, ("tokens", "layers"))
+    one_of("order", order, ORDERS)
     if not len(windows):
         raise ValueError("there is no window to fit on: give more text")
     fitting = _Fit(model, windows, outer, ridge, batch_size, progress)

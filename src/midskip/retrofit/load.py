@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from midskip.convert import pretrained, tokenizer_of
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
+from midskip.runs import quiet_loading
 
 NOT_SETTINGS = ("architectures", "dtype", "transformers_version")
 
@@ -34,12 +34,8 @@ def load_to_skip(source: str, changes: dict[str, Any]) -> tuple[MidskipForCausal
     if values["policy"] != "dense":
         raise ValueError(f"the model in {source!r} already skips (policy {values['policy']!r}); expected a dense one")
     theirs = {name: x for name, x in values.items() if name not in NOT_SETTINGS}
-    shown = logging.get_verbosity()
-    logging.set_verbosity_error()  # that routers and paths are in no file is no news
-    try:
+    with quiet_loading():
         model = MidskipForCausalLM.from_pretrained(
             source, config=MidskipConfig(**theirs | changes), dtype=torch.float32
         )
-    finally:
-        logging.set_verbosity(shown)
     return model.eval(), tokenizer_of(source)

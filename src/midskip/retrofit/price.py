@@ -8,7 +8,7 @@ from typing import Any
 from midskip.budget.calibrate import calibrate
 from midskip.budget.monitor import limits_kept
 from midskip.data.labelled import Items
-from midskip.evaluate import evaluate, everything_run
+from midskip.evaluate import evaluate
 from midskip.model.modeling import MidskipForCausalLM
 
 BUDGETS = (0.95, 0.9, 0.83, 0.75, 0.6, 0.5)
@@ -16,7 +16,7 @@ BUDGETS = (0.95, 0.9, 0.83, 0.75, 0.6, 0.5)
 
 def prices(
     model: MidskipForCausalLM, texts: Mapping[str, Items], original: Mapping[str, float] | None = None,
-    budgets: Sequence[float] = BUDGETS, batch_size: int = 8,
+    budgets: Sequence[float] = BUDGETS,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row a budget, and before them one of 1.0, at which nothing is skipped; the model has to be calibrated.
 
@@ -32,10 +32,9 @@ def prices(
     lowest = model.config.calibration["share"][-1]
     rows: list[dict[str, Any]] = []
     for budget in (1.0, *(budget for budget in budgets if budget >= lowest)):
-        with everything_run(model) if budget == 1.0 else limits_kept(model):
-            if budget != 1.0:
-                model.set_budget(budget)
-            results = {name: evaluate(model, windows, batch_size=batch_size) for name, windows in texts.items()}
+        with limits_kept(model):
+            model.set_budget(budget)
+            results = {name: evaluate(model, windows) for name, windows in texts.items()}
         original = original or {name: result["loss"] for name, result in results.items()}
         found = {}
         for name, result in results.items():

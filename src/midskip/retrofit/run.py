@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from midskip.budget.calibration import Calibration
-from midskip.card import try_card
+from midskip.card import RETROFIT_FILE, try_card
 from midskip.data import TokenWindows, encode_source
 from midskip.data.sources import Source, require_apart
 from midskip.distributed import num_launched
@@ -32,7 +32,7 @@ from midskip.retrofit.settings import OF_STAGE, RetrofitSettings
 from midskip.retrofit.shares import DrawnShares
 from midskip.runs import save_whole, to_json, write_atomically
 
-REPORT, CHECKPOINTS = "retrofit.json", "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 
 def retrofit(settings: RetrofitSettings, console: Console | None = None) -> dict[str, Any]:
@@ -81,12 +81,12 @@ def _run(settings: RetrofitSettings, report: dict[str, Any], console: Console) -
     if report["stages"] or any((folder / CHECKPOINTS / stage).exists() for stage in OF_STAGE):
         _check_same(texts, report.get("texts", {}), settings)
     report["texts"] = texts.checksums
-    write_atomically(folder / REPORT, to_json(report) + "\n")
+    write_atomically(folder / RETROFIT_FILE, to_json(report) + "\n")
     for stage in settings.stages():
         if stage in report["stages"]:
             continue
         if stage == "fit":
-            more = _fit(model, texts, settings, console)
+            more = _fit(model, texts, settings)
         else:
             more = _train(stage, model, texts, settings, folder / CHECKPOINTS / stage, console)
         _finish(stage, model.eval(), tokenizer, texts, settings, report, more, console)
@@ -96,12 +96,12 @@ def _run(settings: RetrofitSettings, report: dict[str, Any], console: Console) -
 
 def _begun(folder: Path, settings: RetrofitSettings) -> dict[str, Any]:
     """The report in the folder, if it was begun with the same settings."""
-    file = folder / REPORT
+    file = folder / RETROFIT_FILE
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {str(folder)!r}, which is a file; expected a folder")
     if not file.is_file():
         left = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        if left - {LOCK_FILE, f"{REPORT}.part"}:  # of one that did not come to its first stage
+        if left - {LOCK_FILE, f"{RETROFIT_FILE}.part"}:  # of one that did not come to its first stage
             raise ValueError(f"output is {str(folder)!r}, which holds other files; give a new or empty folder")
         return {"settings": asdict(settings), "stages": {}}
     begun = [stage for stage in OF_STAGE if (folder / CHECKPOINTS / stage).exists()]
@@ -174,7 +174,7 @@ class Texts:
         return TokenWindows(ids, length)
 
 
-def _fit(model: MidskipForCausalLM, texts: Texts, settings: RetrofitSettings, console: Console) -> dict[str, Any]:
+def _fit(model: MidskipForCausalLM, texts: Texts, settings: RetrofitSettings) -> dict[str, Any]:
     started = time.perf_counter()
     found = fit(
         model, texts.fitting, choice="layers" if settings.choice == "layers" else "tokens", order=settings.order,
@@ -220,7 +220,7 @@ def _finish(
         save_whole(place, model, tokenizer)
     report["stages"][stage] = more | {"prices": rows}
     try_card(folder, model, retrofit=report)
-    write_atomically(folder / REPORT, to_json(report) + "\n")  # last: then the stage is done
+    write_atomically(folder / RETROFIT_FILE, to_json(report) + "\n")  # last: then the stage is done
     console.print(price_table(rows, stage))
 
 

@@ -6,12 +6,12 @@ N packed tokens, M of them that have not left before a layer, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from midskip.evaluate import everything_run
+from midskip.budget.monitor import limits_kept
 from midskip.model.config import PARTS
 from midskip.model.layers import Block
 from midskip.model.modeling import MidskipForCausalLM
@@ -36,7 +36,7 @@ def look(model: MidskipForCausalLM, given: dict[str, Tensor], layers: Collection
             model.model(**given, use_cache=False)
         return
     whole: list[Tensor] = []
-    with everything_run(model), _states_seen(model, lambda layer, h_ND, _: whole.append(h_ND)):
+    with limits_kept(model, 0.0), _states_seen(model, lambda layer, h_ND, _: whole.append(h_ND)):
         model.model(**given, use_cache=False)
 
     def in_pass(layer: int, h_ND: Tensor, decision: Decision | None) -> None:
@@ -57,15 +57,11 @@ def look(model: MidskipForCausalLM, given: dict[str, Tensor], layers: Collection
 def _states_seen(model: MidskipForCausalLM, seen: Callable[[int, Tensor, Decision | None], None]) -> Iterator[None]:
     """Calls `seen` with the hidden states that enter each layer and its decision; at last with those that leave."""
     policy, norm = model.model.policy, model.model.norm
-    hooks = (
+    with (
         policy.register_forward_hook(lambda _, given, decision: seen(given[0], given[1], decision)),
         norm.register_forward_pre_hook(lambda _, given: seen(policy.num_layers, given[0], None)),
-    )
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -90,10 +86,8 @@ def _layers_seen(model: MidskipForCausalLM, layers: Collection[int], seen: Seen)
         for layer, h_ND in running:
             seen(layer, h_ND, output_ND - h_ND, None)
 
-    hooks = [body.policy.register_forward_hook(on_policy)]
-    hooks += [block.register_forward_hook(on_block) for block in body.layers]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(body.policy.register_forward_hook(on_policy))
+        for block in body.layers:
+            hooks.enter_context(block.register_forward_hook(on_block))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

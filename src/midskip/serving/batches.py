@@ -229,12 +229,8 @@ def counted(model: Any, batch: list[Request]) -> Iterator[None]:
     if not isinstance(model, MidskipForCausalLM):
         yield
         return
-    hooks = [
+    with (
         model.register_forward_pre_hook(ask, with_kwargs=True),
         model.register_forward_hook(add, with_kwargs=True),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -10,15 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from midskip.model.modeling import MidskipForCausalLM
 from midskip.names import near
 from midskip.sweep.plan import Point, Sweep
-from midskip.train.memory import check_memory
+from midskip.train.memory import check_memory, check_model
 from midskip.train.read import read_recipe, read_yaml
-from midskip.train.recipe import GROUPS, Recipe
+from midskip.train.recipe import GROUPS
 
 RATE_AND_RATES = "training.learning_rate is set, and learning_rates are to be tried; expected one of them"
 OF_ALL_ARMS = ("recipe", "learning_rates", "tune_at")  # may stand above the arms, for those that do not have their own
@@ -142,7 +140,8 @@ def _arm(
     for values in itertools.product(*grid.values()):
         at = dict(zip(grid, values, strict=True))
         made = read_recipe(found, [f"--{name}={_argument(value)}" for name, value in _merged(of_all, own, at).items()])
-        _check(made)
+        check_memory(made)
+        check_model(made, made.build_regularizer())
         points.append(Point(arm["name"], at, made, seeds, rates, tune_seed, tuned_at))
         if tune_at == "first_point" and rates:
             tuned_at = points[0]
@@ -162,14 +161,6 @@ def _merged(*given: Mapping[str, Any]) -> dict[str, Any]:
 def _is_part(name: str, whole: str) -> bool:
     """As `regularizer.settings.outer` is of `regularizer.settings`."""
     return name.startswith(f"{whole}.")
-
-
-def _check(recipe: Recipe) -> None:
-    """ValueError if shape, policy and regularizer do not fit, or the model does not fit in memory."""
-    check_memory(recipe)
-    with torch.device("meta"):
-        model = MidskipForCausalLM(recipe.build_config(2))
-    recipe.build_regularizer().steer(model.model.policy)
 
 
 def _known(where: str, given: Mapping[str, Any], names: Iterable[str]) -> None:

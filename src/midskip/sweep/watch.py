@@ -22,7 +22,7 @@ POLL_S = 0.5
 
 @dataclass
 class Progress:
-    """How far a sweep is. Counts are of runs; `loss` is the mean over the seeds that have ended, by point."""
+    """How far a sweep is. Counts are of runs."""
 
     total: int
     done: int

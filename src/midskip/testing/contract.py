@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -86,15 +86,11 @@ def _gates(trial: Trial) -> None:
             raise trial.failed("gates", f"{problem}, in layer {layer}")
         decisions.append(decision)
 
-    hook = trial.model.model.policy.register_forward_hook(look)
-    try:
+    with trial.model.model.policy.register_forward_hook(look):
         for training in (True, False):
             decisions.clear()
             trial.model.train(training)
             gates_BTL = trial.run(trial.ids_BT, VALID_BT)["gates"]
-    finally:
-        trial.model.eval()
-        hook.remove()
     for layer, decision in enumerate(decisions):
         gate_N = gates_BTL[..., layer][VALID_BT]
         present_N = torch.ones_like(gate_N, dtype=torch.bool) if decision.keep_N is None else decision.keep_N
@@ -142,12 +138,10 @@ def _untouched(trial: Trial) -> None:
         tensors = [x for x in (*arguments, output) if isinstance(x, Tensor)]
         held.extend((type(module).__name__, x, x.clone()) for x in tensors)
 
-    hooks = [module.register_forward_hook(hold) for module in trial.model.modules()]
-    try:
+    with ExitStack() as hooks:
+        for module in trial.model.modules():
+            hooks.enter_context(module.register_forward_hook(hold))
         output = trial.model(trial.ids_BT, attention_mask=VALID_BT, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name, now, then in held:
         if not torch.equal(now, then):
             raise trial.failed("untouched", f"a tensor that {name} was given or gave is written to afterwards")

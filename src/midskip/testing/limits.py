@@ -50,11 +50,8 @@ def broken_limits(policy: Policy, run: Callable[[], Tensor], valid_BT: Tensor) -
     def look(_: Policy, arguments: tuple[Any, ...]) -> None:
         seen.append((arguments[1].clone(), arguments[3]))
 
-    hook = policy.register_forward_pre_hook(look)
-    try:
+    with policy.register_forward_pre_hook(look):
         as_trained_BTL = run()
-    finally:
-        hook.remove()
     with limits(policy, 0.0):
         if not (run() == valid_BT[..., None]).all():
             return "under score_scale 0 a token does not run every block with gate 1"

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig
-from transformers.utils import logging
 
 from midskip.data import LabelledData, Prepared
 from midskip.model.config import SKIPPING_WEIGHTS, MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
+from midskip.runs import quiet_loading
 from midskip.train.recipe import Recipe
 
 SAME = (  # what a model computes, and its weights do not show
@@ -110,12 +110,8 @@ class InitialWeights:
 
     def load(self, config: MidskipConfig) -> MidskipForCausalLM:
         """The model with these weights, in float32; what `SKIPPING_WEIGHTS` names is random where it is not there."""
-        shown = logging.get_verbosity()
-        logging.set_verbosity_error()  # that these are in no file is no news
-        try:
+        with quiet_loading():
             model = MidskipForCausalLM.from_pretrained(self.folder, config=config, dtype=torch.float32)
-        finally:
-            logging.set_verbosity(shown)
         model.generation_config = GenerationConfig.from_model_config(config)
         return model
 

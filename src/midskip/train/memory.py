@@ -1,4 +1,4 @@
-"""Whether this machine has the memory to train a recipe's model, worked out before the model is made."""
+"""Whether a recipe's model can be made, and trained in the memory of this machine, worked out before it is made."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import torch
 
 from midskip.model.config import MidskipConfig
+from midskip.model.modeling import MidskipForCausalLM
+from midskip.regularizers import Regularizer
 from midskip.train.recipe import Recipe
 
 BLOCK_OBJECTS_BYTES = 40_000  # of the modules of a block, however small its weights
@@ -34,6 +36,18 @@ def check_memory(recipe: Recipe, vocab_size: int = 2) -> None:
             f" or more, whose {what} need {needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f} GiB of "
             "memory: lower model.num_hidden_layers, model.hidden_size or model.intermediate_size"
         )
+
+
+def check_model(recipe: Recipe, regularizer: Regularizer, vocab_size: int = 2) -> int:
+    """The number of parameters of the model, which is not made.
+
+    Raises:
+        ValueError: shape, policy and regularizer do not fit.
+    """
+    with torch.device("meta"):
+        model = MidskipForCausalLM(recipe.build_config(vocab_size))
+    regularizer.steer(model.model.policy)
+    return model.num_parameters()
 
 
 def fewest_parameters(config: MidskipConfig) -> int:

@@ -42,7 +42,7 @@ class StepRecord:
     ) -> None:  # fmt: skip
         """Counts in one forward pass."""
         self._losses.append(torch.stack([cross_entropy.detach(), regularizer.detach(), auxiliary.detach()]).double())
-        self.statistics.add_gates(gates_LBT.detach(), valid_BT=valid_BT)
+        self.statistics.add("gate", gates_LBT, valid_BT)
         self.statistics.add("executed", executed_LBT, valid_BT)
 
     def reduce(self) -> None:

@@ -36,7 +36,7 @@ from midskip.train.checkpoints import (
 from midskip.train.folder import begin, check_folder, check_start, is_finished, load_regularizer, unless_refused
 from midskip.train.fsdp import whole_state
 from midskip.train.initial import initial_weights, start_of
-from midskip.train.memory import check_memory
+from midskip.train.memory import check_memory, check_model
 from midskip.train.peak import peak_flops
 from midskip.train.progress import ProgressBar
 from midskip.train.recipe import Recipe
@@ -71,7 +71,7 @@ def train(
     for one in (recipe, *dense_recipes(recipe)):
         check_memory(one)
     regularizer = recipe.build_regularizer()
-    _count_parameters(recipe, regularizer)  # what is wrong with the model is found before the text is read
+    check_model(recipe, regularizer)  # what is wrong with the model is found before the text is read
     check_reporters(settings.report_to)
     arguments = training_arguments(settings, folder)
     is_first = arguments.process_index == 0
@@ -115,7 +115,7 @@ def _train(
             for dense in dense_recipes(recipe):
                 found, _ = find_checkpoint(Path(dense.output))
                 load_regularizer(found, dense, dense.build_regularizer(), text.vocab_size)
-            num_parameters = _count_parameters(recipe, regularizer, text.vocab_size)
+            num_parameters = check_model(recipe, regularizer, text.vocab_size)
             num_checkpoints = settings.save_total_limit if settings.save_steps else 0
             check_disk(folder, num_parameters, num_checkpoints, best=bool(settings.eval_steps))
             put_aside(broken, partial(print_line, console))
@@ -232,14 +232,6 @@ def train_dense(recipe: Recipe, resume: bool, accept_changes: bool, console: Con
                 }
             )
     return rows
-
-
-def _count_parameters(recipe: Recipe, regularizer: Regularizer, vocab_size: int = 2) -> int:
-    """Of the model, without making it. Raises ValueError if shape, policy and regularizer do not fit."""
-    with torch.device("meta"):
-        model = MidskipForCausalLM(recipe.build_config(vocab_size))
-    regularizer.steer(model.model.policy)
-    return model.num_parameters()
 
 
 def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:

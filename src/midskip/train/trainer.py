@@ -28,7 +28,7 @@ from transformers import (
 from midskip.data import TokenWindows, WindowOrder
 from midskip.data.labelled import TrainingItems
 from midskip.distributed import sum_over_ranks
-from midskip.model.loss import IGNORED
+from midskip.model.loss import IGNORED, next_targets
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.regularizers import Regularizer
 from midskip.runs import BEST_FILE, BEST_FOLDER, save_whole, write_atomically
@@ -192,11 +192,9 @@ class MidskipTrainer(Trainer):
 
 def _num_targets(batch: dict[str, Tensor]) -> Tensor:
     """int64 []: labels that count: each is predicted by the token before it, and neither is a pad."""
-    counts_BT = batch["labels"][:, 1:] != IGNORED
-    if "attention_mask" in batch:
-        valid_BT = batch["attention_mask"].bool()
-        counts_BT = counts_BT & valid_BT[:, 1:] & valid_BT[:, :-1]
-    return counts_BT.sum()
+    labels_BT = batch["labels"]
+    valid_BT = batch.get("attention_mask", torch.ones_like(labels_BT)).bool()
+    return (next_targets(labels_BT, valid_BT) != IGNORED).sum()
 
 
 class _AroundStep(TrainerCallback):
