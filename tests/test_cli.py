@@ -255,6 +255,24 @@ def test_recipes_that_cannot_be_used(error: Callable[..., str], place: Path, tmp
     assert "training.max_steps is 0" in error("train", "--training.max_steps=0", recipe), "it may stand anywhere"
 
 
+def test_where_an_own_policy_fails_is_told(
+    error: Callable[..., str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate that is none is found in the first pass; an error of its own code has a place."""
+    body = "from midskip.policies import Decision, Policy\n\n\nclass {0}(Policy):\n"
+    body += "    def decide(self, layer, h_ND, state, batch):\n        return {1}\n\n\n"
+    failing = {"Above": "Decision(None, h_ND[:, 0] * 0 + 2)", "Unpacks": "[x for x, y in [[1]]]"}
+    (tmp_path / "policies_that_fail.py").write_text("".join(body.format(*one) for one in failing.items()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given = ["train", place / "recipe.yaml", f"--data.source={place / 'text'}", "--regularizer.name=none"]
+    given += ["--regularizer.settings={}", "--model.policy_settings={}"]
+    said = [
+        error(*given, f"--output={tmp_path / name}", f"--model.policy=policies_that_fail:{name}") for name in failing
+    ]
+    assert said[0].startswith("the policy Above, asked about layer 0: output_gate_N reaches from 2 to 2 where kept")
+    assert said[1] == "not enough values to unpack (expected 2, got 1) (in policies_that_fail.py, line 14)"
+
+
 def test_text_that_cannot_be_used(error: Callable[..., str], place: Path, tmp_path: Path) -> None:
     empty, latin, short = tmp_path / "empty.txt", tmp_path / "latin.txt", tmp_path / "short.txt"
     empty.write_text(" \n")

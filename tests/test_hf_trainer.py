@@ -136,6 +136,8 @@ def test_what_stays_untrained_is_told(fit: Callable[..., Trainer], policy: str) 
     """Of the others nothing is said: a warning ends a test."""
     with pytest.warns(UserWarning, match="learns beside it, .* stays as it is"):
         fit(policy, 4, max_steps=1)
+    with pytest.warns(UserWarning, match="learns beside it, .* stays as it is"):
+        fit(policy, 4, max_steps=1, label_smoothing_factor=0.1)
 
 
 def test_smoothed_labels_are_shifted(fit: Callable[..., Trainer], make_model: Make, rows: list[Any]) -> None:

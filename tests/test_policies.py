@@ -130,6 +130,20 @@ def test_fixed_depths_refuse_a_share_that_is_none() -> None:
             FixedDepths(4, 8, skip_share=share)
 
 
+class HandsOn(MiddleOut):
+    def __init__(self, *sizes: Any, every: int = 2, **settings: Any) -> None:
+        super().__init__(*sizes, **settings)
+        self.every = every
+
+
+def test_a_subclass_may_hand_settings_on() -> None:
+    path = f"{__name__}:HandsOn"
+    policy = build_policy(path, 4, 8, 0.02, {"every": 3, "gates": "hard"})
+    assert isinstance(policy, HandsOn) and policy.every == 3 and policy.is_hard and policy.initializer_range == 0.02
+    with pytest.raises(ValueError, match=r"does not know the setting 'gate'; it knows 'every', 'start'.*mean 'gates'"):
+        build_policy(path, 4, 8, 0.02, {"gate": "hard"})
+
+
 def test_build_policy_passes_the_settings_on() -> None:
     policy = build_policy(FIXED, 6, 8, 0.1, {"skip_share": 0.25, "seed": 3})
     assert isinstance(policy, FixedDepths)

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_runs import QUIET, history, write_documents
+from torch import Tensor
 
 from midskip.data import ShardWriter, bytes_tokenizer, encode_documents, open_prepared, prepare
+from midskip.regularizers import Regularizer
 from midskip.train import Recipe, train
 from midskip.train.checkpoints import check_disk
 from midskip.train.fsdp import SETTINGS
@@ -33,6 +35,15 @@ def refused(recipe: Recipe, message: str, trainers: list[MidskipTrainer], **more
     assert not folder.exists() or {path.name for path in folder.iterdir()} <= {"text"}
 
 
+class Unsaved(Regularizer):
+    changing = ("total",)
+
+
+class ATermALayer(Regularizer):
+    def loss(self, gates_LBT: Tensor, valid_BT: Tensor | None = None) -> Tensor:
+        return gates_LBT.mean((1, 2))
+
+
 # ---- settings
 
 
@@ -41,6 +52,8 @@ def refused(recipe: Recipe, message: str, trainers: list[MidskipTrainer], **more
     [
         ({"regularizer": "nonsense"}, "unknown regularizer 'nonsense'"),
         ({"regularizer": "target_share"}, "missing a required argument: 'target_share'"),
+        ({"regularizer": f"{__name__}:Unsaved"}, "regularizer .* fails before the first step: .* no attribute 'total'"),
+        ({"regularizer": f"{__name__}:ATermALayer"}, r"ATermALayer' gives \[\d+\]; expected a scalar tensor"),
         (
             {"regularizer": "target_share", "settings": {"target_share": 0.5}, "model": {"policy": "dense"}},
             "the policy Dense has no gates",

@@ -248,6 +248,15 @@ def test_a_state_of_another_shape_is_refused_and_changes_nothing(broken: dict[st
     assert regularizer.state_dict() == before
 
 
+def test_a_state_keeps_its_dtypes() -> None:
+    regularizer = ShareRegularizer(2, target=0.5)
+    regularizer.mean_coefficients = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
+    again = ShareRegularizer(2, target=0.5)
+    again.mean_coefficients = torch.zeros(2, dtype=torch.float64)
+    again.load_state_dict(json.loads(json.dumps(regularizer.state_dict())))
+    assert torch.equal(again.mean_coefficients, regularizer.mean_coefficients)
+
+
 def test_a_state_of_another_rule_is_refused() -> None:
     state = build_regularizer("proportional", 4, **TARGETS).state_dict()
     with pytest.raises(ValueError, match="slow_errors"):

@@ -74,6 +74,22 @@ def test_a_key_is_of_what_decides_the_run(sweep_of: SweepOf, monkeypatch: pytest
     assert not set(keys_of(sweep_of())) & set(before)
 
 
+def test_other_code_of_ones_own_is_told(
+    sweep_of: SweepOf, ran: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results of a class whose file has changed count as done, and both commands say so."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "policy_of_a_sweep.py"
+    file.write_text("from midskip.policies.dense import Dense\n\nclass Mine(Dense): ...\n")
+    sweep = sweep_of(DENSE | {"settings": {"model.policy": "policy_of_a_sweep:Mine"}}, seeds=[0])
+    run_sweep(sweep, console=QUIET)
+    assert not any("other code" in line for line in listed(sweep))
+    file.write_text(file.read_text() + "# another\n")
+    with pytest.warns(UserWarning, match=f"2 runs have ended with other code .* {ran[0].key}.json, {ran[1].key}.json"):
+        run_sweep(sweep, console=QUIET)
+    assert len(ran) == 2 and all(line.endswith(", with other code of your own") for line in listed(sweep))
+
+
 def test_an_arms_settings_win(sweep_of: SweepOf) -> None:
     more = {"settings": {"training.max_steps": 5, "model.norms": "pre"}}
     first, second = sweep_of(DENSE | {"settings": {"training.max_steps": 6}}, **more).points

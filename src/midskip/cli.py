@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import sysconfig
 import traceback
 import warnings
 from contextlib import suppress
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         importlib.import_module(f"midskip.commands.{command}").run(rest)
     except (ValueError, OSError) as error:
-        return _fail(str(error), 2)
+        return _fail(str(error) + _own_place(error), 2)
     except FloatingPointError as error:
         return _fail(str(error), 1)
     except RuntimeError as error:
@@ -85,6 +86,17 @@ def _harmless(text: str) -> str:
     from midskip.report import visible
 
     return visible(re.sub(r"\s*\n\s*", " ", text))
+
+
+def _own_place(error: BaseException) -> str:
+    """Where in a file of the user's own it arose, as a policy's, " (in my_policies.py, line 12)"; "" elsewhere."""
+    paths = sysconfig.get_paths()
+    others = [Path(__file__).parent, *(Path(paths[name]) for name in ("stdlib", "purelib", "platlib"))]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if file.suffix == ".py" and not any(file.is_relative_to(place) for place in others):
+            return f" (in {file.name}, line {frame.lineno})"
+    return ""
 
 
 def _fail(message: str, status: int) -> int:

@@ -119,7 +119,9 @@ def load_any_run(
             raise ValueError(f"the weights lack {', '.join(wrong)} of the shape in config.json")
         if unused := sorted(name for name in found["unexpected_keys"] if not name.startswith(SKIPPING_WEIGHTS)):
             raise ValueError(f"config.json has no place for the weights {', '.join(unused)}: it is of another model")
-        tokenizer = None if labelled else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = (
+            None if labelled else AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
+        )
         if tokenizer is not None:
             tokenizer("a")  # settings that make no sense are noticed when it is used
     except Exception as error:  # json, safetensors, transformers and tokenizers each raise their own kinds

@@ -193,7 +193,7 @@ print(model(torch.tensor([[0, 1, 2]])).logits.shape)"""
 from transformers import AutoTokenizer
 
 {load}
-tokenizer = AutoTokenizer.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name, config=model.config)
 ids = tokenizer("The", return_tensors="pt")["input_ids"]
 print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))"""
     needed = (

@@ -286,6 +286,8 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         The other arguments, and the errors, are those of `MidskipModel.forward`.
         """
         check_others(others, position_ids)
+        if self.training and num_items_in_batch is not None:
+            self.model.policy.warn_of_plain_trainer()
         with unchanged_if_broken_off(past_key_values):
             packed = self.model.run(
                 input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states, past_key_values, use_cache
@@ -334,8 +336,6 @@ class MidskipForCausalLM(MidskipPreTrainedModel, CachedGeneration, GenerationMix
         nats_N, asked_nats_M = nats_P.split([batch.num_tokens, len(nats_P) - batch.num_tokens])
         scored_N = target_N != IGNORED
         if observes:
-            if num_items is not None:
-                policy.warn_of_plain_trainer()
             policy.observe(packed.state, nats_N.detach(), scored_N)
             auxiliary_loss = policy.objective(packed.state, nats_N.detach(), scored_N, asked_nats_M)
         loss = nats_N.sum() / (scored_N.sum().clamp(min=1) if num_items is None else num_items)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from midskip.model.packing import PackedBatch
 from midskip.names import near
 from midskip.plugins import load_class
+from midskip.policies.decision import Decision, problem_of
 
 BUILT_IN = {
     "dense": "midskip.policies.dense:Dense",
@@ -28,56 +28,6 @@ BUILT_IN = {
     "static": "midskip.policies.static:Static",
     "random": "midskip.policies.random_skips:RandomSkips",
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """Which tokens run a layer, and how much.
-
-    Attributes:
-        keep_N: bool [N], True where the token is present; None means all are.
-        output_gate_N: float32 [N] in [0, 1], multiplies what the layer adds; None means 1. Read only where kept.
-        key_gate_N: float32 [N], above 0 and up to 1, weighs the token's key; None means 1. Read only where kept,
-            and only with `skipped_kv="drop"`.
-        skip_path_N: bool [N], True for a token that takes the skip path of this layer, if the model has skip paths
-            (`config.skip_path`); it must not be kept. None: each token takes it as far as it does not run the layer,
-            that is, times 1 minus its output gate. A policy whose tokens stay away for several layers says here where
-            they leave, and the path stands for all of those layers.
-        readiness_N: float32 or wider [N], a hard gate's readiness to skip: in evaluation, without limits, a token is
-            kept where it lies below 1. It decides nothing; `midskip bench` reads it, to tell a gate that rounding moved
-            from one that is wrong.
-
-    A policy that keeps the same tokens in two layers returns the same tensor `keep_N`, best the same `Decision`:
-    what follows from it (rows, positions, angles) is then worked out once.
-    """
-
-    keep_N: Tensor | None = None
-    output_gate_N: Tensor | None = None
-    key_gate_N: Tensor | None = None
-    skip_path_N: Tensor | None = None
-    readiness_N: Tensor | None = None
-
-    @classmethod
-    def hard(
-        cls, keep_N: Tensor, score_N: Tensor, skip_path_N: Tensor | None = None, readiness_N: Tensor | None = None
-    ) -> Decision:
-        """A hard gate: exactly 1 where a token is kept and 0 elsewhere, in training and evaluation alike.
-
-        Its gradient is a surrogate, the straight-through one: in the backward pass the output gate of a token that is
-        kept has the gradient of `score_N`. A token that is not kept gives none: nothing was computed that could tell
-        what its gate is worth. Keys have no gate.
-
-        Args:
-            keep_N: bool [N].
-            score_N: float32 or wider, finite [N], what rises with the gate: the more, the sooner the token is kept.
-            skip_path_N, readiness_N: as in `Decision`.
-        """
-        gate_N = 1 + (score_N - score_N.detach()) if torch.is_grad_enabled() and score_N.requires_grad else None
-        return cls(keep_N, gate_N, None, skip_path_N, readiness_N)
-
-    def leaving(self, keep_N: Tensor) -> Tensor:
-        """bool [N]: who is kept here and not by `keep_N`, the decision about the next layer."""
-        return ~keep_N if self.keep_N is None else self.keep_N & ~keep_N
 
 
 class PassState(dict[str, Any]):
@@ -269,6 +219,19 @@ class Policy(nn.Module):
         return 0
 
 
+def check_first_pass(policy: Policy) -> None:
+    """From now on, until its first forward pass has ended, what it decides is checked; ValueError in that pass."""
+
+    def check(_: nn.Module, arguments: tuple[Any, ...], decision: Any) -> None:
+        layer, h_ND = arguments[:2]
+        if problem := problem_of(decision, len(h_ND)):
+            raise ValueError(f"the policy {type(policy).__name__}, asked about layer {layer}: {problem}")
+        if layer == policy.num_layers - 1:
+            hook.remove()
+
+    hook = policy.register_forward_hook(check)
+
+
 def check_counts(**counts: Any) -> None:
     """Raises ValueError for one that is no whole number of at least 0, or that int64 cannot hold."""
     for name, value in counts.items():
@@ -290,12 +253,25 @@ def build_policy(path: str, num_layers: int, width: int, initializer_range: floa
         ValueError: an unknown policy, or a setting that it does not know.
     """
     policy = load_class(BUILT_IN.get(path, path), Policy, "policy", tuple(BUILT_IN))
-    signature = inspect.signature(policy)
-    known = [name for name in signature.parameters if name not in ("num_layers", "width", "initializer_range")]
+    known = _settings_of(policy)
     for name in settings:
         if name not in known:
             raise ValueError(
                 f"policy {path!r} does not know the setting {name!r}; it knows {', '.join(map(repr, known)) or 'none'}"
                 f"{near(name, known)}"
             )
-    return policy(num_layers, width, initializer_range, **settings)
+    return policy(num_layers, width, initializer_range=initializer_range, **settings)
+
+
+def _settings_of(policy: type[Policy]) -> list[str]:
+    """Names that its constructor takes, and those of its parents as far as it hands `**settings` on."""
+    known: dict[str, None] = {}
+    for one in policy.__mro__:
+        if "__init__" in vars(one):
+            parameters = list(inspect.signature(one.__init__).parameters.values())[1:]
+            known |= {
+                each.name: None for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+            }
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+                break
+    return [name for name in known if name not in ("num_layers", "width", "initializer_range")]

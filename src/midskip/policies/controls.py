@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, Policy
+from midskip.policies.base import Policy
+from midskip.policies.decision import Decision
 from midskip.policies.difficulty import drawn
 from midskip.policies.middle_out import MiddleOut
 

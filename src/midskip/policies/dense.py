@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, Policy
+from midskip.policies.base import Policy
+from midskip.policies.decision import Decision
 
 
 class Dense(Policy):

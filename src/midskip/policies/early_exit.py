@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
 from midskip.names import one_of
-from midskip.policies.base import Decision, check_counts, check_shares
+from midskip.policies.base import check_counts, check_shares
+from midskip.policies.decision import Decision
 from midskip.policies.scored import ScoredPolicy, uniform
 
 SCORES = ("predicted_loss", "straight_through")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, check_counts
+from midskip.policies.base import check_counts
+from midskip.policies.decision import Decision
 from midskip.policies.scored import ScoredPolicy
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
 from midskip.names import one_of
-from midskip.policies.base import Decision, Policy, check_counts
+from midskip.policies.base import Policy, check_counts
+from midskip.policies.decision import Decision
 from midskip.policies.difficulty import Difficulty, drawn
 
 STARTS = ("open", "spread", "released")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, Policy, check_shares
+from midskip.policies.base import Policy, check_shares
+from midskip.policies.decision import Decision
 from midskip.policies.scored import ScoredPolicy
 
 MEMORY = 0.98  # of the threshold, from one step to the next

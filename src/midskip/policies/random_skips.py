@@ -9,7 +9,8 @@ from torch import Tensor
 
 from midskip.model.packing import PackedBatch
 from midskip.names import one_of
-from midskip.policies.base import Decision, Policy, check_shares
+from midskip.policies.base import Policy, check_shares
+from midskip.policies.decision import Decision
 from midskip.policies.middle_out import nested
 from midskip.policies.scored import DRAWN_BY, uniform
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision
+from midskip.policies.decision import Decision
 from midskip.policies.scored import ScoredPolicy, uniform
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
 from midskip.names import one_of
-from midskip.policies.base import Decision, Policy
+from midskip.policies.base import Policy
+from midskip.policies.decision import Decision
 from midskip.policies.difficulty import drawn
 from midskip.policies.middle_out import LARGEST_EXPONENT
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from midskip.model.packing import PackedBatch
-from midskip.policies.base import Decision, Policy, check_shares
+from midskip.policies.base import Policy, check_shares
+from midskip.policies.decision import Decision
 
 
 class Static(Policy):

@@ -25,7 +25,7 @@ class Regularizer:
         mean_coefficients: float32 [L] on the CPU, the weight of each layer's mean gate; [0] if none.
         variance_coefficients: the same for the variance.
         targets_2L: float32 [2, L] on the CPU, what mean and variance should be; [2, 0] if none.
-        changing: names of the float32 CPU tensors that `update` changes.
+        changing: names of the CPU tensors that `update` changes.
     """
 
     changing: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ class Regularizer:
         for name in self.changing:
             shape = list(getattr(self, name).shape)
             try:
-                loaded[name] = floats(state[name])
+                loaded[name] = torch.tensor(state[name], dtype=getattr(self, name).dtype, device="cpu")
                 fits = list(loaded[name].shape) == shape and bool(loaded[name].isfinite().all())
             except (TypeError, ValueError, RuntimeError):
                 fits = False

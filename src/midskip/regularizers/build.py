@@ -22,7 +22,7 @@ _REGULARIZERS: dict[str, tuple[type[Regularizer], dict[str, Any], dict[str, Any]
 }
 
 
-def build_regularizer(name: str, num_layers: int, **settings: Any) -> Regularizer:
+def build_regularizer(name: str, num_layers: int, /, **settings: Any) -> Regularizer:
     """A gate regularizer for a model of `num_layers` layers, odd or even.
 
     `name` is a released one or `"package.module:Class"` for a subclass of `Regularizer` elsewhere. The

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from midskip.data.labelled import is_labelled
 from midskip.train.recipe import Recipe
 
 CODE = 1  # to be raised when the same recipe would train another model, as when a default changes, or when what a
@@ -23,6 +25,18 @@ def decides(recipe: Recipe) -> dict[str, Any]:
     given = asdict(recipe)
     del given["output"]
     return given | {"dense_layers": []}
+
+
+def own_code(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the file of each module that the recipe names and that is not of midskip."""
+    names = [recipe.model.policy, recipe.regularizer.name]
+    names += [recipe.data.source] if is_labelled(recipe.data.source) else []
+    found = {}
+    for module in {name.partition(":")[0] for name in names if ":" in name and not name.startswith("midskip.")}:
+        spec = importlib.util.find_spec(module)
+        if spec and spec.origin:
+            found[module] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    return found
 
 
 def _unlike(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

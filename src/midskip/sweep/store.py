@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from midskip.runs import RECIPE_FILE, REPORT_FILE, to_json, write_atomically
-from midskip.sweep.plan import Sweep
+from midskip.sweep.plan import Run, Sweep, own_code
 from midskip.train.checkpoints import HISTORY_FILE
 
 KEPT = (REPORT_FILE, RECIPE_FILE, HISTORY_FILE)  # of the folder of a run that has ended
@@ -79,6 +79,11 @@ class Store:
                 raise ValueError(f"{str(path)!r} is no result of a run ({error!r}): remove it") from error
             self._results[key] = result
         return self._results[key]
+
+    def is_older(self, run: Run) -> bool:
+        """Whether it has ended, with other files of classes of the user's own than there are now."""
+        before = (self.result(run.key) or {}).get("own_code")  # early results do not say
+        return before is not None and before != own_code(run.recipe)
 
     def loss(self, key: str) -> float | None:
         result = self.result(key)

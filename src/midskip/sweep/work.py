@@ -21,7 +21,7 @@ from midskip.bench.results import machine
 from midskip.data.labelled import is_labelled
 from midskip.plugins import search_folder
 from midskip.runs import RECIPE_FILE
-from midskip.sweep.plan import Run, Sweep, decides
+from midskip.sweep.plan import Run, Sweep, decides, own_code
 from midskip.sweep.store import Store, strip
 from midskip.train.recipe import Recipe
 from midskip.train.run import train
@@ -81,6 +81,7 @@ def result_of(run: Run, report: dict[str, Any]) -> dict[str, Any]:
     return {
         "key": run.key,
         "recipe": decides(run.recipe),
+        "own_code": own_code(run.recipe),
         "seed": run.seed,
         "report": report,
         "training_flops": report["training"]["flops"],

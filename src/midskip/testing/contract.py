@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from midskip.model.config import SKIPPED_KV
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.policies import Decision
+from midskip.policies.decision import problem_of
 from midskip.reference import reference_forward
 from midskip.testing.decode import in_steps
 from midskip.testing.limits import broken_limits, limits
@@ -38,8 +40,9 @@ def check_policy(
 
     The checks, in their order:
 
-    - *gates*: `decide` returns a `Decision` whose `keep_N` is bool [N] and whose gates are float32 or wider [N], in
-      [0, 1] where kept (a key's gate above 0), and what the model reports is 0 where a token was not kept;
+    - *gates*: `decide` returns a `Decision` whose `keep_N` is bool [N] and whose gates are float32 or wider [N], in a
+      bfloat16 model too, and in [0, 1] where kept (a key's gate above 0), and what the model reports is 0 where a token
+      was not kept;
     - *repeatable*: in evaluation the same input gives the same output;
     - *untouched*: no tensor that a module was given or gave is written to afterwards, so that a policy may keep
       hidden states in `state`, and a hook what it saw; and asking for hidden states changes nothing;
@@ -51,7 +54,7 @@ def check_policy(
     - *finite gradients*: in training every parameter gets a gradient, and a finite one;
     - *packed = reference*: the same values and gradients as `reference_forward`, which asks the policy about one
       sequence at a time and multiplies gates in;
-    - *state*: a saved and loaded model gives the same outputs;
+    - *state*: after two steps of training a saved and loaded model gives the same outputs, and after two more;
     - *budget*, of a policy that is `adjustable`: what `Policy.set_limits` says, and the checks from *no future leak* to
       *packed = reference* under a scale and `max_layers`.
 
@@ -82,15 +85,14 @@ def _gates(trial: Trial) -> None:
 
     def look(module: torch.nn.Module, arguments: tuple[Any, ...], decision: Any) -> None:
         layer, h_ND = arguments[:2]
-        if problem := _problem(decision, h_ND.shape[0]):
+        if problem := problem_of(decision, h_ND.shape[0]):
             raise trial.failed("gates", f"{problem}, in layer {layer}")
         decisions.append(decision)
 
-    with trial.model.model.policy.register_forward_hook(look):
-        for training in (True, False):
-            decisions.clear()
-            trial.model.train(training)
-            gates_BTL = trial.run(trial.ids_BT, VALID_BT)["gates"]
+    for model, training in ((deepcopy(trial.model).bfloat16(), False), (trial.model, True), (trial.model, False)):
+        decisions.clear()
+        with model.model.policy.register_forward_hook(look):
+            gates_BTL = replace(trial, model=model.train(training)).run(trial.ids_BT, VALID_BT)["gates"]
     for layer, decision in enumerate(decisions):
         gate_N = gates_BTL[..., layer][VALID_BT]
         present_N = torch.ones_like(gate_N, dtype=torch.bool) if decision.keep_N is None else decision.keep_N
@@ -98,31 +100,6 @@ def _gates(trial: Trial) -> None:
             raise trial.failed("gates", f"a gate is not 0 where no token is present, in layer {layer}")
         if trial.model.model.policy.is_hard and not (gate_N[present_N] == 1).all():
             raise trial.failed("gates", f"is_hard is True and a gate is neither 0 nor 1, in layer {layer}")
-
-
-def _problem(decision: Any, num_tokens: int) -> str:
-    if not isinstance(decision, Decision):
-        return f"decide returned {type(decision).__name__}; expected a Decision"
-    for name in ("keep_N", "skip_path_N", "output_gate_N", "key_gate_N"):
-        x_N, wants_bool = getattr(decision, name), name in ("keep_N", "skip_path_N")
-        dtypes = (torch.bool,) if wants_bool else (torch.float32, torch.float64)
-        if x_N is None or (isinstance(x_N, Tensor) and x_N.dtype in dtypes and x_N.shape == (num_tokens,)):
-            continue
-        form = f"{x_N.dtype} {list(x_N.shape)}" if isinstance(x_N, Tensor) else type(x_N).__name__
-        return f"{name} is {form}; expected {'torch.bool' if wants_bool else 'torch.float32 or float64'} [{num_tokens}]"
-    keep_N, path_N = decision.keep_N, decision.skip_path_N
-    if path_N is not None and (path_N if keep_N is None else path_N & keep_N).any():
-        return "skip_path_N is True for a token that is kept"
-    for name in ("output_gate_N", "key_gate_N"):
-        gate_N = getattr(decision, name)
-        if gate_N is None:
-            continue
-        kept_N = gate_N if keep_N is None else gate_N[keep_N]
-        if not ((kept_N >= 0) & (kept_N <= 1)).all():
-            return f"{name} reaches from {kept_N.min():.4g} to {kept_N.max():.4g} where kept; expected 0 to 1"
-        if name == "key_gate_N" and not (kept_N > 0).all():
-            return "key_gate_N is 0 for a token that is kept; give it a gate above 0 or do not keep it"
-    return ""
 
 
 def _repeatable(trial: Trial) -> None:
@@ -278,17 +255,37 @@ def _budget(trial: Trial) -> None:
                 check(limited)
 
 
+def _absorb(trial: Trial) -> None:
+    """Steps of training, as far as they change the policy without its parameters."""
+    model = trial.model.train()
+    try:
+        for _ in range(2):
+            with torch.no_grad():
+                model(trial.ids_BT, attention_mask=VALID_BT, labels=trial.ids_BT, use_cache=False)
+            model.model.policy.absorb()
+    except Exception as error:
+        raise trial.failed("state", f"a pass of training, or `absorb` after it, fails: {error}") from error
+    finally:
+        model.eval()
+
+
 def _state(trial: Trial) -> None:
+    _absorb(trial)
     before = trial.run(trial.ids_BT, VALID_BT)
     with tempfile.TemporaryDirectory() as folder, _quiet(), torch.random.fork_rng():
         torch.manual_seed(trial.generator.initial_seed() + 1)
         try:
             trial.model.save_pretrained(folder)
             loaded = MidskipForCausalLM.from_pretrained(folder, dtype=torch.float64, trust=[trial.model.config.policy])
-            after = Trial(loaded, trial.ids_BT, trial.generator, trial.where).run(trial.ids_BT, VALID_BT)
+            again = replace(trial, model=loaded.eval())
+            after = again.run(trial.ids_BT, VALID_BT)
         except Exception as error:
             raise trial.failed("state", f"a saved and loaded model fails: {error}") from error
     trial.same("state", after, before, "a model, and the same saved and loaded")
+    for one in (trial, again):
+        _absorb(one)
+    before, after = (one.run(trial.ids_BT, VALID_BT) for one in (trial, again))
+    trial.same("state", after, before, "a model and the same saved and loaded, trained on")
 
 
 @contextmanager

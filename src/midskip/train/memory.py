@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 from midskip.model.config import MidskipConfig
 from midskip.model.modeling import MidskipForCausalLM
@@ -42,8 +43,16 @@ def check_model(recipe: Recipe, regularizer: Regularizer, vocab_size: int = 2) -
     """The number of parameters of the model, which is not made.
 
     Raises:
-        ValueError: shape, policy and regularizer do not fit.
+        ValueError: shape, policy and regularizer do not fit, or a regularizer that cannot be saved or gives no term.
     """
+    try:
+        regularizer.load_state_dict(regularizer.state_dict())
+        term = regularizer.loss(torch.ones(regularizer.num_layers, 1, 2))
+    except Exception as error:  # one of the user's own raises what it likes
+        raise ValueError(f"the regularizer {recipe.regularizer.name!r} fails before the first step: {error}") from error
+    if not isinstance(term, Tensor) or term.dim():
+        form = list(term.shape) if isinstance(term, Tensor) else type(term).__name__
+        raise ValueError(f"loss of the regularizer {recipe.regularizer.name!r} gives {form}; expected a scalar tensor")
     with torch.device("meta"):
         model = MidskipForCausalLM(recipe.build_config(vocab_size))
     regularizer.steer(model.model.policy)

@@ -20,6 +20,7 @@ from midskip.evaluate import evaluate
 from midskip.locks import locked, tidy
 from midskip.model.layers import compile_blocks
 from midskip.model.modeling import MidskipForCausalLM
+from midskip.policies.base import check_first_pass
 from midskip.regularizers import Regularizer
 from midskip.report import print_line
 from midskip.runs import BEST_FILE, BEST_FOLDER, REPORT_FILE, save_whole, to_json
@@ -132,6 +133,7 @@ def _train(
     else:
         model = MidskipForCausalLM.from_pretrained(checkpoint, config=config) if trained else MidskipForCausalLM(config)
     regularizer.steer(model.model.policy)
+    check_first_pass(model.model.policy)
     if settings.gradient_checkpointing:
         # transformers 5.23 renamed it and warns of the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
