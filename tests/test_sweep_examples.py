@@ -22,6 +22,7 @@ def test_the_examples_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {len(point.learning_rates) for point in in_bytes} == {0, 3}
     assert {len(point.learning_rates) for point in read_sweep("sweeps/paper.yaml").points} == {0}
     assert len(read_sweep("sweeps/longer.yaml").runs({})) == 3 * 3
+    assert len(read_sweep("sweeps/key-heads.yaml").runs({})) == 3 * 2
     pairs = read_sweep("sweeps/pairs.yaml").points
     assert [len(point.learning_rates) for point in pairs] == [3, 3, 3, 0, 0, 0, 0], (
         "the opponent is the one that is tuned"
