@@ -238,13 +238,35 @@ class ForgetsASum(ForgetsItsSteps):
         return super().scores(layer, h_ND, batch) * self.kept
 
 
+class LearnsFromGradients(Threshold):
+    """Lawful: what it notes in a backward pass is absorbed and saved."""
+
+    def __init__(self, num_layers: int, width: int, initializer_range: float = 0.02) -> None:
+        super().__init__(num_layers, width, initializer_range)
+        self.kept, self.seen = nn.Buffer(torch.ones(())), []
+
+    def reset_parameters(self, init: Any = nn.init) -> None:
+        init.ones_(self.kept)
+
+    def scores(self, layer: int, h_ND: Tensor, batch: PackedBatch) -> Tensor:
+        score_N = super().scores(layer, h_ND, batch) * self.kept
+        if score_N.requires_grad:
+            score_N.register_hook(lambda slope_N: self.seen.append(slope_N.detach().abs().sum()))
+        return score_N
+
+    def absorb(self) -> None:
+        self.kept.mul_(1 + torch.stack(self.seen).sum().clamp(max=1) / 100)
+        self.seen.clear()
+
+
 class CannotAbsorb(Threshold):
     def absorb(self) -> None:
         raise RuntimeError("no steps")
 
 
 @pytest.mark.parametrize(
-    ("policy", "skipped_kv"), [(Threshold, "drop"), (Threshold, "keep"), (ReadsItsPastAndSaysSo, "drop")]
+    ("policy", "skipped_kv"),
+    [(Threshold, "drop"), (Threshold, "keep"), (ReadsItsPastAndSaysSo, "drop"), (LearnsFromGradients, "keep")],
 )
 def test_what_the_lawless_are_made_from_is_lawful(policy: type[Policy], skipped_kv: str) -> None:
     check_policy(f"{__name__}:{policy.__name__}", num_layers=4, skipped_kv=skipped_kv, seed=3)

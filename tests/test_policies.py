@@ -1,6 +1,7 @@
 """Who skips: the built-in policies against their equations, and the contract that every policy must keep."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from midskip import MidskipForCausalLM
 from midskip.model.packing import PackedBatch
 from midskip.policies import Decision, Policy, build_policy
+from midskip.policies.base import check_first_pass
 from midskip.policies.controls import FixedDepths
 from midskip.policies.dense import Dense
 from midskip.policies.middle_out import STARTS, MiddleOut
@@ -142,6 +144,16 @@ def test_a_subclass_may_hand_settings_on() -> None:
     assert isinstance(policy, HandsOn) and policy.every == 3 and policy.is_hard and policy.initializer_range == 0.02
     with pytest.raises(ValueError, match=r"does not know the setting 'gate'; it knows 'every', 'start'.*mean 'gates'"):
         build_policy(path, 4, 8, 0.02, {"gate": "hard"})
+
+
+def test_the_first_pass_alone_is_checked(make_model: Callable[..., MidskipForCausalLM]) -> None:
+    model = make_model()
+    check_first_pass(model.model.policy)
+    copy = deepcopy(model)
+    for one in (model, copy):
+        assert one.model.policy._forward_hooks
+        one(torch.tensor([[1, 2, 3]]))
+        assert not one.model.policy._forward_hooks
 
 
 def test_build_policy_passes_the_settings_on() -> None:

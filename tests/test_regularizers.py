@@ -255,6 +255,9 @@ def test_a_state_keeps_its_dtypes() -> None:
     again.mean_coefficients = torch.zeros(2, dtype=torch.float64)
     again.load_state_dict(json.loads(json.dumps(regularizer.state_dict())))
     assert torch.equal(again.mean_coefficients, regularizer.mean_coefficients)
+    again.mean_coefficients = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="must be finite numbers"):
+        again.load_state_dict(regularizer.state_dict())
 
 
 def test_a_state_of_another_rule_is_refused() -> None:

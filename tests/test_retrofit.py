@@ -69,7 +69,7 @@ def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
 def dense(tmp_path: Path, make_model: Make) -> Path:
     """The folder of a dense model and its tokenizer, beside text."""
     write_documents(tmp_path / "text", 150)
-    write_documents(tmp_path / "held_out", 150)
+    write_documents(tmp_path / "held_out", 151)
     tokenizer = load_tokenizer("bytes")
     model = make_model(
         policy="dense", norms="pre", num_hidden_layers=5, vocab_size=len(tokenizer), dtype=torch.float32,
@@ -92,6 +92,12 @@ def settings_of(dense: Path, **changes: Any) -> RetrofitSettings:
         "batch_size": 2,
     }
     return RetrofitSettings(**given | changes)
+
+
+def test_a_copy_of_the_text_is_not_held_out(dense: Path) -> None:
+    shutil.copytree(dense.parent / "text", dense.parent / "copy")
+    with pytest.raises(ValueError, match=r"copy' holds the same text as .*text': give --validation text"):
+        retrofit(settings_of(dense, validation={"text": str(dense.parent / "copy")}), QUIET)
 
 
 def test_a_folder_that_one_was_killed_in_as_it_wrote_its_first_file_is_not_somebody_elses(dense: Path) -> None:

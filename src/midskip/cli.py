@@ -88,14 +88,16 @@ def _harmless(text: str) -> str:
     return visible(re.sub(r"\s*\n\s*", " ", text))
 
 
-def _own_place(error: BaseException) -> str:
+def _own_place(error: BaseException | None) -> str:
     """Where in a file of the user's own it arose, as a policy's, " (in my_policies.py, line 12)"; "" elsewhere."""
-    paths = sysconfig.get_paths()
-    others = [Path(__file__).parent, *(Path(paths[name]) for name in ("stdlib", "purelib", "platlib"))]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        file = Path(frame.filename)
-        if file.suffix == ".py" and not any(file.is_relative_to(place) for place in others):
-            return f" (in {file.name}, line {frame.lineno})"
+    others = [Path(__file__).parent, Path(sysconfig.get_path("stdlib"))]
+    while error is not None:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            file = Path(frame.filename)
+            is_installed = {"site-packages", "dist-packages"} & set(file.parts)
+            if file.suffix == ".py" and not is_installed and not any(map(file.is_relative_to, others)):
+                return f" (in {file.name}, line {frame.lineno})"
+        error = error.__cause__
     return ""
 
 

@@ -42,14 +42,15 @@ def not_live() -> Iterator[None]:
 
 @contextmanager
 def limits_kept(model: Any, score_scale: float | None = None, max_layers: int | None = None) -> Iterator[Any]:
-    """Gives the model, under these limits of `Policy.set_limits` if there is a scale, else under those in force. What
-    is run within is not live: no monitor looks at it. Afterwards the limits are those of before."""
+    """Gives the model, under these limits of `Policy.set_limits`; the scale, and without one `max_layers` too, is by
+    default that in force. What is run within is not live: no monitor looks at it. Afterwards the limits are those of
+    before."""
     policy = model.model.policy
     before = policy.score_scale, policy.max_layers
     try:
         with not_live():
-            if score_scale is not None:
-                policy.set_limits(score_scale, max_layers)
+            if score_scale is not None or max_layers is not None:
+                policy.set_limits(before[0] if score_scale is None else score_scale, max_layers)
             yield model
     finally:
         policy.set_limits(*before)

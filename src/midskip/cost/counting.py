@@ -49,10 +49,10 @@ class Meter:
         self.past_seqlens: list[int] = []
         self.policy_flops = self.skip_path_flops = self.head_rows = 0
         self.bytes, self._dense_bytes = Bytes(), Bytes()
-        self._bytes_of = cache(_bytes_of)
 
     def __enter__(self) -> Meter:
         body = self.model.model
+        self._bytes_of = cache(_bytes_of)
         self._hooks = [block.register_forward_hook(self._on_block(layer)) for layer, block in enumerate(body.layers)]
         self._hooks += [
             body.policy.register_forward_hook(self._on_policy),

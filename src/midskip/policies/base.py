@@ -221,15 +221,16 @@ class Policy(nn.Module):
 
 def check_first_pass(policy: Policy) -> None:
     """From now on, until its first forward pass has ended, what it decides is checked; ValueError in that pass."""
+    policy.register_forward_hook(_check_decision)
 
-    def check(_: nn.Module, arguments: tuple[Any, ...], decision: Any) -> None:
-        layer, h_ND = arguments[:2]
-        if problem := problem_of(decision, len(h_ND)):
-            raise ValueError(f"the policy {type(policy).__name__}, asked about layer {layer}: {problem}")
-        if layer == policy.num_layers - 1:
-            hook.remove()
 
-    hook = policy.register_forward_hook(check)
+def _check_decision(policy: Any, arguments: tuple[Any, ...], decision: Any) -> None:
+    layer, h_ND = arguments[:2]
+    if problem := problem_of(decision, len(h_ND)):
+        raise ValueError(f"the policy {type(policy).__name__}, asked about layer {layer}: {problem}")
+    if layer == policy.num_layers - 1:  # of a copy, too
+        for key in [key for key, hook in policy._forward_hooks.items() if hook is _check_decision]:
+            del policy._forward_hooks[key]
 
 
 def check_counts(**counts: Any) -> None:
@@ -260,7 +261,7 @@ def build_policy(path: str, num_layers: int, width: int, initializer_range: floa
                 f"policy {path!r} does not know the setting {name!r}; it knows {', '.join(map(repr, known)) or 'none'}"
                 f"{near(name, known)}"
             )
-    return policy(num_layers, width, initializer_range=initializer_range, **settings)
+    return policy(num_layers, width, initializer_range, **settings)
 
 
 def _settings_of(policy: type[Policy]) -> list[str]:

@@ -101,7 +101,7 @@ class Regularizer:
         return {name: values_L for name, values_L in drawn.items() if len(values_L)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What `changing` names, as floats and (nested) lists of floats; JSON carries them without loss."""
+        """What `changing` names, as numbers and (nested) lists of numbers; JSON carries them without loss."""
         return {name: getattr(self, name).tolist() for name in self.changing}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -120,6 +120,7 @@ class Regularizer:
             try:
                 loaded[name] = torch.tensor(state[name], dtype=getattr(self, name).dtype, device="cpu")
                 fits = list(loaded[name].shape) == shape and bool(loaded[name].isfinite().all())
+                fits = fits and (loaded[name].is_floating_point() or loaded[name].tolist() == state[name])
             except (TypeError, ValueError, RuntimeError):
                 fits = False
             if not fits:

@@ -74,6 +74,8 @@ def _run(settings: RetrofitSettings, report: dict[str, Any], console: Console) -
         tokenizer = AutoTokenizer.from_pretrained(newest, trust_remote_code=False)
     else:
         model, tokenizer = load_to_skip(settings.model, settings.changes())
+    for parameter in model.parameters():  # some lie in a file, where kernels may round otherwise than in fresh memory
+        parameter.data = parameter.data.clone()
     settings.check_layers(model.config.num_skip_units)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType, reportCallIssue]
     texts = Texts(settings, tokenizer, model.config.max_position_embeddings, console)
@@ -155,6 +157,10 @@ class Texts:
         count = 2 * (settings.price_tokens // length)
         for name, source in settings.validation.items():
             windows = self._windows(f"validation {name}", source, count, settings, tokenizer, console)
+            if self.checksums[f"validation {name}"] == self.checksums["data"]:
+                raise ValueError(
+                    f"{source!r} holds the same text as {settings.data!r}: give --validation text that is held out"
+                )
             rows = [windows[row * len(windows) // count] for row in range(count)]
             self.held_out[name] = rows[::2]
             self.calibration = self.calibration or rows[1::2]

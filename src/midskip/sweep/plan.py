@@ -6,8 +6,10 @@ import hashlib
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,23 @@ def decides(recipe: Recipe) -> dict[str, Any]:
 
 
 def own_code(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the file of each module that the recipe names and that is not of midskip."""
+    """SHA-256 of the file of each module that the recipe names and that is not of midskip, as it was when this process
+    first asked; without those that have no file here."""
     names = [recipe.model.policy, recipe.regularizer.name]
     names += [recipe.data.source] if is_labelled(recipe.data.source) else []
-    found = {}
-    for module in {name.partition(":")[0] for name in names if ":" in name and not name.startswith("midskip.")}:
-        spec = importlib.util.find_spec(module)
-        if spec and spec.origin:
-            found[module] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
-    return found
+    modules = {name.partition(":")[0] for name in names if ":" in name and not name.startswith("midskip.")}
+    return {module: found for module in modules if (found := _hash_of(module))}
+
+
+@cache
+def _hash_of(module: str) -> str:
+    """Of a module's file; "" if that cannot be told."""
+    try:
+        loaded = sys.modules.get(module) or importlib.util.find_spec(module)
+        file = getattr(loaded, "__file__", None) or getattr(loaded, "origin", None)
+        return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
+    except Exception:  # a package beside it is imported, and raises what it likes; or it lies in an archive
+        return ""
 
 
 def _unlike(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

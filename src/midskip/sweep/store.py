@@ -82,8 +82,9 @@ class Store:
 
     def is_older(self, run: Run) -> bool:
         """Whether it has ended, with other files of classes of the user's own than there are now."""
-        before = (self.result(run.key) or {}).get("own_code")  # early results do not say
-        return before is not None and before != own_code(run.recipe)
+        before = (self.result(run.key) or {}).get("own_code", {})  # early results do not say
+        now = own_code(run.recipe)
+        return any(before[module] != now[module] for module in before.keys() & now.keys())
 
     def loss(self, key: str) -> float | None:
         result = self.result(key)

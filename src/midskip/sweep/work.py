@@ -65,8 +65,9 @@ def attempt(sweep: Sweep, store: Store, run: Run) -> bool:
         note = store.path("running", run.key)
         note.touch()
         try:
+            code = own_code(run.recipe)  # before the run, during which its file may change
             report = train_run(sweep, run)
-            store.write_result(run.key, result_of(run, report))
+            store.write_result(run.key, result_of(run, report) | {"own_code": code})
             if not sweep.keep_runs:
                 strip(store.path("runs", run.key))
         except Exception as error:  # torch, drivers and plugins raise what they like; the others go on
@@ -81,7 +82,6 @@ def result_of(run: Run, report: dict[str, Any]) -> dict[str, Any]:
     return {
         "key": run.key,
         "recipe": decides(run.recipe),
-        "own_code": own_code(run.recipe),
         "seed": run.seed,
         "report": report,
         "training_flops": report["training"]["flops"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -89,10 +88,20 @@ def _gates(trial: Trial) -> None:
             raise trial.failed("gates", f"{problem}, in layer {layer}")
         decisions.append(decision)
 
-    for model, training in ((deepcopy(trial.model).bfloat16(), False), (trial.model, True), (trial.model, False)):
-        decisions.clear()
-        with model.model.policy.register_forward_hook(look):
-            gates_BTL = replace(trial, model=model.train(training)).run(trial.ids_BT, VALID_BT)["gates"]
+    with torch.random.fork_rng():
+        half = replace(trial, model=MidskipForCausalLM(trial.model.config).bfloat16().eval())
+    half.model.load_state_dict(trial.model.state_dict())
+    try:
+        with half.model.model.policy.register_forward_hook(look):
+            half.run(trial.ids_BT, VALID_BT)
+    except AssertionError:
+        raise
+    except Exception as error:
+        raise trial.failed("gates", f"a pass in bfloat16 fails: {error}") from error
+    with trial.model.model.policy.register_forward_hook(look):
+        for training in (True, False):
+            decisions.clear()
+            gates_BTL = replace(trial, model=trial.model.train(training)).run(trial.ids_BT, VALID_BT)["gates"]
     for layer, decision in enumerate(decisions):
         gate_N = gates_BTL[..., layer][VALID_BT]
         present_N = torch.ones_like(gate_N, dtype=torch.bool) if decision.keep_N is None else decision.keep_N
@@ -256,13 +265,15 @@ def _budget(trial: Trial) -> None:
 
 
 def _absorb(trial: Trial) -> None:
-    """Steps of training, as far as they change the policy without its parameters."""
+    """Steps of training, as far as they change the policy without its parameters; drawn alike each time."""
     model = trial.model.train()
     try:
-        for _ in range(2):
-            with torch.no_grad():
-                model(trial.ids_BT, attention_mask=VALID_BT, labels=trial.ids_BT, use_cache=False)
-            model.model.policy.absorb()
+        with torch.random.fork_rng():
+            torch.manual_seed(trial.generator.initial_seed())
+            for _ in range(2):
+                model(trial.ids_BT, attention_mask=VALID_BT, labels=trial.ids_BT, use_cache=False).loss.backward()
+                model.zero_grad()
+                model.model.policy.absorb()
     except Exception as error:
         raise trial.failed("state", f"a pass of training, or `absorb` after it, fails: {error}") from error
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -46,8 +47,9 @@ def check_model(recipe: Recipe, regularizer: Regularizer, vocab_size: int = 2) -
         ValueError: shape, policy and regularizer do not fit, or a regularizer that cannot be saved or gives no term.
     """
     try:
-        regularizer.load_state_dict(regularizer.state_dict())
-        term = regularizer.loss(torch.ones(regularizer.num_layers, 1, 2))
+        trial = deepcopy(regularizer)  # which no step has seen
+        trial.load_state_dict(trial.state_dict())
+        term = trial.loss(torch.ones(trial.num_layers, 1, 2, requires_grad=True), None)
     except Exception as error:  # one of the user's own raises what it likes
         raise ValueError(f"the regularizer {recipe.regularizer.name!r} fails before the first step: {error}") from error
     if not isinstance(term, Tensor) or term.dim():
