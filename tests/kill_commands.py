@@ -114,8 +114,8 @@ class Trials:
     def __init__(self, name: str, folder: Path):
         self.command, self.folder, self.count = COMMANDS[name], folder, 0
         given, found = folder / "given", folder / "making" / "found"
-        for text in TEXTS:
-            write_documents(folder / text, 150)
+        for count, text in enumerate(TEXTS, 150):  # held-out text must be another
+            write_documents(folder / text, count)
 
         def make(say: Say) -> None:
             quick()
