@@ -263,7 +263,7 @@ def test_hard_gates_keep_the_contract() -> None:
 
 def test_a_policy_that_says_it_is_hard_is_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def soft(self: Half, layer: int, h_ND: Tensor, state: dict[str, Any], batch: PackedBatch) -> Decision:
-        return Decision(None, h_ND.new_full((len(h_ND),), 0.5))
+        return Decision(None, torch.full((len(h_ND),), 0.5))
 
     monkeypatch.setattr(Half, "decide", soft)
     with pytest.raises(AssertionError, match=r"check 'gates' failed: is_hard is True and a gate is neither 0 nor 1"):

@@ -51,10 +51,11 @@ class Decision:
 
         Args:
             keep_N: bool [N].
-            score_N: float32 or wider, finite [N], what rises with the gate: the more, the sooner the token is kept.
+            score_N: floating point, finite [N], what rises with the gate: the more, the sooner the token is kept.
             skip_path_N, readiness_N: as in `Decision`.
         """
-        gate_N = 1 + (score_N - score_N.detach()) if torch.is_grad_enabled() and score_N.requires_grad else None
+        wide_N = score_N.to(torch.promote_types(score_N.dtype, torch.float32))
+        gate_N = 1 + (wide_N - wide_N.detach()) if torch.is_grad_enabled() and wide_N.requires_grad else None
         return cls(keep_N, gate_N, None, skip_path_N, readiness_N)
 
     def leaving(self, keep_N: Tensor) -> Tensor:
