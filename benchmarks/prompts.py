@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from midskip import MidskipForCausalLM
 from midskip.bench.results import machine
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.generate import blocks_counted, generate
 from midskip.runs import to_json
 
@@ -47,7 +47,7 @@ def under_budget(
 ) -> dict[str, Any]:
     """Prompts passed, and the shares of blocks that ran for tokens of prompts and for new ones."""
     passed, of_prompts, of_new = [], [], []
-    with limits_kept(model):
+    with temporary_limits(model):
         model.set_budget(budget)
         for prompt in prompts:
             length = len(tokenizer(prompt["prompt"])["input_ids"])

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from midskip import MidskipConfig, MidskipForCausalLM
 from midskip.bench.results import machine
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.card import RETROFIT_FILE
 from midskip.evaluate import evaluate
 from midskip.report import comparison_table
@@ -130,7 +130,7 @@ def random_rows(folder: Path) -> list[dict[str, Any]]:
     texts = Texts(settings, AutoTokenizer.from_pretrained(folder), config.max_position_embeddings, Console(stderr=True))
     whole = MidskipForCausalLM.from_pretrained(folder).eval()
     rows = []
-    with limits_kept(whole, 0.0):
+    with temporary_limits(whole, score_scale=0.0):
         losses = {name: evaluate(whole, windows)["loss"] for name, windows in texts.held_out.items()}
     for share in settings.trained_shares(config.num_skip_units):
         random = {"policy": "random", "policy_settings": {"share": share, "outer": settings.outer}}

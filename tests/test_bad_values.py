@@ -14,7 +14,7 @@ import yaml
 from midskip import MidskipForCausalLM
 from midskip.cli import main
 from midskip.train import Recipe
-from midskip.train.memory import BLOCK_OBJECTS_BYTES, check_memory, fewest_parameters
+from midskip.train.checks import BLOCK_OBJECTS_BYTES, check_memory, fewest_parameters
 from midskip.train.recipe import DataSettings, ModelSettings, RegularizerSettings, TrainingSettings
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "no_pictures")
@@ -114,10 +114,10 @@ def test_what_a_model_needs(
     for copies, has_gpu in ((4, False), (1, True)):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
         needed = 4 * copies * least + BLOCK_OBJECTS_BYTES * 4
-        monkeypatch.setattr("midskip.train.memory.memory_bytes", lambda needed=needed: needed)
+        monkeypatch.setattr("midskip.train.checks.memory_bytes", lambda needed=needed: needed)
         check_memory(recipe, 300)
-        monkeypatch.setattr("midskip.train.memory.memory_bytes", lambda needed=needed: needed - 1)
+        monkeypatch.setattr("midskip.train.checks.memory_bytes", lambda needed=needed: needed - 1)
         with pytest.raises(ValueError, match=rf"4 blocks with {least:,} parameters or more"):
             check_memory(recipe, 300)
-    monkeypatch.setattr("midskip.train.memory.memory_bytes", lambda: None)
+    monkeypatch.setattr("midskip.train.checks.memory_bytes", lambda: None)
     check_memory(make_recipe(model={"num_hidden_layers": 10**9}))

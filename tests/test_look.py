@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from midskip import MidskipForCausalLM
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.cost import Meter
 from midskip.evaluate import evaluate
 from midskip.generate import blocks_counted, generate
@@ -106,7 +106,7 @@ def test_scores_say_who_is_skipped(make_model: Callable[..., MidskipForCausalLM]
 def test_limits_are_given_back(calibrated: MidskipForCausalLM) -> None:
     calibrated.set_budget(0.5, 3)
     before = calibrated.model.policy.score_scale
-    with pytest.raises(KeyError), limits_kept(calibrated, 0.0):
+    with pytest.raises(KeyError), temporary_limits(calibrated, score_scale=0.0):
         assert look(calibrated, None, ids_of(9)).executed_share == 1
         raise KeyError
     assert (calibrated.model.policy.score_scale, calibrated.model.policy.max_layers) == (before, 3)
@@ -122,9 +122,9 @@ def test_a_lone_token_forced_is_as_under_limits(make_model: Callable[..., Midski
     settings = {"gates": gates} | ({"scores": "hidden_states"} if gates == "hard" else {})
     model = make_model("open" if gates == "soft" else "kept", policy_settings=settings).eval()
     found = what_if(model, [5], 0, next_id=7)
-    with limits_kept(model, 0.0):
+    with temporary_limits(model, score_scale=0.0):
         assert numbers(found["everything"]) == numbers(what_if(model, [5], 0, 7)["as_it_is"])
-    with limits_kept(model, 1.0, 2):
+    with temporary_limits(model, 1.0, 2):
         assert numbers(found["one_earlier"]) == numbers(what_if(model, [5], 0, 7)["as_it_is"])
     assert found["one_earlier"].layers == (True, False, False, True)
     assert found["one_earlier"].flops < found["as_it_is"].flops <= found["everything"].flops

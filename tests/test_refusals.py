@@ -52,8 +52,11 @@ class ATermALayer(Regularizer):
     [
         ({"regularizer": "nonsense"}, "unknown regularizer 'nonsense'"),
         ({"regularizer": "target_share"}, "missing a required argument: 'target_share'"),
-        ({"regularizer": f"{__name__}:Unsaved"}, "regularizer .* fails before the first step: .* no attribute 'total'"),
-        ({"regularizer": f"{__name__}:ATermALayer"}, r"ATermALayer' gives \[\d+\]; expected a scalar tensor"),
+        (
+            {"regularizer": f"{__name__}:Unsaved"},
+            "Unsaved fails before the first step: .* no attribute 'total'",
+        ),
+        ({"regularizer": f"{__name__}:ATermALayer"}, r"ATermALayer gives \[\d+\]; expected a scalar tensor"),
         (
             {"regularizer": "target_share", "settings": {"target_share": 0.5}, "model": {"policy": "dense"}},
             "the policy Dense has no gates",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_runs import QUIET, write_documents
 
 from midskip import MidskipConfig, MidskipForCausalLM
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.cli import main
 from midskip.convert import to_transformers
 from midskip.data import load_tokenizer
@@ -240,7 +240,7 @@ def test_routers_learn_unless_layers_are_left_out_for_all(dense: Path, choice: s
 def test_the_original_stays_at_hand_while_others_learn(make_model: Make, what: str) -> None:
     model = make_model(policy="independent", norms="pre", skipped_kv="keep", skip_path="linear", vocab_size=64)
     ids = torch.randint(64, (2, 12))
-    with limits_kept(model, 0.0):
+    with temporary_limits(model, score_scale=0.0):
         whole = model(ids).logits
     with learning(model, what, lora_rank=2) as original:
         for parameter in model.parameters():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from midskip import MidskipForCausalLM
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.data.labelled import Items
 from midskip.evaluate import evaluate
 from midskip.retrofit.fit import FitReport, fit
@@ -184,7 +184,7 @@ def test_layers_are_left_out_in_the_order_asked_for(make_model: Make) -> None:
 
 
 def _nothing_skipped(model: MidskipForCausalLM) -> Tensor:
-    with limits_kept(model, 0.0):
+    with temporary_limits(model, score_scale=0.0):
         return _logits(model)
 
 

@@ -83,12 +83,12 @@ def test_other_code_of_ones_own_is_told(
     file.write_text("from midskip.policies.dense import Dense\n\nclass Mine(Dense): ...\n")
     sweep = sweep_of(DENSE | {"settings": {"model.policy": "policy_of_a_sweep:Mine"}}, seeds=[0])
     run_sweep(sweep, console=QUIET)
-    assert not any("other code" in line for line in listed(sweep))
+    assert not any("has changed" in line for line in listed(sweep))
     file.write_text(file.read_text() + "# another\n")
     plan._hash_of.cache_clear()  # as in another process
-    with pytest.warns(UserWarning, match=f"2 runs have ended with other code .* {ran[0].key}.json, {ran[1].key}.json"):
+    with pytest.warns(UserWarning, match=f"has changed since 2 runs ended.* {ran[0].key}.json, {ran[1].key}.json"):
         run_sweep(sweep, console=QUIET)
-    assert len(ran) == 2 and all(line.endswith(", with other code of your own") for line in listed(sweep))
+    assert len(ran) == 2 and all(line.endswith(", and your own code has changed since") for line in listed(sweep))
 
 
 def test_an_arms_settings_win(sweep_of: SweepOf) -> None:

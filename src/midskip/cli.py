@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         importlib.import_module(f"midskip.commands.{command}").run(rest)
     except (ValueError, OSError) as error:
-        return _fail(str(error) + _own_place(error), 2)
+        return _fail(str(error) + _place_in_user_code(error), 2)
     except FloatingPointError as error:
         return _fail(str(error), 1)
     except RuntimeError as error:
@@ -88,8 +88,8 @@ def _harmless(text: str) -> str:
     return visible(re.sub(r"\s*\n\s*", " ", text))
 
 
-def _own_place(error: BaseException | None) -> str:
-    """Where in a file of the user's own it arose, as a policy's, " (in my_policies.py, line 12)"; "" elsewhere."""
+def _place_in_user_code(error: BaseException | None) -> str:
+    """Where an error arose, if in a file of the user's own, as that of a policy: " (in my_policies.py, line 12)"."""
     others = [Path(__file__).parent, Path(sysconfig.get_path("stdlib"))]
     while error is not None:
         for frame in reversed(traceback.extract_tb(error.__traceback__)):

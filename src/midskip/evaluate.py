@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.cost import Meter
 from midskip.data.labelled import Items
 from midskip.data.progress import progress_bar
@@ -93,7 +93,7 @@ def evaluate(
     own = batches[rank::world_size]
     sums = _Sums(model, token_bytes, each, "group" in windows[0])
     with in_evaluation(model):
-        with Meter(model) as meter, limits_kept(model):
+        with Meter(model) as meter, temporary_limits(model):
             for start in progress_bar(own, title, progress and rank == 0, console):
                 batch = batch_of(windows, range(start, min(start + batch_size, len(windows))), model.device)
                 labels_BT, group_BT = batch.pop("labels"), batch.pop("group", None)
@@ -210,7 +210,7 @@ def depth_of_tokens(
     that `positions` tell apart. A monitor of live prompts does not see it. Without a tokenizer the text is the id, and
     no loss is given: the ids are not what is to be predicted. Where a character spans several tokens, each has the text
     of all of them (`token_texts`)."""
-    with limits_kept(model):
+    with temporary_limits(model):
         return look(model, tokenizer, ids, positions).tokens
 
 

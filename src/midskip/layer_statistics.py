@@ -1,6 +1,6 @@
 """Per-layer statistics of gates and hidden states, in one pass over the batches of a step or an evaluation.
 
-Letters in tensor names: L layers, B sequences, T positions, D width; 3 is (count, sum, sum of squares).
+Letters in tensor names: L layers, B sequences, T positions; 3 is (count, sum, sum of squares).
 """
 
 from collections.abc import Mapping

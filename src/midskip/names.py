@@ -10,7 +10,7 @@ def near(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+def check_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     """ValueError if the value of the setting `name` is none of those known."""
     if value not in known:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.cost import meter
 from midskip.model.modeling import MidskipForCausalLM
 
@@ -61,7 +61,7 @@ def evaluate_tasks(
     wrapped = importlib.import_module("lm_eval.models.huggingface").HFLM
     rows = []
     for budget in budgets or [None]:
-        with limits_kept(model):
+        with temporary_limits(model):
             if budget is not None:
                 model.set_budget(budget)
             with meter(model) as work:

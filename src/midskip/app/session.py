@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from midskip.budget.calibration import Calibration
 from midskip.budget.measured_on import calibration_of
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.look import Look, Outcome, look, stream, what_if
 from midskip.model.modeling import MidskipForCausalLM
 
@@ -120,7 +120,7 @@ class Session:
         model = self.runs[limits.run][0]
         with self._lock:
             scale = 1.0 if limits.budget is None else self._calibrations[limits.run].scale_for(limits.budget)
-            with limits_kept(model, scale, limits.max_layers):
+            with temporary_limits(model, scale, limits.max_layers):
                 yield
 
 

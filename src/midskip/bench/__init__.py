@@ -10,10 +10,8 @@ if TYPE_CHECKING:
     from midskip.bench.run import BENCH_PICTURE_FILE, bench, bench_run
     from midskip.bench.settings import BenchSettings, run_settings
     from midskip.bench.trainer import last_regularizer
-    from midskip.card import BENCH_FILE
 
 __all__ = [
-    "BENCH_FILE",
     "BENCH_PICTURE_FILE",
     "PRESETS",
     "BenchSettings",
@@ -27,7 +25,6 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "BENCH_FILE": "midskip.card",
         "BENCH_PICTURE_FILE": "midskip.bench.run",
         "BenchSettings": "midskip.bench.settings",
         "DisagreementError": "midskip.bench.agree",

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from midskip.budget.calibration import GAP, NUM_BUCKETS, RULES, Calibration, bucket_of
 from midskip.budget.measured_on import calibration_of, hashes_of, settings_of
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.data import TokenWindows
 from midskip.data.labelled import Items
 from midskip.distributed import rank_and_world_size
 from midskip.evaluate import evaluate
 from midskip.model.modeling import MidskipForCausalLM
-from midskip.names import one_of
+from midskip.names import check_one_of
 from midskip.runs import write_atomically
 
 CLOSE = 0.01  # scales that differ by no more than this part of them are not told apart
@@ -66,7 +66,7 @@ def calibrate(
     rule = rule or str((model.config.calibration or {}).get("rule", "loss"))
     check_settings(model, lowest, block_tokens, rule)
     curve = _Curve(model, windows, lowest, block_tokens, batch_size, progress)
-    with limits_kept(model):
+    with temporary_limits(model):
         curve.measure(0.0)
         floor = curve.measure(LARGEST_SCALE)
         if floor == 1:
@@ -93,7 +93,7 @@ def check_settings(model: MidskipForCausalLM, lowest: float = 0.1, block_tokens:
         raise ValueError(f"lowest is {lowest!r}; expected a share of the blocks between 0 and 1")
     if block_tokens < 1:
         raise ValueError(f"block_tokens is {block_tokens!r}; expected at least 1")
-    one_of("rule", rule, RULES)
+    check_one_of("rule", rule, RULES)
     if rank_and_world_size()[1] > 1:
         raise ValueError("calibration runs in one process, and there are several: start it without torchrun")
 
@@ -242,7 +242,7 @@ def loss_by_budget(
     calibration, score_scales = scales_for(model, budgets)
     rows = []
     for budget, score_scale in zip(budgets, score_scales, strict=True):
-        with limits_kept(model, score_scale):
+        with temporary_limits(model, score_scale):
             result = evaluate(
                 model, windows, batch_size=batch_size, progress=progress, title=f"Evaluating, budget {budget:g}"
             )

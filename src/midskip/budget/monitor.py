@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from midskip.budget.calibration import NUM_BUCKETS, ON_DRIFT, bucket_counts, bucket_of
 from midskip.budget.measured_on import calibration_of
-from midskip.names import one_of
+from midskip.names import check_one_of
 
 SCORED_ROWS = 64  # the most tokens of a pass whose loss the monitor works out
 _is_live: ContextVar[bool] = ContextVar("is_live", default=True)
@@ -41,10 +41,10 @@ def not_live() -> Iterator[None]:
 
 
 @contextmanager
-def limits_kept(model: Any, score_scale: float | None = None, max_layers: int | None = None) -> Iterator[Any]:
-    """Gives the model, under these limits of `Policy.set_limits`; the scale, and without one `max_layers` too, is by
-    default that in force. What is run within is not live: no monitor looks at it. Afterwards the limits are those of
-    before."""
+def temporary_limits(model: Any, score_scale: float | None = None, max_layers: int | None = None) -> Iterator[Any]:
+    """Gives the model under these limits of `Policy.set_limits`, and afterwards restores those of before. Without
+    arguments they stay as they are until something within sets others; `max_layers` alone keeps the scale. A scale of 0
+    runs every layer for every token. What is run within is not live: no monitor looks at it."""
     policy = model.model.policy
     before = policy.score_scale, policy.max_layers
     try:
@@ -84,7 +84,7 @@ class DriftMonitor:
     """
 
     def __init__(self, model: nn.Module, on_drift: str = "keep"):
-        one_of("on_drift", on_drift, ON_DRIFT)
+        check_one_of("on_drift", on_drift, ON_DRIFT)
         self.model: Any = model
         self.policy: Any = self.model.model.policy
         self.calibration = calibration_of(self.model)

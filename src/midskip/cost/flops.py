@@ -22,7 +22,7 @@ from torch import Tensor
 from midskip.model.config import MidskipConfig, intermediate_sizes
 from midskip.model.layer_cache import LayerCache
 from midskip.model.packing import PackedBatch
-from midskip.names import one_of
+from midskip.names import check_one_of
 
 CONVENTIONS = ("causal", "counter")
 
@@ -134,7 +134,7 @@ class Bytes:
 
 def block_flops(config: MidskipConfig, work: LayerWork, convention: str = "causal", block: int = 0) -> Flops:
     """FLOPs of a block's forward pass; `block` is its number, for its `intermediate_size`."""
-    one_of("convention", convention, CONVENTIONS)
+    check_one_of("convention", convention, CONVENTIONS)
     width, heads, key_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     pairs = work.causal_pairs if convention == "causal" else work.square_pairs
     mlp = Flops(mlp=6 * work.query_rows * width * intermediate_sizes(config)[block])

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from midskip.budget.calibration import Calibration
-from midskip.names import near, one_of
+from midskip.names import check_one_of, near
 from midskip.plugins import check_saved
 
 NORMS = ("sandwich", "pre")
@@ -195,10 +195,10 @@ class MidskipConfig(PretrainedConfig):
         for field in fields(self):
             if field.name not in ("policy_settings", "calibration"):  # which are checked by those who read them
                 _check_finite(field.name, getattr(self, field.name))
-        one_of("norms", self.norms, NORMS)
-        one_of("skipped_kv", self.skipped_kv, SKIPPED_KV)
-        one_of("skip_unit", self.skip_unit, tuple(PARTS))
-        one_of("skip_path", self.skip_path, SKIP_PATHS)
+        check_one_of("norms", self.norms, NORMS)
+        check_one_of("skipped_kv", self.skipped_kv, SKIPPED_KV)
+        check_one_of("skip_unit", self.skip_unit, tuple(PARTS))
+        check_one_of("skip_path", self.skip_path, SKIP_PATHS)
         has_rank = self.skip_path in ("low_rank", "adapter")
         if self.skip_path_rank is not None and not has_rank:
             raise ValueError(
@@ -242,7 +242,7 @@ class MidskipConfig(PretrainedConfig):
     def _check_rope(self) -> None:
         rope = self.rope_parameters
         kind = rope.get("rope_type", "default")
-        one_of("rope_parameters['rope_type']", kind, tuple(_ROPE_KEYS))
+        check_one_of("rope_parameters['rope_type']", kind, tuple(_ROPE_KEYS))
         expected = _ROPE_KEYS[kind]
         options = _ROPE_OPTIONS.get(kind, set())
         given = set(rope) - {"rope_type", "type"}

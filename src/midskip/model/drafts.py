@@ -25,7 +25,7 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.model.cache import SkipCache
 
 # Processors without a state. Drafts go without all others, which a token that is not accepted could confuse.
@@ -225,7 +225,7 @@ def drafting(model: Any, budget: float, num_draft_tokens: int, confidence: float
         raise ValueError(f"num_draft_tokens is {num_draft_tokens!r}; expected a whole number of at least 1")
     if not 0 <= confidence <= 1:
         raise ValueError(f"draft_confidence is {confidence!r}; expected a probability from 0 to 1")
-    with limits_kept(model):  # no pass within is under the budget that a monitor looks after
+    with temporary_limits(model):  # no pass within is under the budget that a monitor looks after
         model.set_budget(budget)
         drafts = Drafting(model, model.model.policy.score_scale, num_draft_tokens, confidence)
         model.last_drafts = drafts.report

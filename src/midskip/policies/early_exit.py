@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from midskip.distributed import sum_over_ranks
 from midskip.model.packing import PackedBatch
-from midskip.names import one_of
+from midskip.names import check_one_of
 from midskip.policies.base import check_counts, check_shares
 from midskip.policies.decision import Decision
 from midskip.policies.scored import ScoredPolicy, uniform
@@ -49,7 +49,7 @@ class EarlyExit(ScoredPolicy):
         exit_loss: float | None = None, exit_share: float = 1.0, layer_dropout: float = 0.0, router: str = "bottleneck",
         first_tokens: int = 0,
     ):  # fmt: skip
-        one_of("scores", scores, SCORES)
+        check_one_of("scores", scores, SCORES)
         self.predicts = scores == "predicted_loss"
         if exit_loss is not None and not self.predicts:
             raise ValueError(f"exit_loss is {exit_loss!r}, of scores 'predicted_loss': leave it out")
@@ -139,7 +139,7 @@ class EarlyExit(ScoredPolicy):
     def objective(self, state: dict[str, Any], nats_N: Tensor, scored_N: Tensor, asked_nats_M: Tensor) -> Tensor | None:
         if not self.predicts:
             return None
-        reached = torch.stack([0 * each.sum() for each in self.routers.parameters()]).sum()  # a gradient on each rank
+        reached = torch.stack([0 * each.sum() for each in self.routers.parameters()]).sum()  # all have a gradient
         if "exit" not in state:
             return reached
         x_MD, indices_N = state["exit"]

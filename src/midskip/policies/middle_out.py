@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
-from midskip.names import one_of
+from midskip.names import check_one_of
 from midskip.policies.base import Policy, check_counts
 from midskip.policies.decision import Decision
 from midskip.policies.difficulty import Difficulty, drawn
@@ -72,7 +72,7 @@ class MiddleOut(Policy):
         super().__init__(num_layers, width, initializer_range)
         for name, value, known in (("start", start, STARTS), ("gates", gates, GATES), ("scores", scores, SCORES)):
             if value is not None or name != "scores":
-                one_of(name, value, known)
+                check_one_of(name, value, known)
         if gates == "hard" and start != "open":
             raise ValueError(f"start is {start!r}, of soft gates; hard gates start 'open': leave it out")
         if gates == "soft" and scores is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from midskip.model.packing import PackedBatch
-from midskip.names import one_of
+from midskip.names import check_one_of
 from midskip.policies.base import Policy, check_shares
 from midskip.policies.decision import Decision
 from midskip.policies.middle_out import nested
@@ -42,7 +42,7 @@ class RandomSkips(Policy):
         shares: list[float] | None = None,
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
-        one_of("kind", kind, KINDS)
+        check_one_of("kind", kind, KINDS)
         if shares is not None and (share is not None or kind != "independent" or outer):
             given = f"share {share}, kind {kind!r} and outer {outer}"
             raise ValueError(f"shares are given, and {given}; expected no share, kind 'independent' and outer 0")
@@ -52,7 +52,7 @@ class RandomSkips(Policy):
             raise ValueError(f"outer is {outer!r}; expected a whole number from 0 to {num_layers // 2}")
         if not isinstance(redraw, bool):
             raise ValueError(f"redraw is {redraw!r}; expected true or false")
-        one_of("by", by, DRAWN_BY)
+        check_one_of("by", by, DRAWN_BY)
         self.kind, self.redraw, self.by, self.is_mirrored = kind, redraw, by, kind == "middle_out"
         self.needs_midskip_trainer = redraw
         if shares is not None:

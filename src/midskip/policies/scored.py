@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midskip.model.packing import PackedBatch
-from midskip.names import one_of
+from midskip.names import check_one_of
 from midskip.policies.base import Policy
 from midskip.policies.decision import Decision
 from midskip.policies.difficulty import drawn
@@ -68,7 +68,7 @@ class ScoredPolicy(Policy):
         num_routers: int, router: str, trains_bias: bool = True,
     ):  # fmt: skip
         super().__init__(num_layers, width, initializer_range)
-        one_of("router", router, ROUTERS)
+        check_one_of("router", router, ROUTERS)
         self.gate_of_layer, self.open_bias = gate_of_layer, OPEN_BIAS
         self.routers = nn.ModuleList(Router(width, router) for _ in range(num_routers))
         num_gates = len({gate for gate in gate_of_layer if gate is not None})

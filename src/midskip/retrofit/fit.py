@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.cost import meter
 from midskip.data.labelled import Items
 from midskip.data.progress import progress_bar
 from midskip.evaluate import batch_of, evaluate, in_evaluation
 from midskip.model.modeling import MidskipForCausalLM
 from midskip.model.skip_path import SkipPath, normalized
-from midskip.names import one_of
+from midskip.names import check_one_of
 from midskip.retrofit.moments import Moments
 from midskip.retrofit.watch import Seen, look
 
@@ -96,8 +96,8 @@ def fit(
     Raises:
         ValueError: no window; another policy, kind of skip path, choice or order; a share out of range.
     """
-    one_of("choice", choice, ("tokens", "layers"))
-    one_of("order", order, ORDERS)
+    check_one_of("choice", choice, ("tokens", "layers"))
+    check_one_of("order", order, ORDERS)
     if not len(windows):
         raise ValueError("there is no window to fit on: give more text")
     fitting = _Fit(model, windows, outer, ridge, batch_size, progress)
@@ -107,7 +107,7 @@ def fit(
         raise ValueError(
             f"share is {share!r}; expected a share of the blocks above {fitting.lowest_share:.3g}, below 1"
         )
-    with limits_kept(model), in_evaluation(model):
+    with temporary_limits(model), in_evaluation(model):
         model.model.policy.set_limits(0.0)
         fitting.paths(refit=False)
         some = [windows[row * len(windows) // num_cost_windows] for row in range(num_cost_windows)]

@@ -8,9 +8,9 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.model.modeling import MidskipForCausalLM
-from midskip.names import one_of
+from midskip.names import check_one_of
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TRAINABLE = ("skips", "lora", "all")
@@ -32,12 +32,12 @@ def learning(model: MidskipForCausalLM, trainable: str, lora_rank: int = 16) -> 
     Raises:
         ValueError: another `trainable`.
     """
-    one_of("trainable", trainable, TRAINABLE)
+    check_one_of("trainable", trainable, TRAINABLE)
     tuner: Any = None
-    original: Original = partial(limits_kept, model, 0.0)
+    original: Original = partial(temporary_limits, model, score_scale=0.0)
     if trainable == "all":
         copy = deepcopy(model).requires_grad_(False)
-        original = partial(limits_kept, copy, 0.0)
+        original = partial(temporary_limits, copy, score_scale=0.0)
     elif trainable == "lora":
         from peft import LoraConfig, LoraModel
 
@@ -61,7 +61,7 @@ def learning(model: MidskipForCausalLM, trainable: str, lora_rank: int = 16) -> 
 def _without_adapters(model: MidskipForCausalLM, tuner: Any) -> Iterator[MidskipForCausalLM]:
     tuner.disable_adapter_layers()
     try:
-        with limits_kept(model, 0.0):
+        with temporary_limits(model, score_scale=0.0):
             yield model
     finally:
         tuner.enable_adapter_layers()

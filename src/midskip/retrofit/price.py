@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from midskip.budget.calibrate import calibrate
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.data.labelled import Items
 from midskip.evaluate import evaluate
 from midskip.model.modeling import MidskipForCausalLM
@@ -32,7 +32,7 @@ def prices(
     lowest = model.config.calibration["share"][-1]
     rows: list[dict[str, Any]] = []
     for budget in (1.0, *(budget for budget in budgets if budget >= lowest)):
-        with limits_kept(model):
+        with temporary_limits(model):
             model.set_budget(budget)
             results = {name: evaluate(model, windows) for name, windows in texts.items()}
         original = original or {name: result["loss"] for name, result in results.items()}

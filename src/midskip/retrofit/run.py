@@ -74,7 +74,7 @@ def _run(settings: RetrofitSettings, report: dict[str, Any], console: Console) -
         tokenizer = AutoTokenizer.from_pretrained(newest, trust_remote_code=False)
     else:
         model, tokenizer = load_to_skip(settings.model, settings.changes())
-    for parameter in model.parameters():  # some lie in a file, where kernels may round otherwise than in fresh memory
+    for parameter in model.parameters():  # mapped from a file they are aligned otherwise, and kernels round otherwise
         parameter.data = parameter.data.clone()
     settings.check_layers(model.config.num_skip_units)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType, reportCallIssue]

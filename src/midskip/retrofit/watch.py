@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from midskip.budget.monitor import limits_kept
+from midskip.budget.monitor import temporary_limits
 from midskip.model.config import PARTS
 from midskip.model.layers import Block
 from midskip.model.modeling import MidskipForCausalLM
@@ -36,7 +36,7 @@ def look(model: MidskipForCausalLM, given: dict[str, Tensor], layers: Collection
             model.model(**given, use_cache=False)
         return
     whole: list[Tensor] = []
-    with limits_kept(model, 0.0), _states_seen(model, lambda layer, h_ND, _: whole.append(h_ND)):
+    with temporary_limits(model, score_scale=0.0), _states_seen(model, lambda layer, h_ND, _: whole.append(h_ND)):
         model.model(**given, use_cache=False)
 
     def in_pass(layer: int, h_ND: Tensor, decision: Decision | None) -> None:

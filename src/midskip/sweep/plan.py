@@ -29,9 +29,9 @@ def decides(recipe: Recipe) -> dict[str, Any]:
     return given | {"dense_layers": []}
 
 
-def own_code(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the file of each module that the recipe names and that is not of midskip, as it was when this process
-    first asked; without those that have no file here."""
+def user_code(recipe: Recipe) -> dict[str, str]:
+    """SHA-256, by module, of the files of the user's own classes that the recipe names, as they were when this process
+    first asked; without modules whose file cannot be read."""
     names = [recipe.model.policy, recipe.regularizer.name]
     names += [recipe.data.source] if is_labelled(recipe.data.source) else []
     modules = {name.partition(":")[0] for name in names if ":" in name and not name.startswith("midskip.")}

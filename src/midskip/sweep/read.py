@@ -14,7 +14,7 @@ import yaml
 
 from midskip.names import near
 from midskip.sweep.plan import Point, Sweep
-from midskip.train.memory import check_memory, check_model
+from midskip.train.checks import check_memory, check_model, check_regularizer
 from midskip.train.read import read_recipe, read_yaml
 from midskip.train.recipe import GROUPS
 
@@ -141,7 +141,9 @@ def _arm(
         at = dict(zip(grid, values, strict=True))
         made = read_recipe(found, [f"--{name}={_argument(value)}" for name, value in _merged(of_all, own, at).items()])
         check_memory(made)
-        check_model(made, made.build_regularizer())
+        regularizer = made.build_regularizer()
+        check_regularizer(regularizer)
+        check_model(made, regularizer)
         points.append(Point(arm["name"], at, made, seeds, rates, tune_seed, tuned_at))
         if tune_at == "first_point" and rates:
             tuned_at = points[0]

@@ -41,11 +41,11 @@ def run_sweep(
     store.tidy(sweep.keep_runs)
     store.forget_failures(sweep)
     store.write_index(sweep)
-    if older := [run for run in sweep.runs(store.losses(sweep)) if store.is_older(run)]:
+    if changed := [run for run in sweep.runs(store.losses(sweep)) if store.user_code_changed(run)]:
         warnings.warn(
-            f"{len(older)} runs have ended with other code of your own than there is now, and count as done. To train "
-            f"them again, remove their files from {str(store.output / 'results')!r}: "
-            f"{', '.join(f'{run.key}.json' for run in older)}",
+            f"the code of your own classes has changed since {len(changed)} runs ended, which count as done. To train "
+            f"them again, remove these files from {str(store.output / 'results')!r}: "
+            f"{', '.join(f'{run.key}.json' for run in changed)}",
             stacklevel=2,
         )
     with watched(sweep, console or Console(stderr=True)):
@@ -78,7 +78,8 @@ def listed(sweep: Sweep) -> Iterator[str]:
         waiting += 0 if point.of_seeds(losses) else point.num_runs() - tried
     for run in sweep.runs(losses):
         if (loss := store.loss(run.key)) is not None:
-            state = f"done, loss {loss:.4f}" + (", with other code of your own" if store.is_older(run) else "")
+            changed = ", and your own code has changed since" if store.user_code_changed(run) else ""
+            state = f"done, loss {loss:.4f}{changed}"
         else:
             state = "to do" if store.failure(run.key) is None else f"failed: {store.failure(run.key)}"
         yield f"{run.key}  {run.label}: {state}"

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from midskip.runs import RECIPE_FILE, REPORT_FILE, to_json, write_atomically
-from midskip.sweep.plan import Run, Sweep, own_code
+from midskip.sweep.plan import Run, Sweep, user_code
 from midskip.train.checkpoints import HISTORY_FILE
 
 KEPT = (REPORT_FILE, RECIPE_FILE, HISTORY_FILE)  # of the folder of a run that has ended
@@ -80,10 +80,10 @@ class Store:
             self._results[key] = result
         return self._results[key]
 
-    def is_older(self, run: Run) -> bool:
-        """Whether it has ended, with other files of classes of the user's own than there are now."""
-        before = (self.result(run.key) or {}).get("own_code", {})  # early results do not say
-        now = own_code(run.recipe)
+    def user_code_changed(self, run: Run) -> bool:
+        """Whether it has ended, and a file of a class of the user's own has changed since."""
+        before = (self.result(run.key) or {}).get("user_code", {})  # early results do not say
+        now = user_code(run.recipe)
         return any(before[module] != now[module] for module in before.keys() & now.keys())
 
     def loss(self, key: str) -> float | None:

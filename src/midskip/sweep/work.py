@@ -21,7 +21,7 @@ from midskip.bench.results import machine
 from midskip.data.labelled import is_labelled
 from midskip.plugins import search_folder
 from midskip.runs import RECIPE_FILE
-from midskip.sweep.plan import Run, Sweep, decides, own_code
+from midskip.sweep.plan import Run, Sweep, decides, user_code
 from midskip.sweep.store import Store, strip
 from midskip.train.recipe import Recipe
 from midskip.train.run import train
@@ -65,9 +65,9 @@ def attempt(sweep: Sweep, store: Store, run: Run) -> bool:
         note = store.path("running", run.key)
         note.touch()
         try:
-            code = own_code(run.recipe)  # before the run, during which its file may change
+            code = user_code(run.recipe)  # before the run, during which its file may change
             report = train_run(sweep, run)
-            store.write_result(run.key, result_of(run, report) | {"own_code": code})
+            store.write_result(run.key, result_of(run, report) | {"user_code": code})
             if not sweep.keep_runs:
                 strip(store.path("runs", run.key))
         except Exception as error:  # torch, drivers and plugins raise what they like; the others go on

@@ -34,10 +34,10 @@ from midskip.train.checkpoints import (
     remove_old,
     step_of,
 )
+from midskip.train.checks import check_memory, check_model, check_regularizer
 from midskip.train.folder import begin, check_folder, check_start, is_finished, load_regularizer, unless_refused
 from midskip.train.fsdp import whole_state
 from midskip.train.initial import initial_weights, start_of
-from midskip.train.memory import check_memory, check_model
 from midskip.train.peak import peak_flops
 from midskip.train.progress import ProgressBar
 from midskip.train.recipe import Recipe
@@ -72,6 +72,7 @@ def train(
     for one in (recipe, *dense_recipes(recipe)):
         check_memory(one)
     regularizer = recipe.build_regularizer()
+    check_regularizer(regularizer)
     check_model(recipe, regularizer)  # what is wrong with the model is found before the text is read
     check_reporters(settings.report_to)
     arguments = training_arguments(settings, folder)

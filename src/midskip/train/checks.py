@@ -1,4 +1,4 @@
-"""Whether a recipe's model can be made, and trained in the memory of this machine, worked out before it is made."""
+"""What can be refused before a model is made: too much memory, a shape or a policy that does not fit, a regularizer."""
 
 from __future__ import annotations
 
@@ -40,21 +40,30 @@ def check_memory(recipe: Recipe, vocab_size: int = 2) -> None:
         )
 
 
+def check_regularizer(regularizer: Regularizer) -> None:
+    """Tries a copy, which no step has seen.
+
+    Raises:
+        ValueError: it cannot be saved and restored, or its loss is no scalar.
+    """
+    name = type(regularizer).__name__
+    try:
+        trial = deepcopy(regularizer)
+        trial.load_state_dict(trial.state_dict())
+        term = trial.loss(torch.ones(trial.num_layers, 1, 2, requires_grad=True), None)
+    except Exception as error:  # one of the user's own raises what it likes
+        raise ValueError(f"the regularizer {name} fails before the first step: {error}") from error
+    if not isinstance(term, Tensor) or term.dim():
+        form = list(term.shape) if isinstance(term, Tensor) else type(term).__name__
+        raise ValueError(f"loss of the regularizer {name} gives {form}; expected a scalar tensor")
+
+
 def check_model(recipe: Recipe, regularizer: Regularizer, vocab_size: int = 2) -> int:
     """The number of parameters of the model, which is not made.
 
     Raises:
-        ValueError: shape, policy and regularizer do not fit, or a regularizer that cannot be saved or gives no term.
+        ValueError: shape, policy and regularizer do not fit.
     """
-    try:
-        trial = deepcopy(regularizer)  # which no step has seen
-        trial.load_state_dict(trial.state_dict())
-        term = trial.loss(torch.ones(trial.num_layers, 1, 2, requires_grad=True), None)
-    except Exception as error:  # one of the user's own raises what it likes
-        raise ValueError(f"the regularizer {recipe.regularizer.name!r} fails before the first step: {error}") from error
-    if not isinstance(term, Tensor) or term.dim():
-        form = list(term.shape) if isinstance(term, Tensor) else type(term).__name__
-        raise ValueError(f"loss of the regularizer {recipe.regularizer.name!r} gives {form}; expected a scalar tensor")
     with torch.device("meta"):
         model = MidskipForCausalLM(recipe.build_config(vocab_size))
     regularizer.steer(model.model.policy)
